@@ -1,0 +1,151 @@
+"""A channel to one of Stockade's own processes: one JSON object a message, with descriptors.
+
+SOCK_SEQPACKET keeps message borders, so there is no framing to get wrong (unix(7)).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+from supervisord.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+MESSAGE_BYTES_MAX: Final = 1 << 20
+QUEUED_MESSAGES_MAX: Final = 4096
+MESSAGES_PER_WAKE: Final = 64
+FDS_MAX: Final = 64
+
+Message: TypeAlias = dict[str, object]
+OnMessage: TypeAlias = "Callable[[Message, list[int]], None]"
+
+
+class Channel:
+    """One end of a SEQPACKET connection served by the running event loop.
+
+    `on_message` gets each message and owns its descriptors; `on_close` is called once, when the peer has gone
+    or sent what is no message.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        name: str,
+        on_message: OnMessage,
+        on_close: Callable[[], None],
+        message_bytes_max: int = MESSAGE_BYTES_MAX,
+    ) -> None:
+        self.name = name
+        self._sock = sock
+        self._on_message = on_message
+        self._on_close = on_close
+        self._bytes_max = message_bytes_max
+        self._queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.closed = False
+        sock.setblocking(False)  # noqa: FBT003
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+        """Queue `message`; descriptors are duplicated when they have to wait, so the caller may close its own.
+
+        Raises Unavailable when the peer has gone, is stuck, or the message is too long.
+        """
+        data = json.dumps(message, separators=(",", ":")).encode()
+        if self.closed:
+            raise Unavailable(f"cannot reach the {self.name}: it has gone", "it is being started again; try again")
+        if len(data) > self._bytes_max:
+            raise Unavailable(
+                f"cannot send {len(data)} bytes to the {self.name}: the limit is {self._bytes_max}",
+                "shorten the command or its environment",
+            )
+        if self._queue or not self._try_send(data, tuple(fds)):
+            if len(self._queue) >= QUEUED_MESSAGES_MAX:
+                raise Unavailable(f"cannot reach the {self.name}: it does not read", "see the daemon's journal")
+            if not self._queue:
+                self._loop.add_writer(self._sock.fileno(), self._writable)
+            self._queue.append((data, tuple(os.dup(fd) for fd in fds)))
+
+    def close(self) -> None:
+        """Close this end; `on_close` is not called."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        for _, fds in self._queue:
+            close_all(fds)
+        self._queue.clear()
+
+    def _try_send(self, data: bytes, fds: tuple[int, ...]) -> bool:
+        try:
+            if fds:
+                socket.send_fds(self._sock, [data], list(fds), socket.MSG_NOSIGNAL)
+            else:
+                self._sock.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._lost()
+            raise Unavailable(
+                f"cannot reach the {self.name}: {error.strerror}", "it is being started again; try again"
+            ) from error
+        return True
+
+    def _writable(self) -> None:
+        while self._queue:
+            data, fds = self._queue[0]
+            try:
+                if not self._try_send(data, fds):
+                    return
+            except Unavailable:
+                return  # _lost() has told the owner
+            self._queue.popleft()
+            close_all(fds)
+        self._loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        for _ in range(MESSAGES_PER_WAKE):
+            if self.closed:
+                return
+            try:
+                data, fds, flags, _ = socket.recv_fds(self._sock, self._bytes_max, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._lost()
+                return
+            message = _decode(data, truncated=bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)))
+            if message is None:
+                close_all(fds)
+                self._lost()
+                return
+            self._on_message(message, fds)
+
+    def _lost(self) -> None:
+        if not self.closed:
+            self.close()
+            self._on_close()
+
+
+def _decode(data: bytes, *, truncated: bool) -> Message | None:
+    if truncated or not data:
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return cast("Message", value) if isinstance(value, dict) else None
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

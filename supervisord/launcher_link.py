@@ -1,0 +1,130 @@
+"""The daemon's end of the launcher's socket: requests with replies, and events (docs/ARCHITECTURE.md, channel 1)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from supervisord.channel import Channel, Message, close_all
+from supervisord.errors import CannotLaunch, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+SEND_BUFFER_BYTES: Final = 4 << 20
+REPLY_SECONDS_MAX: Final = 30.0
+_PEERCRED: Final = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the launcher answered, with the descriptors that came along (the receiver closes them)."""
+
+    body: Message
+    fds: tuple[int, ...]
+
+
+class LauncherFailed(CannotLaunch):
+    """The launcher did what it could and names the step that failed."""
+
+    def __init__(self, error: Mapping[str, object]) -> None:
+        self.step = str(error.get("step", "launcher"))
+        self.errno = error.get("errno")
+        message = str(error.get("message", "the launcher gave no reason"))
+        super().__init__(message, str(error.get("remedy") or "see `stockadectl doctor`"))
+
+
+class LauncherLink:
+    """Talks to the launcher; `on_event` gets each event and owns its descriptors."""
+
+    def __init__(
+        self, *, path: Path, on_event: Callable[[Message, list[int]], None], on_lost: Callable[[], None]
+    ) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._channel: Channel | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None and not self._channel.closed
+
+    def connect(self) -> None:
+        """Connect, once; raises OSError while nobody listens, PermissionError when it is not root that does."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(str(self._path))
+            _, uid, _ = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+            if uid != os.geteuid():
+                raise PermissionError(f"the launcher's socket {self._path} is held by uid {uid}")
+            sock.setsockopt(socket.SOL_SOCKET, 32, SEND_BUFFER_BYTES)  # SO_SNDBUFFORCE, socket(7)
+        except OSError:
+            sock.close()
+            raise
+        self._channel = Channel(sock, name="launcher", on_message=self._message, on_close=self._closed)
+
+    async def call(
+        self,
+        op: str,
+        /,
+        fds: Sequence[int] = (),
+        *,
+        seconds_max: float = REPLY_SECONDS_MAX,
+        **fields: object,
+    ) -> Reply:
+        """Order `op`; raises LauncherFailed with the failing step, Unavailable when there is no answer."""
+        if self._channel is None:
+            raise Unavailable("cannot reach the launcher: it is not running", "it is being started again; try again")
+        number = next(self._numbers)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            self._channel.send({"op": op, "rq": number, **fields}, fds)
+            async with asyncio.timeout(seconds_max):
+                reply = await future
+        except TimeoutError as error:
+            raise Unavailable(
+                f"cannot {op}: the launcher did not answer in {seconds_max:g} s", "see the launcher's journal"
+            ) from error
+        finally:
+            self._waiting.pop(number, None)
+        if reply.body.get("ok") is not True:
+            close_all(reply.fds)
+            error_body = reply.body.get("error")
+            raise LauncherFailed(error_body if isinstance(error_body, dict) else {})
+        return reply
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._fail_waiting()
+
+    def _message(self, message: Message, fds: list[int]) -> None:
+        if "ev" in message:
+            self._on_event(message, fds)
+            return
+        number = message.get("rq")
+        future = self._waiting.get(number) if isinstance(number, int) else None
+        if future is None or future.done():
+            close_all(fds)  # its caller has given up
+        else:
+            future.set_result(Reply(message, tuple(fds)))
+
+    def _closed(self) -> None:
+        self._fail_waiting()
+        self._on_lost()
+
+    def _fail_waiting(self) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(
+                    Unavailable("cannot reach the launcher: it has gone", "it is being started again; try again")
+                )
