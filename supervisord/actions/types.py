@@ -1,0 +1,80 @@
+"""The values of the action log: what is recorded, what comes back, what can go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+Durability: TypeAlias = Literal["batched", "strict"]
+
+# Bounds of what one entry may hold: part of what comes here was chosen by an agent.
+FIELD_BYTES_MAX = 4096
+ENTRY_BYTES_MAX = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Something an agent or an operator did or tried.
+
+    Strings may come from an agent: each is cut at FIELD_BYTES_MAX with a mark, and bytes that are not UTF-8
+    (as surrogate escapes) are kept. Never a prompt, a token or a header value: digests of them.
+    """
+
+    agent_id: str  # "" when no agent is meant
+    actor: str  # "uid:0(root)", "agent:<id>", "daemon", "cn:<name>"
+    verb: str  # "agent.launch", "egress.request", ...
+    object: str
+    verdict: str  # "allowed", "denied", "done", "failed"
+    reason: str = ""
+    details: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One recorded action. `seq` counts from 1; its leaf in the RFC 6962 tree has index `seq - 1`."""
+
+    seq: int
+    time_ns: int  # Unix time
+    action: Action  # as it was recorded, that is: with strings cut where they were too long
+    leaf_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a verification found. `problem` is "" when ok, else it names file, offset and entry."""
+
+    ok: bool
+    size: int  # entries that were found good, counted from the start
+    root: str  # base64 of the tree's root at `size`
+    problem: str
+    sealed: int = 0  # entries that a signed checkpoint covers
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """An inclusion proof (RFC 6962 section 2.1.1) of entry `seq` in the tree of `size` entries."""
+
+    seq: int
+    size: int
+    leaf_hash: bytes
+    root: bytes
+    path: tuple[bytes, ...]
+
+
+class LogError(Exception):
+    """Base of everything that the action log raises."""
+
+
+class CannotRecord(LogError):  # noqa: N818  named as it is said: "cannot record X: cause"
+    """The entry is not in the log or not durable. Whoever asked must not act on it."""
+
+
+class CannotOpenLog(LogError):  # noqa: N818
+    """The directory cannot be taken as a log: damaged, in use, or another key's."""
+
+
+class BadNote(LogError):  # noqa: N818
+    """A signed note, checkpoint, key or receipt is malformed, or its signature is wrong."""
