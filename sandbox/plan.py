@@ -1,0 +1,439 @@
+"""The plan of one sandbox: everything the launcher needs, as values; no I/O, no os, no clock.
+
+The daemon builds a `SandboxPlan` from a launch request and a policy, the launcher performs it. Between them it travels as
+JSON (`to_json`, `from_json`), and files travel beside it as descriptors: every `fd` field here is an *index* into the
+descriptors that came with the message, never a path, because a path checked now is another thing later.
+
+`from_json` takes nothing on trust: unknown keys, wrong types and values out of bounds raise `InvalidPlan` that names the
+field. `describe()` gives the lines that `--dry-run` prints.
+"""
+
+import dataclasses
+import json
+import struct
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal, TypeVar
+
+# Host ids that agents may have: clear of every id systemd hands out (UIDS-GIDS.md) and of every person and service.
+AGENT_ID_FIRST: Final = 1879048192
+AGENT_ID_LAST: Final = 2147352575
+IDS_PER_AGENT: Final = 65536
+
+ROOT_INSIDE: Final = 0
+AGENT_INSIDE: Final = 1000
+# pid 1 has an id of its own, so that not even a "root" agent may signal, trace or read it.
+INIT_INSIDE: Final = 65533
+
+PLAN_BYTES_MAX: Final = 1 << 20
+ARGUMENTS_MAX: Final = 4096
+ENVIRONMENT_MAX: Final = 1024
+BINDS_MAX: Final = 64
+ETC_FILES_MAX: Final = 64
+HIDDEN_MAX: Final = 64
+TEXT_BYTES_MAX: Final = 256 << 10
+
+# Controls that tests may leave out, to show that an attempt succeeds where it should. A launcher refuses a plan that
+# names any of them unless it was itself started with --allow-weakened.
+WEAKENINGS: Final = frozenset(
+    {
+        "capabilities",  # keep every capability inside the user namespace
+        "devices",  # a /dev that is the host's
+        "hidden_proc",  # /proc neither masked nor hidden, and its sysctls writable
+        "landlock",
+        "mount_flags",  # no nosuid, no nodev
+        "network",  # the agent shares the launcher's network namespace
+        "new_privileges",  # no_new_privs not set
+        "private_ipc",  # System V IPC, POSIX queues and host name of the host
+        "private_pid",  # sees and signals what its uid may on the host
+        "read_only_root",
+        "rlimits",
+        "seccomp",
+        "user_namespace",  # ids of the host: uid 0 is uid 0
+    }
+)
+
+
+class InvalidPlan(ValueError):  # noqa: N818 - reads as what the plan is
+    """The plan cannot be performed as written; the text names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """Host ids of one agent: inside id n is host id `start + n`."""
+
+    start: int
+    size: int = IDS_PER_AGENT
+
+    def host(self, inside: int) -> int:
+        return self.start + inside
+
+    def validate(self) -> None:
+        if self.size != IDS_PER_AGENT:
+            raise InvalidPlan(f"ids.size: must be {IDS_PER_AGENT}, not {self.size}")
+        if not AGENT_ID_FIRST <= self.start <= AGENT_ID_LAST - self.size + 1:
+            raise InvalidPlan(f"ids.start: {self.start} is outside of {AGENT_ID_FIRST}..{AGENT_ID_LAST}")
+        if self.start % self.size:
+            raise InvalidPlan(f"ids.start: {self.start} is not a multiple of {self.size}")
+
+    def describe(self) -> str:
+        return f"map ids 0..{self.size - 1} to host ids {self.start}..{self.start + self.size - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    """What the agent sees as `/`: the host's /usr with a minimal /etc, or a directory given by descriptor."""
+
+    kind: Literal["host", "directory"] = "host"
+    fd: int | None = None
+
+    def describe(self) -> str:
+        return "read-only view of the host's /usr" if self.kind == "host" else f"read-only root from fd {self.fd}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A directory or file of the host made visible inside.
+
+    `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped mount.
+    Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
+    """
+
+    fd: int
+    target: str
+    writable: bool
+    owner_uid: int
+    owner_gid: int
+    allow_root_owned: bool = False
+    without_idmap: Literal["refuse", "read-only"] = "refuse"
+    name: str = ""
+
+    def describe(self) -> str:
+        mode = "writable" if self.writable else "read-only"
+        return f"bind fd {self.fd} at {self.target} {mode}, owner {self.owner_uid}:{self.owner_gid} shown as the agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Private writable space; each is a tmpfs of its own, with a limit on bytes and on files."""
+
+    root_bytes: int = 16 << 20
+    tmp_bytes: int = 256 << 20
+    home_bytes: int = 256 << 20
+    shm_bytes: int = 64 << 20
+    workspace_bytes: int = 256 << 20  # used only where the plan has no bind at /workspace
+    inodes: int = 65536
+
+    def describe(self) -> str:
+        return f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
+
+
+@dataclass(frozen=True, slots=True)
+class EtcFile:
+    """One file below /etc; the name may have directories (`ssl/extra.pem`)."""
+
+    name: str
+    text: str
+
+    def describe(self) -> str:
+        return f"write /etc/{self.name} ({len(self.text.encode())} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The one link of the sandbox; the addresses are the same in every agent, each has its own namespaces."""
+
+    agent_address: str = "198.18.0.2"
+    gate_address: str = "198.18.0.1"
+    proxy_port: int = 3128
+    device: str = "eth0"
+
+    def describe(self) -> str:
+        return f"{self.device} {self.agent_address}, one route: {self.gate_address}, proxy at port {self.proxy_port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the agent may use; all of its processes together, but for `open_files`, which is for each of them."""
+
+    memory_bytes: int = 1 << 30
+    cpus: float = 1.0
+    pids: int = 256
+    open_files: int = 4096
+    disk_bytes: int = 1 << 30
+    output_bytes: int = 64 << 20
+
+    def validate(self) -> None:
+        for name, least, most in (
+            ("memory_bytes", 8 << 20, 1 << 50),
+            ("cpus", 0.01, 4096),
+            ("pids", 2, 4 << 20),
+            ("open_files", 16, 1 << 20),
+            ("disk_bytes", 1 << 16, 1 << 50),
+            ("output_bytes", 4096, 1 << 40),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise InvalidPlan(f"limits.{name}: {getattr(self, name)} is outside of {least}..{most}")
+
+    def describe(self) -> str:
+        return (
+            f"limits: memory {self.memory_bytes} bytes, {self.cpus:g} cpus, {self.pids} pids, "
+            f"{self.open_files} open files, output {self.output_bytes} bytes"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tty:
+    rows: int
+    cols: int
+
+    def describe(self) -> str:
+        return f"terminal {self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxPlan:
+    """One sandbox, complete. Order of the steps that perform it: `sandbox/init.py`."""
+
+    agent_id: str
+    instance: str
+    hostname: str
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    ids: IdRange
+    cwd: str = "/workspace"
+    uid: int = AGENT_INSIDE
+    gid: int = AGENT_INSIDE
+    rootfs: Rootfs = Rootfs()
+    binds: tuple[Bind, ...] = ()
+    hide: tuple[str, ...] = ()
+    scratch: Scratch = Scratch()
+    etc: tuple[EtcFile, ...] = ()
+    network: Network = Network()
+    limits: Limits = Limits()
+    filter_digest: str = ""
+    landlock: Literal["off", "if-present", "required"] = "if-present"
+    tty: Tty | None = None
+    stdin: bool = False
+    ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
+    weaken: tuple[str, ...] = ()
+
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"version": self.VERSION}
+
+    @classmethod
+    def from_json(cls, value: object) -> "SandboxPlan":
+        """Decode and check; raises `InvalidPlan`."""
+        if not isinstance(value, dict):
+            raise InvalidPlan("plan: must be an object")
+        fields = dict(value)
+        if fields.pop("version", None) != cls.VERSION:
+            raise InvalidPlan(f"plan.version: must be {cls.VERSION}; daemon and launcher are of different releases")
+        plan = decode(cls, fields, "plan")
+        plan.validate()
+        return plan
+
+    def fds_needed(self) -> int:
+        indices = [bind.fd for bind in self.binds] + ([self.rootfs.fd] if self.rootfs.fd is not None else [])
+        return max(indices, default=-1) + 1
+
+    def validate(self) -> None:
+        """Check what types cannot say; raises `InvalidPlan`."""
+        self.ids.validate()
+        self.limits.validate()
+        _check_name("agent_id", self.agent_id, most=64)
+        _check_name("instance", self.instance, most=24)
+        _check_name("hostname", self.hostname, most=63)
+        if not 1 <= len(self.argv) <= ARGUMENTS_MAX:
+            raise InvalidPlan(f"argv: must have 1..{ARGUMENTS_MAX} entries")
+        if not self.argv[0]:
+            raise InvalidPlan("argv[0]: must not be empty")
+        check_strings("argv", self.argv)
+        check_environment("env", self.env)
+        for inside, field in ((self.uid, "uid"), (self.gid, "gid")):
+            if inside not in (ROOT_INSIDE, AGENT_INSIDE):
+                raise InvalidPlan(f"{field}: must be {ROOT_INSIDE} or {AGENT_INSIDE} inside, not {inside}")
+        check_target("cwd", self.cwd)
+        if unknown := set(self.weaken) - WEAKENINGS:
+            raise InvalidPlan(f"weaken: there is no {', '.join(sorted(unknown))}")
+        if self.tty is not None:
+            check_terminal(self.tty)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        if (self.rootfs.kind == "directory") != (self.rootfs.fd is not None):
+            raise InvalidPlan("rootfs.fd: a directory needs one, the host's root takes none")
+        if len(self.binds) > BINDS_MAX or len(self.hide) > HIDDEN_MAX or len(self.etc) > ETC_FILES_MAX:
+            raise InvalidPlan(f"binds, hide, etc: at most {BINDS_MAX}, {HIDDEN_MAX}, {ETC_FILES_MAX}")
+        for index, bind in enumerate(self.binds):
+            self._check_bind(f"binds[{index}]", bind)
+        for path in self.hide:
+            check_target("hide", path)
+        for file in self.etc:
+            check_target("etc.name", "/" + file.name)
+            if len(file.text) > TEXT_BYTES_MAX:
+                raise InvalidPlan(f"etc.{file.name}: longer than {TEXT_BYTES_MAX} characters")
+
+    @staticmethod
+    def _check_bind(where: str, bind: Bind) -> None:
+        check_target(f"{where}.target", bind.target)
+        if bind.target.split("/")[1] in {"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""}:
+            raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
+        if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
+            raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
+        if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
+            raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line for each step, in the order in which they happen."""
+        yield f"agent {self.agent_id} of instance {self.instance}, host name {self.hostname}"
+        yield self.limits.describe()
+        yield self.network.describe()
+        yield "own mount, pid, ipc, uts, cgroup, net and user namespaces"
+        yield self.ids.describe()
+        yield self.rootfs.describe()
+        yield from (file.describe() for file in self.etc)
+        yield self.scratch.describe()
+        yield from (bind.describe() for bind in self.binds)
+        yield from (f"hide {path}" for path in self.hide)
+        yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
+        yield f"uid {self.uid} gid {self.gid} inside, no capability, no_new_privs, Landlock {self.landlock}"
+        yield f"seccomp filter {self.filter_digest or 'none'}"
+        yield from (f"WEAKENED for a test: {name}" for name in self.weaken)
+        if self.tty is not None:
+            yield self.tty.describe()
+        yield f"execve {self.argv[0]} in {self.cwd}"
+
+
+# --- checks shared with exec ---------------------------------------------------------------------------------------
+
+
+def check_strings(where: str, strings: Sequence[str]) -> None:
+    if sum(len(text) + 1 for text in strings) > PLAN_BYTES_MAX:
+        raise InvalidPlan(f"{where}: longer than {PLAN_BYTES_MAX} bytes")
+    for index, text in enumerate(strings):
+        if "\0" in text:
+            raise InvalidPlan(f"{where}[{index}]: has a NUL byte")
+
+
+def check_environment(where: str, env: Sequence[tuple[str, str]]) -> None:
+    if len(env) > ENVIRONMENT_MAX:
+        raise InvalidPlan(f"{where}: more than {ENVIRONMENT_MAX} variables")
+    check_strings(where, [text for pair in env for text in pair])
+    for name, _ in env:
+        if not name or "=" in name:
+            raise InvalidPlan(f"{where}: {name!r} is no name of a variable")
+
+
+def check_target(where: str, path: str) -> None:
+    """Accept an absolute path in its shortest form only; raises `InvalidPlan`."""
+    parts = path.split("/")
+    if parts[0] or len(path) > 4096 or "\0" in path or (path != "/" and any(p in {"", ".", ".."} for p in parts[1:])):  # noqa: PLR2004 - PATH_MAX
+        raise InvalidPlan(f"{where}: {path!r} is not an absolute path without empty, '.' or '..' parts")
+
+
+def check_terminal(tty: Tty) -> None:
+    if not (0 < tty.rows < 1 << 16 and 0 < tty.cols < 1 << 16):
+        raise InvalidPlan("tty: rows and cols must be 1..65535")
+
+
+def _check_name(where: str, text: str, *, most: int) -> None:
+    if not 0 < len(text) <= most or not all(c.isascii() and (c.isalnum() or c in "-_") for c in text):
+        raise InvalidPlan(f"{where}: {text!r} must be 1..{most} letters, digits, '-' or '_'")
+
+
+# --- filters -------------------------------------------------------------------------------------------------------
+
+_PACK_MAGIC: Final = b"SKF1"
+FILTERS_MAX: Final = 4
+
+
+def pack_filters(programs: Sequence[bytes]) -> bytes:
+    """Put BPF programs into one blob, in the order in which they are to be installed."""
+    if not 0 < len(programs) <= FILTERS_MAX:
+        raise InvalidPlan(f"filter: 1..{FILTERS_MAX} programs, not {len(programs)}")
+    lengths = b"".join(struct.pack("<I", len(program)) for program in programs)
+    return _PACK_MAGIC + struct.pack("<I", len(programs)) + lengths + b"".join(programs)
+
+
+def unpack_filters(blob: bytes) -> tuple[bytes, ...]:
+    """Undo `pack_filters`; raises `InvalidPlan` on anything else."""
+    if blob[:4] != _PACK_MAGIC or len(blob) < 8:  # noqa: PLR2004 - magic and count
+        raise InvalidPlan("filter: not made by pack_filters")
+    (count,) = struct.unpack_from("<I", blob, 4)
+    if not 0 < count <= FILTERS_MAX or len(blob) < 8 + 4 * count:
+        raise InvalidPlan("filter: header is cut short or has a wrong count")
+    lengths = struct.unpack_from(f"<{count}I", blob, 8)
+    start = 8 + 4 * count
+    if start + sum(lengths) != len(blob) or any(length == 0 or length % 8 for length in lengths):
+        raise InvalidPlan("filter: lengths do not fit the content")
+    programs = []
+    for length in lengths:
+        programs.append(blob[start : start + length])
+        start += length
+    return tuple(programs)
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+_hints: dict[type, dict[str, Any]] = {}
+
+
+def decode(kind: type[T], value: object, where: str) -> T:
+    """Make a dataclass of a JSON object, strictly: no unknown key, no missing one, no conversion."""
+    if not isinstance(value, dict):
+        raise InvalidPlan(f"{where}: must be an object")
+    hints = _hints.get(kind)
+    if hints is None:
+        hints = _hints[kind] = {n: h for n, h in typing.get_type_hints(kind).items() if n in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+        hints.pop("VERSION", None)
+    if unknown := value.keys() - hints.keys():
+        raise InvalidPlan(f"{where}: unknown key {min(unknown)!r}")
+    fields = {name: _decode_value(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise InvalidPlan(f"{where}: {error}") from error
+
+
+def _decode_value(hint: Any, value: object, where: str) -> Any:  # noqa: PLR0911 - one return a kind of hint
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _decode_value(inner, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise InvalidPlan(f"{where}: must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return decode(hint, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    # type(), not isinstance: True is an int for Python, not for a plan.
+    if type(value) is not hint:
+        raise InvalidPlan(f"{where}: must be of type {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _decode_tuple(arguments: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise InvalidPlan(f"{where}: must be a list")
+    if arguments[-1] is Ellipsis:
+        return tuple(_decode_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise InvalidPlan(f"{where}: must have {len(arguments)} entries")
+    return tuple(_decode_value(a, item, where) for a, item in zip(arguments, value, strict=True))
+
+
+def dumps(value: object) -> bytes:
+    """Write a message for the launcher's channel: compact JSON in UTF-8."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogateescape")
