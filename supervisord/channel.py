@@ -50,7 +50,7 @@ class Channel:
         self._queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.closed = False
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
@@ -60,15 +60,15 @@ class Channel:
         """
         data = json.dumps(message, separators=(",", ":")).encode()
         if self.closed:
-            raise Unavailable(f"cannot reach the {self.name}: it has gone", "it is being started again; try again")
+            raise Unavailable(f"cannot reach the {self.name}: it has gone", remedy="try again in a moment")
         if len(data) > self._bytes_max:
             raise Unavailable(
                 f"cannot send {len(data)} bytes to the {self.name}: the limit is {self._bytes_max}",
-                "shorten the command or its environment",
+                remedy="shorten the command or its environment",
             )
         if self._queue or not self._try_send(data, tuple(fds)):
             if len(self._queue) >= QUEUED_MESSAGES_MAX:
-                raise Unavailable(f"cannot reach the {self.name}: it does not read", "see the daemon's journal")
+                raise Unavailable(f"cannot reach the {self.name}: it does not read", remedy="see the daemon's journal")
             if not self._queue:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
             self._queue.append((data, tuple(os.dup(fd) for fd in fds)))
@@ -96,7 +96,7 @@ class Channel:
         except OSError as error:
             self._lost()
             raise Unavailable(
-                f"cannot reach the {self.name}: {error.strerror}", "it is being started again; try again"
+                f"cannot reach the {self.name}: {error.strerror}", remedy="try again in a moment"
             ) from error
         return True
 

@@ -34,10 +34,14 @@ class LauncherFailed(CannotLaunch):
     """The launcher did what it could and names the step that failed."""
 
     def __init__(self, error: Mapping[str, object]) -> None:
-        self.step = str(error.get("step", "launcher"))
-        self.errno = error.get("errno")
         message = str(error.get("message", "the launcher gave no reason"))
-        super().__init__(message, str(error.get("remedy") or "see `stockadectl doctor`"))
+        number = error.get("errno")
+        super().__init__(
+            message,
+            remedy=str(error.get("remedy") or "see `stockadectl doctor`"),
+            step=str(error.get("step", "launcher")),
+            errno=number if isinstance(number, int) else 0,
+        )
 
 
 class LauncherLink:
@@ -82,7 +86,7 @@ class LauncherLink:
     ) -> Reply:
         """Order `op`; raises LauncherFailed with the failing step, Unavailable when there is no answer."""
         if self._channel is None:
-            raise Unavailable("cannot reach the launcher: it is not running", "it is being started again; try again")
+            raise Unavailable("cannot reach the launcher: it is not running", remedy="try again in a moment")
         number = next(self._numbers)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -92,7 +96,7 @@ class LauncherLink:
                 reply = await future
         except TimeoutError as error:
             raise Unavailable(
-                f"cannot {op}: the launcher did not answer in {seconds_max:g} s", "see the launcher's journal"
+                f"cannot {op}: the launcher did not answer in {seconds_max:g} s", remedy="see the launcher's journal"
             ) from error
         finally:
             self._waiting.pop(number, None)
@@ -126,5 +130,5 @@ class LauncherLink:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(
-                    Unavailable("cannot reach the launcher: it has gone", "it is being started again; try again")
+                    Unavailable("cannot reach the launcher: it has gone", remedy="try again in a moment")
                 )

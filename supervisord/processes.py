@@ -65,7 +65,7 @@ class Child:
             await self.exited.wait()
 
 
-def spawn(  # noqa: PLR0913 - a process has this many properties
+def spawn(
     name: str,
     argv: Sequence[str],
     *,
