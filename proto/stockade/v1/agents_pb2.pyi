@@ -204,20 +204,22 @@ class LaunchSpec(_message.Message):
     def __init__(self, command: _Optional[_Iterable[bytes]] = ..., name: _Optional[str] = ..., policy: _Optional[str] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., scopes: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., budget: _Optional[_Mapping[str, float]] = ..., env: _Optional[_Mapping[str, str]] = ..., tty: _Optional[_Union[TerminalSize, _Mapping]] = ..., stdin: _Optional[bool] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ...) -> None: ...
 
 class LaunchRequest(_message.Message):
-    __slots__ = ("spec", "definition_yaml", "definition_filename", "agent_id", "idempotency_key", "dry_run")
+    __slots__ = ("spec", "definition_yaml", "definition_filename", "definition_directory", "agent_id", "idempotency_key", "dry_run")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_YAML_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_FILENAME_FIELD_NUMBER: _ClassVar[int]
+    DEFINITION_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     spec: LaunchSpec
     definition_yaml: bytes
     definition_filename: str
+    definition_directory: str
     agent_id: str
     idempotency_key: str
     dry_run: bool
-    def __init__(self, spec: _Optional[_Union[LaunchSpec, _Mapping]] = ..., definition_yaml: _Optional[bytes] = ..., definition_filename: _Optional[str] = ..., agent_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, spec: _Optional[_Union[LaunchSpec, _Mapping]] = ..., definition_yaml: _Optional[bytes] = ..., definition_filename: _Optional[str] = ..., definition_directory: _Optional[str] = ..., agent_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class LaunchResponse(_message.Message):
     __slots__ = ("agent", "plan_text", "existed")
