@@ -1,0 +1,29 @@
+"""What every test run shares: a run that must not skip anything can say so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+EXIT_SKIPPED = 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail the run when a test was skipped")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if config.getoption("--no-skips") and skipped:
+        terminalreporter.write_line(f"--no-skips: {len(skipped)} skipped on a host that must run everything", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Turns a passing run with skips into a failing one (a skip hides what a claim is worth)."""
+    if exitstatus != 0 or not session.config.getoption("--no-skips"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = EXIT_SKIPPED
