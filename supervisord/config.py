@@ -1,0 +1,135 @@
+"""stockade.toml: a frozen value, every key known and every value checked."""
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from supervisord.errors import InvalidInput
+from supervisord.ids import instance_name, shown
+
+CONFIG_BYTES_MAX: Final = 256 * 1024
+
+# Clear of the ranges systemd gives to containers, dynamic users and homes (systemd.io/UIDS-GIDS).
+UID_FIRST: Final = 1879048192
+UID_LAST: Final = 2147352575
+UIDS_PER_AGENT: Final = 65536
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class GatewayKind(Enum):
+    EMBEDDED = "embedded"
+    LITELLM = "litellm"
+    OPENAI = "openai"
+
+
+class ModelKind(Enum):
+    SCRIPTED = "scripted"
+    LOCAL = "local"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+class Durability(Enum):
+    BATCHED = "batched"
+    STRICT = "strict"
+
+
+class OnStop(Enum):
+    LEAVE = "leave"
+    KILL = "kill"
+
+
+class Role(Enum):
+    """What a caller may do: READER looks, OPERATOR also acts, ADMIN may also go beyond a policy's limits."""
+
+    READER = "reader"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRoute:
+    """Where the embedded gateway sends a model's calls; prices are US dollars for a million tokens, None unknown."""
+
+    name: str
+    kind: ModelKind
+    url: str = ""
+    model: str = ""
+    key_file: Path | None = None
+    script: Path | None = None
+    input_usd_per_mtok: float | None = None
+    output_usd_per_mtok: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """`hosts` pins names to `ip` or `ip:port`; `allow_networks` opens private destinations to granted names."""
+
+    kind: GatewayKind = GatewayKind.EMBEDDED
+    url: str = "http://127.0.0.1:4000"
+    credential_file: Path | None = None
+    forward_proxy: str = ""
+    models: tuple[ModelRoute, ...] = ()
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    allow_networks: tuple[Network, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    durability: Durability = Durability.BATCHED
+    checkpoint_entries: int = 1000
+    checkpoint_seconds: float = 60.0
+    witness_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ControlConfig:
+    """`roles` maps `cn:NAME` or a SPIFFE URI of a client certificate to what it may do."""
+
+    group: str = "stockade"
+    read_only_others: bool = False
+    tcp_listen: str = ""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UsersConfig:
+    egress: str = "stockade-egress"
+    dialer: str = "stockade-dialer"
+    gateway: str = "stockade-gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentsConfig:
+    """`uid_first` and `uid_last` bound the ids that agents get, both inclusive."""
+
+    on_stop: OnStop = OnStop.LEAVE
+    uid_first: int = UID_FIRST
+    uid_last: int = UID_LAST
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    instance: str = "default"
+    state_dir: Path = Path("/var/lib/stockade")
+    run_dir: Path = Path("/run/stockade")
+    policy_dirs: tuple[Path, ...] = (Path("/etc/stockade/policies"),)
+    gateway: GatewayConfig = GatewayConfig()
+    log: LogConfig = LogConfig()
+    control: ControlConfig = ControlConfig()
+    users: UsersConfig = UsersConfig()
+    agents: AgentsConfig = AgentsConfig()
+    pool_netns: int = 4
+    egress_workers: int = 1
+    source: str = ""
