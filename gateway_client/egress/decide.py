@@ -1,0 +1,268 @@
+"""The decision on one request: a function of the request, what the agent holds, and the time. The daemon calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, assert_never
+
+from gateway_client.egress.request import Dialect, EgressRequest, Form
+from gateway_client.egress.scope import HttpScope, Scope, covers, format_scope, missing_scope
+from gateway_client.egress.target import address_of, forbidden_address
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Network, IPv6Network
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+tokens_reserved_default: Final = 4096
+"""What a call that names no max_tokens reserves of a token budget until its usage is known."""
+
+SELF_PREFIX: Final = "/.stockade/v1/"
+
+
+class Upstream(StrEnum):
+    """What the dialer opens for an allowed request."""
+
+    API = "api"
+    FORWARD = "forward"
+    TUNNEL = "tunnel"
+    INSPECT = "inspect"
+    """Nothing yet: the worker parses the plain HTTP inside the CONNECT, and asks about each request of it."""
+
+
+class Reason(StrEnum):
+    """Why a request was refused: stable codes for programs, in the answer to the agent and in the log."""
+
+    SCOPE_MISSING = "scope_missing"
+    GRANT_EXPIRED = "grant_expired"
+    GRANT_USED_UP = "grant_used_up"
+    ENDPOINT_REFUSED = "endpoint_refused"
+    ADDRESS_FORBIDDEN = "address_forbidden"
+    FORWARDING_OFF = "forwarding_off"
+    TLS_NOT_TERMINATED = "tls_not_terminated"
+    AGENT_NOT_RUNNING = "agent_not_running"
+    AGENT_HELD = "agent_held"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    SELF_UNKNOWN = "self_unknown"
+    LOG_UNAVAILABLE = "log_unavailable"
+    DAEMON_GONE = "daemon_gone"
+    UPSTREAM_FAILED = "upstream_failed"
+    FROZEN = "frozen"
+    LIMIT = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class GrantView:
+    """A grant as the decision sees it; times are seconds of the monotonic clock."""
+
+    grant_id: str
+    scope: Scope
+    expires_at: float | None = None
+    uses_left: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetView:
+    """What is left, reservations taken off; None is without limit."""
+
+    llm_tokens_left: int | None = None
+    cost_usd_left: float | None = None
+    requests_left: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """Everything about an agent that a decision depends on."""
+
+    agent_id: str
+    name: str
+    policy: str
+    state: str
+    """A lifecycle state; only STARTING (execve done, not yet noted) and RUNNING may send."""
+    held: bool = False
+    grants: tuple[GrantView, ...] = ()
+    budget: BudgetView = field(default_factory=BudgetView)
+    forwarding: bool = True
+    """Whether the gateway, or a forward proxy beside it, opens other hosts."""
+    allow_networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    """Networks whose address literals an operator has opened in the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    grant_id: str
+    upstream: Upstream
+    scope: str = ""
+    reserve_tokens: int = 0
+    """Taken off the token budget until the outcome is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    status: int
+    reason_code: str
+    detail: str
+    scope: str = ""
+    """The scope that was missing, as `grant` takes it; empty where no scope would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The daemon's own answer to a self-service request."""
+
+    status: int
+    body: dict[str, JsonValue]
+
+
+Verdict = Allow | Refuse | Reply
+
+
+def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    """Judge one request. `now` is monotonic seconds, the clock of `GrantView.expires_at`."""
+    if view.state not in ("STARTING", "RUNNING"):
+        return Refuse(503, Reason.AGENT_NOT_RUNNING, f"the agent is {view.state} and may send nothing")
+    if view.held:
+        return Refuse(503, Reason.AGENT_HELD, "the agent is on hold until an operator releases it")
+    match request.form:
+        case Form.SELF:
+            return _answer_self(request, view, now=now)
+        case Form.MODEL:
+            return _decide_model(request, view, now=now)
+        case Form.FORWARD:
+            return _decide_elsewhere(request, view, now=now, upstream=Upstream.FORWARD)
+        case Form.CONNECT:
+            return _decide_elsewhere(request, view, now=now, upstream=Upstream.TUNNEL)
+        case _:
+            assert_never(request.form)
+
+
+def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    if request.dialect is None:
+        return Refuse(
+            403, Reason.ENDPOINT_REFUSED, "the path is no model endpoint; only those of the known dialects are offered"
+        )
+    grant = _best_grant(request, view, now=now)
+    if isinstance(grant, Refuse):
+        return grant
+    if request.dialect in (Dialect.MODELS, Dialect.ANTHROPIC_COUNT_TOKENS):  # these use no model, so cost nothing
+        return _allow(grant, Upstream.API)
+    budget = view.budget
+    for left, what in (
+        (budget.llm_tokens_left, "tokens"),
+        (budget.cost_usd_left, "cost"),
+        (budget.requests_left, "requests"),
+    ):
+        if left is not None and left <= 0:
+            return Refuse(429, Reason.BUDGET_EXHAUSTED, f"the agent's budget of {what} is used up")
+    tokens_left = budget.llm_tokens_left
+    wanted = request.max_tokens if request.max_tokens is not None else tokens_reserved_default
+    if tokens_left is not None and request.max_tokens is not None and request.max_tokens > tokens_left:
+        return Refuse(
+            429, Reason.BUDGET_EXHAUSTED, f"the call asks for {wanted} tokens and {tokens_left} are left of the budget"
+        )
+    return _allow(grant, Upstream.API, reserve_tokens=0 if tokens_left is None else min(wanted, tokens_left))
+
+
+def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, upstream: Upstream) -> Verdict:
+    address = address_of(request.host)
+    if address is not None and not any(address in network for network in view.allow_networks):
+        why = forbidden_address(address)
+        if why is not None:
+            return Refuse(403, Reason.ADDRESS_FORBIDDEN, f"{request.host} is a {why} address, which no scope opens")
+    grant = _best_grant(request, view, now=now)
+    if isinstance(grant, Refuse):
+        if request.form is Form.CONNECT:
+            return _connect_without_tls_scope(request, view, refusal=grant)
+        return grant
+    if not view.forwarding:
+        return Refuse(
+            403, Reason.FORWARDING_OFF, "the gateway serves models only; the operator must set gateway.forward_proxy"
+        )
+    return _allow(grant, upstream)
+
+
+def _connect_without_tls_scope(request: EgressRequest, view: AgentView, *, refusal: Refuse) -> Verdict:
+    """Judge a CONNECT that no tls: scope covers: plain HTTP in it may still be parsed, TLS in it may not pass.
+
+    Some clients send CONNECT for plain http:// URLs. The worker then answers 200 itself, opens nothing, and asks about
+    each request inside, so this permits nothing that the requests inside would not be permitted on their own.
+    """
+    schemes = {
+        grant.scope.scheme
+        for grant in view.grants
+        if isinstance(grant.scope, HttpScope) and (grant.scope.host, grant.scope.port) == (request.host, request.port)
+    }
+    if "http" in schemes or request.port == 80:  # noqa: PLR2004 - the port of http://
+        return Allow(grant_id="", upstream=Upstream.INSPECT)
+    if "https" in schemes:
+        return Refuse(
+            403,
+            Reason.TLS_NOT_TERMINATED,
+            "an http: scope for an https URL is not enforced inside TLS yet; a tls: scope passes the host as a whole",
+            scope=missing_scope(request),
+        )
+    return refusal
+
+
+def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> GrantView | Refuse:
+    """Find the grant to use: an unlimited one before one that counts uses, then the one that lasts longest."""
+    covering = [grant for grant in view.grants if covers(grant.scope, request)]
+    live = [grant for grant in covering if grant.expires_at is None or now < grant.expires_at]
+    usable = [grant for grant in live if grant.uses_left is None or grant.uses_left > 0]
+    if usable:
+        return min(
+            usable,
+            key=lambda grant: (grant.uses_left is not None, -(grant.expires_at or float("inf")), grant.grant_id),
+        )
+    scope = missing_scope(request)
+    if live:
+        return Refuse(403, Reason.GRANT_USED_UP, f"the grant for {scope} has no uses left", scope=scope)
+    if covering:
+        return Refuse(403, Reason.GRANT_EXPIRED, f"the grant for {scope} has expired", scope=scope)
+    return Refuse(403, Reason.SCOPE_MISSING, f"the agent has no grant for {scope}", scope=scope)
+
+
+def _allow(grant: GrantView, upstream: Upstream, *, reserve_tokens: int = 0) -> Allow:
+    return Allow(
+        grant_id=grant.grant_id, upstream=upstream, scope=format_scope(grant.scope), reserve_tokens=reserve_tokens
+    )
+
+
+def _answer_self(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    """Answer what the view alone can answer; `requests` is the daemon's, which looks before it calls decide()."""
+    topic = request.path.removeprefix(SELF_PREFIX)
+    if topic in ("whoami", "scopes", "budget") and request.method not in ("GET", "HEAD"):
+        return Refuse(405, Reason.SELF_UNKNOWN, f"{topic} is read with GET")
+    match topic:
+        case "whoami":
+            return Reply(
+                200, {"agent_id": view.agent_id, "name": view.name, "policy": view.policy, "state": view.state}
+            )
+        case "scopes":
+            return Reply(200, {"scopes": [_grant_json(grant, now=now) for grant in view.grants if _live(grant, now)]})
+        case "budget":
+            budget = view.budget
+            return Reply(
+                200,
+                {
+                    "llm_tokens_left": budget.llm_tokens_left,
+                    "cost_usd_left": budget.cost_usd_left,
+                    "requests_left": budget.requests_left,
+                },
+            )
+        case _:
+            return Refuse(404, Reason.SELF_UNKNOWN, "there are whoami, scopes and budget under /.stockade/v1/")
+
+
+def _live(grant: GrantView, now: float) -> bool:
+    return (grant.expires_at is None or now < grant.expires_at) and grant.uses_left != 0
+
+
+def _grant_json(grant: GrantView, *, now: float) -> JsonValue:
+    return {
+        "grant_id": grant.grant_id,
+        "scope": format_scope(grant.scope),
+        "expires_in_seconds": None if grant.expires_at is None else round(grant.expires_at - now, 3),
+        "uses_left": grant.uses_left,
+    }
