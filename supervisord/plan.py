@@ -1,0 +1,247 @@
+"""What one launch comes to: an order and a policy in, a `SandboxPlan` out (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from gateway_client.egress.scope import FsScope, Scope, format_scope
+from sandbox import plan as sandbox_plan
+from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, EtcFile, IdRange, SandboxPlan, Scratch, Tty
+from supervisord.budgets import Budget
+from supervisord.errors import InvalidInput, PermissionDenied
+from supervisord.ids import shown
+from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+GATEWAY_NAME: Final = "gateway.internal"
+PLACEHOLDER_KEY: Final = "stockade-placeholder-the-gateway-has-the-key"
+COMMAND_BYTES_MAX: Final = 256 << 10
+ENVIRONMENT_BYTES_MAX: Final = 256 << 10
+SCOPES_MAX: Final = 256
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# What the sandbox says of itself; a caller may set anything else.
+RESERVED_VARIABLES: Final = frozenset({"STOCKADE_AGENT_ID", "STOCKADE_GATEWAY_URL"})
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOrder:
+    """What a caller asks for, decoded and checked; None and empty mean: as the policy says."""
+
+    command: tuple[str, ...]
+    name: str = ""
+    policy: str = "default"
+    workspace: Workspace | None = None
+    scopes: tuple[Scope, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    limits: LimitsWanted = field(default_factory=LimitsWanted)
+    budget: Budget = field(default_factory=Budget)
+    env: Mapping[str, str] = field(default_factory=dict)
+    tty: Tty | None = None
+    stdin: bool = False
+    owner: str = ""
+    purpose: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedFile:
+    """A host path that the sandbox shows, before it is opened; `why` is for messages."""
+
+    path: PurePosixPath
+    target: PurePosixPath
+    writable: bool
+    why: str
+    by_policy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedFile:
+    """The same after it was opened: its owner on disk, and its index among the descriptors."""
+
+    wanted: WantedFile
+    index: int
+    owner_uid: int
+    owner_gid: int
+
+
+def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
+    """Every host path the launch needs, the policy's own first; raises InvalidInput where two claim one place."""
+    files = [_wanted(scope, by_policy=True) for scope in policy.scopes if isinstance(scope, FsScope)]
+    files += [_wanted(scope, by_policy=False) for scope in order.scopes if isinstance(scope, FsScope)]
+    if order.workspace is not None:
+        files.append(
+            WantedFile(
+                order.workspace.path,
+                PurePosixPath("/workspace"),
+                order.workspace.writable,
+                "workspace",
+                by_policy=False,
+            )
+        )
+    seen: dict[PurePosixPath, WantedFile] = {}
+    for file in files:
+        other = seen.setdefault(file.target, file)
+        if other is not file and other.path != file.path:
+            raise InvalidInput(
+                f"cannot show {file.path} at {file.target}: {other.path} is there",
+                remedy="give one of them another place: fs:ro:/host/path=/in/agent",
+            )
+    return tuple(seen.values())
+
+
+def effective_limits(policy: Policy, wanted: LimitsWanted) -> Limits:
+    """The limits in force; raises PermissionDenied where the launch asks for more than the policy gives."""
+    chosen: dict[str, int | float] = {}
+    for name in Limits.__slots__:
+        ours, theirs = getattr(policy.limits, name), getattr(wanted, name)
+        if theirs is not None and theirs > ours:
+            raise PermissionDenied(
+                f"cannot launch with {name} {theirs}: policy {policy.name} gives {ours} at most",
+                remedy="ask for less, or choose a policy with a higher limit (`stockadectl policy list`)",
+            )
+        chosen[name] = ours if theirs is None else theirs
+    return Limits(**chosen)  # type: ignore[arg-type]
+
+
+def check_order(order: LaunchOrder) -> None:
+    """Hold the order against the limits of what a caller may send; raises InvalidInput."""
+    if not order.command or not order.command[0]:
+        raise InvalidInput("cannot launch: there is no command", remedy="write it after --, say `-- python3 agent.py`")
+    if sum(len(part.encode("utf-8", "surrogateescape")) + 1 for part in order.command) > COMMAND_BYTES_MAX:
+        raise InvalidInput(
+            f"cannot launch: the command is longer than {COMMAND_BYTES_MAX} bytes",
+            remedy="put what is long into a file of the workspace",
+        )
+    if sum(len(key) + len(value) + 2 for key, value in order.env.items()) > ENVIRONMENT_BYTES_MAX:
+        raise InvalidInput(
+            f"cannot launch: the environment is longer than {ENVIRONMENT_BYTES_MAX} bytes", remedy="shorten it"
+        )
+    for key, value in order.env.items():
+        if key in RESERVED_VARIABLES or not key or "=" in key or "\0" in key + value:
+            raise InvalidInput(
+                f"cannot set variable {shown(key)}: it is the sandbox's own, or no name of a variable",
+                remedy="choose another name",
+            )
+    if any("\0" in part for part in order.command):
+        raise InvalidInput("cannot launch: the command has a NUL byte", remedy="leave it out")
+    if len(order.scopes) > SCOPES_MAX:
+        raise InvalidInput(f"cannot launch with {len(order.scopes)} scopes: {SCOPES_MAX} at most", remedy="use globs")
+
+
+def build(
+    order: LaunchOrder,
+    policy: Policy,
+    *,
+    agent_id: str,
+    name: str,
+    instance: str,
+    id_first: int,
+    slot: int,
+    files: Sequence[OpenedFile],
+    filter_digest: str,
+) -> SandboxPlan:
+    """Gives the plan of the launch; raises PermissionDenied or InvalidInput with the remedy."""
+    limits = effective_limits(policy, order.limits)
+    inside = ROOT_INSIDE if policy.user is User.ROOT else AGENT_INSIDE
+    return SandboxPlan(
+        agent_id=agent_id,
+        instance=instance,
+        hostname=name.replace(".", "-").replace("_", "-")[:63].strip("-") or "agent",
+        argv=order.command,
+        env=_environment(order, policy, agent_id=agent_id),
+        ids=IdRange(id_first + slot * IDS_PER_AGENT),
+        uid=inside,
+        gid=inside,
+        binds=tuple(_bind(file, policy) for file in files),
+        hide=tuple(str(path) for path in policy.hide),
+        scratch=_scratch(limits),
+        etc=etc_files(inside, name),
+        limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
+        filter_digest=filter_digest,
+        landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
+        tty=order.tty,
+        stdin=order.stdin,
+    )
+
+
+def etc_files(inside: int, name: str) -> tuple[EtcFile, ...]:
+    """The files of the sandbox's /etc that are not the host's."""
+    root = "root:x:0:0:root:/root:/usr/sbin/nologin\n"
+    agent = "agent:x:1000:1000:agent:/home/agent:/bin/bash\n"
+    if inside == ROOT_INSIDE:
+        root = "root:x:0:0:root:/home/agent:/bin/bash\n"
+    return (
+        EtcFile("passwd", f"{root}{agent}nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
+        EtcFile("group", "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n"),
+        EtcFile("hosts", f"127.0.0.1 localhost\n127.0.1.1 {name}\n198.18.0.1 {GATEWAY_NAME}\n"),
+        EtcFile("hostname", f"{name}\n"),
+        EtcFile("nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files\nservices: files\n"),
+        EtcFile("gitconfig", "[safe]\n\tdirectory = *\n"),
+    )
+
+
+def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str) -> tuple[tuple[str, str], ...]:
+    gateway = f"http://{GATEWAY_NAME}:3128"
+    own = {
+        "PATH": PATH,
+        "HOME": "/home/agent",
+        "USER": "root" if policy.user is User.ROOT else "agent",
+        "LOGNAME": "root" if policy.user is User.ROOT else "agent",
+        "SHELL": "/bin/bash",
+        "LANG": "C.UTF-8",
+        "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
+        "HTTP_PROXY": gateway,
+        "HTTPS_PROXY": gateway,
+        "http_proxy": gateway,
+        "https_proxy": gateway,
+        "NO_PROXY": f"{GATEWAY_NAME},localhost,127.0.0.1",
+        "no_proxy": f"{GATEWAY_NAME},localhost,127.0.0.1",
+        "NODE_USE_ENV_PROXY": "1",
+        "OPENAI_BASE_URL": f"{gateway}/v1",
+        "ANTHROPIC_BASE_URL": gateway,
+        "OPENAI_API_KEY": PLACEHOLDER_KEY,
+        "ANTHROPIC_API_KEY": PLACEHOLDER_KEY,
+    }
+    if order.tty is not None:
+        own["TERM"] = "xterm-256color"
+    fixed = {"STOCKADE_AGENT_ID": agent_id, "STOCKADE_GATEWAY_URL": gateway}
+    return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
+
+
+def _scratch(limits: Limits) -> Scratch:
+    """Share the disk limit out: what is on tmpfs counts as memory too, so it never promises more than that."""
+    total = min(limits.disk_bytes, limits.memory_bytes)
+    return Scratch(tmp_bytes=total, home_bytes=total, shm_bytes=max(total // 2, 1 << 16), workspace_bytes=total)
+
+
+def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
+    if file.wanted.writable and file.owner_uid == 0 and not policy.allow_root_owned:
+        raise PermissionDenied(
+            f"cannot give {file.wanted.path} writable: it is owned by root, and what an agent writes there runs as root"
+            " all too easily",
+            remedy=f"chown it to the person it belongs to, use :ro, or set allow_root_owned in policy {policy.name}",
+        )
+    return sandbox_plan.Bind(
+        fd=file.index,
+        target=str(file.wanted.target),
+        writable=file.wanted.writable,
+        owner_uid=file.owner_uid,
+        owner_gid=file.owner_gid,
+        allow_root_owned=policy.allow_root_owned,
+        without_idmap="read-only" if "idmap" in policy.degraded_ok else "refuse",
+        name=file.wanted.why,
+    )
+
+
+def _wanted(scope: FsScope, *, by_policy: bool) -> WantedFile:
+    return WantedFile(
+        scope.host_path,
+        scope.inside or scope.host_path,
+        scope.writable,
+        format_scope(scope),
+        by_policy=by_policy,
+    )
