@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON frames and back: strict, so that a frame from a process that was taken over is but a value.
+"""Frozen dataclasses to JSON frames and back: strict, so that a frame from a process that was taken over is a value.
 
 Every frame is one JSON object with `"m"`, the name of the message. Unknown keys, missing keys and wrong types are
 refused.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from gateway_client.egress.request import Dialect, EgressRequest, Form
 from gateway_client.egress.scope import HttpScope, Scope, covers, format_scope, missing_scope
@@ -12,8 +12,6 @@ from gateway_client.egress.target import address_of, forbidden_address
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
-
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 tokens_reserved_default: Final = 4096
 """What a call that names no max_tokens reserves of a token budget until its usage is known."""
@@ -112,7 +110,8 @@ class Reply:
     """The daemon's own answer to a self-service request."""
 
     status: int
-    body: dict[str, JsonValue]
+    body: dict[str, Any]
+    """JSON: values that `json.dumps` takes."""
 
 
 Verdict = Allow | Refuse | Reply
@@ -259,7 +258,7 @@ def _live(grant: GrantView, now: float) -> bool:
     return (grant.expires_at is None or now < grant.expires_at) and grant.uses_left != 0
 
 
-def _grant_json(grant: GrantView, *, now: float) -> JsonValue:
+def _grant_json(grant: GrantView, *, now: float) -> dict[str, Any]:
     return {
         "grant_id": grant.grant_id,
         "scope": format_scope(grant.scope),

@@ -67,7 +67,7 @@ class ForwardMode(StrEnum):
 
     NONE = "none"
     PREFACE = "preface"
-    """The embedded gateway: the dialer's preface names the destination; the gateway answers a status, then it is raw."""
+    """The embedded gateway: the dialer's preface names the destination; the gateway answers a byte, then it is raw."""
     PROXY = "proxy"
     """A forward proxy of the operator's: absolute-form and CONNECT."""
 
@@ -212,7 +212,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The worker alone answered malformed input. At most one a second for an agent; `count` says how many there were."""
+    """The worker alone answered malformed input. At most one a second for an agent; it stands for `count`."""
 
     agent_id: str
     status: int
