@@ -21,6 +21,7 @@ DOCUMENT_BYTES_MAX: Final = 64 * 1024
 DOCUMENT_NODES_MAX: Final = 4096
 DOCUMENT_DEPTH_MAX: Final = 16
 PROBLEMS_MAX: Final = 20
+KEY_CHARACTERS_MAX: Final = 128
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 Path = tuple[str | int, ...]
@@ -30,6 +31,7 @@ _FLOAT: Final = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{1,15}", re.ASCII)
 _AMBIGUOUS: Final = re.compile(
     r"[Yy]es|[Nn]o|[Oo]n|[Oo]ff|[Yy]|[Nn]|YES|NO|ON|OFF|[-+]?0[0-9]+|0[xo][0-9a-fA-F]+", re.ASCII
 )
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _ALLOWED_TAGS: Final = frozenset({None, "!"})
 
 
@@ -191,6 +193,12 @@ class _Composer:
 
     def key(self, event: yaml.ScalarEvent, top: _Open) -> None:
         assert isinstance(top.value, dict)  # noqa: S101 - only scalar() calls this; for the type checker
+        if len(event.value) > KEY_CHARACTERS_MAX or _CONTROL.search(event.value):
+            raise self.refuse(
+                event,
+                "a key that is too long or has control characters",
+                f"use at most {KEY_CHARACTERS_MAX} characters",
+            )
         if event.value == "<<" and event.implicit[0]:
             raise self.refuse(event, "YAML merge keys are not accepted", "write the keys out")
         if event.value in top.value:

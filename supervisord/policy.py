@@ -1,23 +1,18 @@
-"""Policies and agents: typed values out of checked YAML documents (pure: the text and the schema are passed in)."""
+"""Policies and agents as typed values, and how one policy compares with another (pure)."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import PurePosixPath
-from typing import Final, TypeVar
+from typing import Final
 
-from jsonschema import Draft202012Validator
+import yaml
 
-from gateway_client.egress.scope import Scope, parse_scope
-from supervisord import budgets, ids, sizes
-from supervisord.budgets import NO_BUDGET, Budget
-from supervisord.documents import Document, InvalidDocument, Path, Problem, check_schema, parse_document
-from supervisord.errors import InvalidInput
-
-MEMORY_BYTES_MIN: Final = 16 << 20
-OUTPUT_BYTES_MIN: Final = 64 << 10
+from gateway_client.egress.scope import Scope, format_scope, includes
+from supervisord.budgets import MICROUSD_PER_USD, NO_BUDGET, Budget
+from supervisord.sizes import format_size
 
 
 class Risk(Enum):
@@ -144,3 +139,96 @@ class AgentSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     source: str = ""
+
+
+_RISKS: Final = (Risk.MINIMAL, Risk.LIMITED, Risk.HIGH)
+_LIMIT_KEYS: Final = {
+    "memory_bytes": "memory",
+    "cpus": "cpus",
+    "pids": "pids",
+    "disk_bytes": "disk",
+    "open_files": "open_files",
+    "output_bytes": "output",
+}
+
+
+def policy_yaml(policy: Policy) -> str:
+    """Gives the policy in force as YAML, with everything that was inherited or left to a default written out."""
+    shown = {"kind": "Policy", **effect(policy)}
+    if policy.description:
+        shown["description"] = policy.description
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=False)
+
+
+def wider(policy: Policy, base: Policy) -> Iterator[str]:
+    """Names every key by which a policy gives more than another."""
+    for limit, key in _LIMIT_KEYS.items():
+        if getattr(policy.limits, limit) > getattr(base.limits, limit):
+            yield f"limits.{key}"
+    within = base.ceiling is None or (
+        policy.ceiling is not None and all(any(includes(wide, own) for wide in base.ceiling) for own in policy.ceiling)
+    )
+    checks = {
+        "risk": _RISKS.index(policy.risk) < _RISKS.index(base.risk),
+        "user": (policy.user, base.user) == (User.ROOT, User.AGENT),
+        "rootfs": policy.rootfs != base.rootfs,
+        "hide": not set(base.hide) <= set(policy.hide),
+        "home": (policy.home, base.home) == (Home.PERSISTENT, Home.EPHEMERAL),
+        "allow_root_owned": policy.allow_root_owned and not base.allow_root_owned,
+        "budget": not policy.budget.narrows(base.budget),
+        "scopes": not all(any(includes(wide, own) for wide in base.scopes) for own in policy.scopes),
+        "grants.ceiling": not within,
+        "egress.on_deny": (policy.egress.on_deny, base.egress.on_deny) == (OnDeny.ASK, OnDeny.DENY),
+        "egress.transparent": policy.egress.transparent and not base.egress.transparent,
+        "egress.worker": (policy.egress.worker, base.egress.worker) == (Worker.SHARED, Worker.DEDICATED),
+        "seccomp": policy.seccomp != base.seccomp,
+        "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
+        "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
+        "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
+        "canary": base.canary and not policy.canary,
+    }
+    yield from (key for key, is_wider in checks.items() if is_wider)
+
+
+def effect(policy: Policy) -> dict[str, object]:
+    """Gives everything of a policy that has an effect, in the words of the file."""
+    budget = {key: value for key, value in asdict(policy.budget).items() if value is not None}
+    if (cost := budget.pop("cost_microusd", None)) is not None:
+        budget["cost_usd"] = cost / MICROUSD_PER_USD if cost % MICROUSD_PER_USD else cost // MICROUSD_PER_USD
+    limits = {
+        key: format_size(value) if name.endswith("_bytes") else value
+        for name, key in _LIMIT_KEYS.items()
+        for value in [getattr(policy.limits, name)]
+    }
+    words: dict[str, object] = {
+        "name": policy.name,
+        "version": policy.version,
+        "risk": policy.risk.value,
+        "user": policy.user.value,
+        "rootfs": "host" if policy.rootfs is None else str(policy.rootfs),
+        "hide": [str(path) for path in policy.hide],
+        "home": policy.home.value,
+        "allow_root_owned": policy.allow_root_owned,
+        "limits": limits,
+        "budget": budget,
+        "scopes": [format_scope(scope) for scope in policy.scopes],
+        "egress": {
+            "on_deny": policy.egress.on_deny.value,
+            "transparent": policy.egress.transparent,
+            "worker": policy.egress.worker.value,
+        },
+        "env": dict(sorted(policy.env.items())),
+        "seccomp": policy.seccomp,
+        "landlock": policy.landlock.value,
+        "on_supervisor_loss": policy.on_supervisor_loss.value,
+        "degraded_ok": sorted(policy.degraded_ok),
+        "canary": policy.canary,
+    }
+    if policy.ceiling is not None:
+        words["grants"] = {"ceiling": [format_scope(scope) for scope in policy.ceiling]}
+    return words
+
+
+def digest(words: Mapping[str, object]) -> str:
+    text = json.dumps(words, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

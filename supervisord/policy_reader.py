@@ -1,0 +1,248 @@
+"""Policies and agents out of YAML: checked by JSON Schema, then by meaning (pure: text and schemas are passed in)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import PurePosixPath
+from typing import Final, Self, TypeVar, cast
+
+from jsonschema import Draft202012Validator
+
+from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
+from supervisord.budgets import NO_BUDGET, Budget, parse_budget
+from supervisord.documents import Document, InvalidDocument, Path, Problem, Value, check_schema, parse_document
+from supervisord.errors import StockadeError
+from supervisord.policy import AgentSpec, EgressRules, LimitsWanted, Policy, Workspace, digest, effect, wider
+from supervisord.sizes import format_size, parse_size
+
+MEMORY_BYTES_MIN: Final = 16 << 20
+DISK_BYTES_MIN: Final = 1 << 20
+OUTPUT_BYTES_MIN: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Schemas:
+    """The compiled JSON Schemas of both kinds of document."""
+
+    policy: Draft202012Validator
+    agent: Draft202012Validator
+
+    @classmethod
+    def compiled(cls, policy: Mapping[str, object], agent: Mapping[str, object]) -> Self:
+        for schema in (policy, agent):
+            Draft202012Validator.check_schema(schema)
+        return cls(Draft202012Validator(policy), Draft202012Validator(agent))
+
+
+E = TypeVar("E", bound=Enum)
+
+
+class _Reader:
+    """Turns the checked mapping of a document into typed values and collects what is wrong with them."""
+
+    def __init__(self, document: Document, root: Mapping[str, Value]) -> None:
+        self.document = document
+        self.root = root
+        self.problems: list[Problem] = []
+
+    def get(self, path: Path) -> Value:
+        """Gives the value at the path, None where there is none; the schema has already settled its type."""
+        value: Value = dict(self.root)
+        for part in path:
+            value = value.get(str(part)) if isinstance(value, dict) else None
+        return value
+
+    def problem(self, path: Path, message: str, remedy: str = "") -> None:
+        self.problems.append(self.document.problem(path, message, remedy))
+
+    def text(self, key: str, default: str) -> str:
+        value = self.get((key,))
+        return value if isinstance(value, str) else default
+
+    def texts(self, key: str) -> Mapping[str, str]:
+        value = self.get((key,))
+        return cast("dict[str, str]", value) if isinstance(value, dict) else {}
+
+    def flag(self, path: Path, *, default: bool) -> bool:
+        value = self.get(path)
+        return value if isinstance(value, bool) else default
+
+    def whole(self, path: Path, default: int) -> int:
+        value = self.get(path)
+        return value if isinstance(value, int) else default
+
+    def one_of(self, path: Path, default: E) -> E:
+        value = self.get(path)
+        return default if value is None else type(default)(value)
+
+    def size(self, path: Path, default: int | None, least: int) -> int | None:
+        value = self.get(path)
+        if not isinstance(value, str):
+            return default
+        try:
+            size = parse_size(value)
+        except StockadeError as error:
+            self.problem(path, error.message, error.remedy)
+            return default
+        if size < least:
+            self.problem(path, f"{value} is less than {format_size(least)}", "an agent cannot start with that")
+        return size
+
+    def limits(self) -> LimitsWanted:
+        cpus = self.get(("limits", "cpus"))
+        pids = self.get(("limits", "pids"))
+        open_files = self.get(("limits", "open_files"))
+        return LimitsWanted(
+            memory_bytes=self.size(("limits", "memory"), None, MEMORY_BYTES_MIN),
+            cpus=float(cpus) if isinstance(cpus, int | float) else None,
+            pids=pids if isinstance(pids, int) else None,
+            disk_bytes=self.size(("limits", "disk"), None, DISK_BYTES_MIN),
+            open_files=open_files if isinstance(open_files, int) else None,
+            output_bytes=self.size(("limits", "output"), None, OUTPUT_BYTES_MIN),
+        )
+
+    def budget(self) -> Budget:
+        value = self.get(("budget",))
+        try:
+            return parse_budget(value) if isinstance(value, dict) else NO_BUDGET
+        except StockadeError as error:
+            self.problem(("budget",), error.message, error.remedy)
+            return NO_BUDGET
+
+    def scopes(self, path: Path) -> tuple[Scope, ...] | None:
+        value = self.get(path)
+        if not isinstance(value, list):
+            return None
+        scopes: dict[Scope, None] = {}
+        for index, text in enumerate(value):
+            try:
+                scopes[parse_scope(str(text))] = None
+            except BadScope as error:
+                self.problem((*path, index), str(error))
+        return tuple(scopes)
+
+    def paths(self, key: str) -> tuple[PurePosixPath, ...] | None:
+        value = self.get((key,))
+        return tuple(PurePosixPath(str(path)) for path in value) if isinstance(value, list) else None
+
+    def done(self, what: str) -> None:
+        if self.problems:
+            raise InvalidDocument(what, self.problems)
+
+
+def parse_policy(text: str, *, source: str, schemas: Schemas, parent: Callable[[str], Policy]) -> Policy:
+    """Gives the policy of a YAML text, `extends` followed; raises InvalidDocument with every problem.
+
+    `parent` gives a policy by name and raises a StockadeError for one that is missing or broken.
+    """
+    document = parse_document(text, source=source, what="policy")
+    read = _Reader(document, check_schema(document, schemas.policy, what="policy"))
+    name = read.text("name", "")
+    extends = read.get(("extends",))
+    base = Policy(name=name)
+    if isinstance(extends, str):
+        try:
+            base = parent(extends)
+        except StockadeError as error:
+            read.problem(("extends",), f"cannot extend {extends}: {error.message}", error.remedy)
+            read.done("policy")
+    policy = _policy(read, base)
+    ceiling = policy.ceiling
+    for index, scope in enumerate(policy.scopes):
+        if ceiling is not None and not any(includes(wide, scope) for wide in ceiling):
+            at: Path = ("scopes", index) if read.get(("scopes",)) is not None else ("grants", "ceiling")
+            read.problem(
+                at, f"the scope {format_scope(scope)} is beyond grants.ceiling", "narrow it or widen the ceiling"
+            )
+    _check_extends(read, policy, base, extends=isinstance(extends, str))
+    read.done("policy")
+    return replace(policy, digest=digest(effect(policy)))
+
+
+def parse_agent(text: str, *, source: str, schemas: Schemas) -> AgentSpec:
+    """Gives the agent of a YAML text; raises InvalidDocument with every problem."""
+    document = parse_document(text, source=source, what="agent")
+    read = _Reader(document, check_schema(document, schemas.agent, what="agent"))
+    command = read.get(("command",))
+    workspace = read.get(("workspace", "path"))
+    agent = AgentSpec(
+        name=read.text("name", ""),
+        version=read.whole(("version",), 1),
+        owner=read.text("owner", ""),
+        purpose=read.text("purpose", ""),
+        policy=read.text("policy", "default"),
+        command=tuple(str(part) for part in command) if isinstance(command, list) else (),
+        workspace=Workspace(PurePosixPath(workspace), read.get(("workspace", "mode")) == "rw")
+        if isinstance(workspace, str)
+        else None,
+        labels=read.texts("labels"),
+        limits=read.limits(),
+        budget=read.budget(),
+        scopes=read.scopes(("scopes",)) or (),
+        env=read.texts("env"),
+        source=source,
+    )
+    read.done("agent")
+    return replace(agent, digest=digest(dict(document.value) if isinstance(document.value, dict) else {}))
+
+
+def _policy(read: _Reader, base: Policy) -> Policy:
+    wanted = read.limits()
+    chosen = {f.name: v for f in fields(wanted) if (v := getattr(wanted, f.name)) is not None}
+    budget = read.budget()
+    rootfs = read.get(("rootfs",))
+    ceiling = read.scopes(("grants", "ceiling"))
+    scopes = read.scopes(("scopes",))
+    hide = read.paths("hide")
+    degraded_ok = read.get(("degraded_ok",))
+    extends = read.get(("extends",))
+    return Policy(
+        name=read.text("name", ""),
+        version=read.whole(("version",), 1),
+        description=read.text("description", ""),
+        risk=read.one_of(("risk",), base.risk),
+        extends=extends if isinstance(extends, str) else None,
+        widen=read.texts("widen"),
+        user=read.one_of(("user",), base.user),
+        rootfs=base.rootfs if rootfs is None else None if rootfs == "host" else PurePosixPath(str(rootfs)),
+        hide=base.hide if hide is None else hide,
+        home=read.one_of(("home",), base.home),
+        allow_root_owned=read.flag(("allow_root_owned",), default=base.allow_root_owned),
+        limits=replace(base.limits, **chosen),
+        budget=Budget(
+            base.budget.llm_tokens if budget.llm_tokens is None else budget.llm_tokens,
+            base.budget.cost_microusd if budget.cost_microusd is None else budget.cost_microusd,
+            base.budget.requests if budget.requests is None else budget.requests,
+        ),
+        scopes=base.scopes if scopes is None else scopes,
+        ceiling=base.ceiling if ceiling is None else ceiling,
+        egress=EgressRules(
+            read.one_of(("egress", "on_deny"), base.egress.on_deny),
+            read.flag(("egress", "transparent"), default=base.egress.transparent),
+            read.one_of(("egress", "worker"), base.egress.worker),
+        ),
+        env={**base.env, **read.texts("env")},
+        seccomp=read.text("seccomp", base.seccomp),
+        landlock=read.one_of(("landlock",), base.landlock),
+        on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
+        degraded_ok=base.degraded_ok
+        if not isinstance(degraded_ok, list)
+        else frozenset(str(name) for name in degraded_ok),
+        canary=read.flag(("canary",), default=base.canary),
+        source=read.document.source,
+    )
+
+
+def _check_extends(read: _Reader, policy: Policy, base: Policy, *, extends: bool) -> None:
+    """Finds what a policy gives that the one it extends does not, unless `widen` says why."""
+    wider = set(wider(policy, base)) if extends else set()
+    for key in sorted(wider - set(policy.widen)):
+        read.problem(
+            tuple(key.split(".")),
+            f"wider than in {base.name}, which this policy extends",
+            f"narrow it, or say why under `widen: {{{key}: …}}`",
+        )
+    for key in sorted(set(policy.widen) - wider):
+        read.problem(
+            ("widen", key), "names a key that is not wider here", "remove it: a reason kept in stock hides the next"
+        )
