@@ -1,12 +1,27 @@
-"""The values of the action log: what is recorded, what comes back, what can go wrong."""
-
-from __future__ import annotations
+"""The values of the action log: what is recorded, what comes back, what can go wrong (pure)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+from supervisord.errors import CannotRecord, ErrorCode, StockadeError
+
+__all__ = [
+    "ENTRY_BYTES_MAX",
+    "FIELD_BYTES_MAX",
+    "JSON",
+    "Action",
+    "BadNote",
+    "CannotOpenLog",
+    "CannotReadLog",
+    "CannotRecord",
+    "Durability",
+    "Entry",
+    "Proof",
+    "Report",
+]
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Durability: TypeAlias = Literal["batched", "strict"]
 
 # Bounds of what one entry may hold: part of what comes here was chosen by an agent.
@@ -64,17 +79,15 @@ class Proof:
     path: tuple[bytes, ...]
 
 
-class LogError(Exception):
-    """Base of everything that the action log raises."""
-
-
-class CannotRecord(LogError):  # noqa: N818  named as it is said: "cannot record X: cause"
-    """The entry is not in the log or not durable. Whoever asked must not act on it."""
-
-
-class CannotOpenLog(LogError):  # noqa: N818
+class CannotOpenLog(StockadeError):  # noqa: N818 - read at the raise, as in supervisord.errors
     """The directory cannot be taken as a log: damaged, in use, or another key's."""
 
 
-class BadNote(LogError):  # noqa: N818
+class CannotReadLog(StockadeError):  # noqa: N818 - as CannotOpenLog
+    """An entry that the log should hold cannot be read back."""
+
+
+class BadNote(StockadeError):  # noqa: N818 - as CannotOpenLog
     """A signed note, checkpoint, key or receipt is malformed, or its signature is wrong."""
+
+    code: ClassVar[ErrorCode] = ErrorCode.INVALID_INPUT
