@@ -1,4 +1,4 @@
-"""A channel to one of Stockade's own processes: one JSON object a message, with descriptors.
+"""A channel to one of Stockade's own processes: packets of bytes, with descriptors.
 
 SOCK_SEQPACKET keeps message borders, so there is no framing to get wrong (unix(7)).
 """
@@ -6,31 +6,29 @@ SOCK_SEQPACKET keeps message borders, so there is no framing to get wrong (unix(
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from supervisord.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-MESSAGE_BYTES_MAX: Final = 1 << 20
-QUEUED_MESSAGES_MAX: Final = 4096
-MESSAGES_PER_WAKE: Final = 64
+PACKET_BYTES_MAX: Final = 1 << 20
+QUEUED_PACKETS_MAX: Final = 4096
+PACKETS_PER_WAKE: Final = 64
 FDS_MAX: Final = 64
 
-Message: TypeAlias = dict[str, object]
-OnMessage: TypeAlias = "Callable[[Message, list[int]], None]"
+OnPacket: TypeAlias = "Callable[[bytes, list[int]], None]"
 
 
 class Channel:
     """One end of a SEQPACKET connection served by the running event loop.
 
-    `on_message` gets each message and owns its descriptors; `on_close` is called once, when the peer has gone
-    or sent what is no message.
+    `on_packet` gets each packet and owns its descriptors; `on_close` is called once, when the peer has gone or sent
+    more than `packet_bytes_max`.
     """
 
     def __init__(
@@ -38,27 +36,26 @@ class Channel:
         sock: socket.socket,
         *,
         name: str,
-        on_message: OnMessage,
+        on_packet: OnPacket,
         on_close: Callable[[], None],
-        message_bytes_max: int = MESSAGE_BYTES_MAX,
+        packet_bytes_max: int = PACKET_BYTES_MAX,
     ) -> None:
         self.name = name
         self._sock = sock
-        self._on_message = on_message
+        self._on_packet = on_packet
         self._on_close = on_close
-        self._bytes_max = message_bytes_max
+        self._bytes_max = packet_bytes_max
         self._queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.closed = False
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-        """Queue `message`; descriptors are duplicated when they have to wait, so the caller may close its own.
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Queue a packet; descriptors are duplicated when they have to wait, so the caller may close its own.
 
-        Raises Unavailable when the peer has gone, is stuck, or the message is too long.
+        Raises Unavailable when the peer has gone, is stuck, or the packet is too long.
         """
-        data = json.dumps(message, separators=(",", ":")).encode()
         if self.closed:
             raise Unavailable(f"cannot reach the {self.name}: it has gone", remedy="try again in a moment")
         if len(data) > self._bytes_max:
@@ -67,7 +64,7 @@ class Channel:
                 remedy="shorten the command or its environment",
             )
         if self._queue or not self._try_send(data, tuple(fds)):
-            if len(self._queue) >= QUEUED_MESSAGES_MAX:
+            if len(self._queue) >= QUEUED_PACKETS_MAX:
                 raise Unavailable(f"cannot reach the {self.name}: it does not read", remedy="see the daemon's journal")
             if not self._queue:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
@@ -113,7 +110,7 @@ class Channel:
         self._loop.remove_writer(self._sock.fileno())
 
     def _readable(self) -> None:
-        for _ in range(MESSAGES_PER_WAKE):
+        for _ in range(PACKETS_PER_WAKE):
             if self.closed:
                 return
             try:
@@ -123,27 +120,16 @@ class Channel:
             except OSError:
                 self._lost()
                 return
-            message = _decode(data, truncated=bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)))
-            if message is None:
+            if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 close_all(fds)
                 self._lost()
                 return
-            self._on_message(message, fds)
+            self._on_packet(data, fds)
 
     def _lost(self) -> None:
         if not self.closed:
             self.close()
             self._on_close()
-
-
-def _decode(data: bytes, *, truncated: bool) -> Message | None:
-    if truncated or not data:
-        return None
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return cast("Message", value) if isinstance(value, dict) else None
 
 
 def close_all(fds: Sequence[int]) -> None:

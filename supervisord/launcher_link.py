@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import socket
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from supervisord.channel import Channel, Message, close_all
+from supervisord.channel import Channel, close_all
 from supervisord.errors import CannotLaunch, Unavailable
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SEND_BUFFER_BYTES: Final = 4 << 20
 REPLY_SECONDS_MAX: Final = 30.0
+Message: TypeAlias = dict[str, object]
+
 _PEERCRED: Final = struct.Struct("3i")
 
 
@@ -73,7 +76,7 @@ class LauncherLink:
         except OSError:
             sock.close()
             raise
-        self._channel = Channel(sock, name="launcher", on_message=self._message, on_close=self._closed)
+        self._channel = Channel(sock, name="launcher", on_packet=self._packet, on_close=self._closed)
 
     async def call(
         self,
@@ -91,7 +94,7 @@ class LauncherLink:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            self._channel.send({"op": op, "rq": number, **fields}, fds)
+            self._channel.send(json.dumps({"op": op, "rq": number, **fields}, separators=(",", ":")).encode(), fds)
             async with asyncio.timeout(seconds_max):
                 reply = await future
         except TimeoutError as error:
@@ -111,7 +114,8 @@ class LauncherLink:
             self._channel.close()
             self._fail_waiting()
 
-    def _message(self, message: Message, fds: list[int]) -> None:
+    def _packet(self, data: bytes, fds: list[int]) -> None:
+        message: Message = json.loads(data)  # the launcher runs as root: what it sends is ours
         if "ev" in message:
             self._on_event(message, fds)
             return

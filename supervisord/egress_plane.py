@@ -1,0 +1,428 @@
+"""The processes of the egress path as the daemon holds them: workers, the dialer, the embedded gateway.
+
+They are started here, told what to serve, and started again when they die; while one is gone its agents have no egress.
+What is *decided* about a request is not here (exchanges.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+import structlog
+
+from gateway_client.egress import messages
+from supervisord.channel import Channel, close_all
+from supervisord.errors import StockadeError, Unavailable
+from supervisord.processes import Child, end_leftover, python, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+    from pathlib import Path
+
+    from supervisord.config import UsersConfig
+
+log = structlog.get_logger()
+
+READY_SECONDS_MAX: Final = 20.0
+RESTART_SECONDS: Final = 0.2
+CUT_SECONDS_MAX: Final = 2.0
+CHANNEL_FD: Final = 3
+DIALER_FD: Final = 4
+
+
+class Judge(Protocol):
+    """Who answers what workers ask."""
+
+    def ask(self, worker_id: str, ask: messages.Ask) -> None: ...
+    def outcome(self, worker_id: str, outcome: messages.Outcome) -> None: ...
+    def rejected(self, rejected: messages.Rejected) -> None: ...
+    def worker_lost(self, worker_id: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Served:
+    """An agent's listener, and which worker has it."""
+
+    agent_id: str
+    name: str
+    labels: dict[str, str]
+    listener: int
+    worker_id: str
+
+
+@dataclass(slots=True)
+class Worker:
+    """One egress worker process."""
+
+    worker_id: str
+    dedicated: bool
+    child: Child
+    channel: Channel
+    dialer_end: socket.socket
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    posture: tuple[str, ...] = ()
+
+
+class EgressPlane:
+    """Starts and holds workers and dialer; `judge` is set before `start`."""
+
+    def __init__(
+        self,
+        *,
+        users: UsersConfig,
+        configure: messages.Configure,
+        dialer: messages.ConfigureDialer,
+        workers: int,
+        records: Path,
+    ) -> None:
+        self.judge: Judge
+        self._users = users
+        self._configure = configure
+        self._dialer_configure = dialer
+        self._shared = workers
+        self._records = records
+        self._numbers = itertools.count(1)
+        self._workers: dict[str, Worker] = {}
+        self._served: dict[str, Served] = {}
+        self._dialer: Channel | None = None
+        self._dialer_child: Child | None = None
+        self._dialer_ready = asyncio.Event()
+        self._cuts: dict[str, asyncio.Future[messages.CutDone]] = {}
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Start everything and wait until it is confined and ready; raises Unavailable."""
+        for record in self._records.glob("egress-*.json"):
+            if end_leftover(record):
+                log.warning("ended a process of a former daemon", record=record.name)
+        self._start_dialer()
+        for _ in range(self._shared):
+            self._start_worker(dedicated=False)
+        await self._wait_ready("dialer", self._dialer_ready)
+        for worker in list(self._workers.values()):
+            await self._wait_ready("egress worker", worker.ready)
+
+    async def stop(self) -> None:
+        """End all processes; agents then have no egress until a daemon starts again."""
+        self._stopping = True
+        children = [worker.child for worker in self._workers.values()]
+        if self._dialer_child is not None:
+            children.append(self._dialer_child)
+        await asyncio.gather(*(child.end() for child in children))
+        for worker in self._workers.values():
+            worker.channel.close()
+            worker.dialer_end.close()
+        if self._dialer is not None:
+            self._dialer.close()
+        for record in self._records.glob("egress-*.json"):
+            record.unlink(missing_ok=True)
+
+    def health(self) -> dict[str, tuple[bool, str]]:
+        """Which of the processes is there and ready."""
+        ready = sum(worker.ready.is_set() for worker in self._workers.values())
+        return {
+            "dialer": (self._dialer_ready.is_set(), "" if self._dialer_ready.is_set() else "is being started"),
+            "egress": (
+                bool(ready) and ready == len(self._workers),
+                f"{ready} of {len(self._workers)} workers are ready",
+            ),
+        }
+
+    # --- what agents get
+
+    def listen(self, agent_id: str, *, name: str, labels: dict[str, str], listener: int, dedicated: bool) -> None:
+        """Serve an agent's listener (the descriptor is duplicated); raises Unavailable where no worker runs."""
+        worker = self._choose(dedicated=dedicated)
+        served = Served(agent_id, name, labels, os.dup(listener), worker.worker_id)
+        self._served[agent_id] = served
+        self._give(worker, served)
+        self._tell_dialer(messages.Listener(agent_id), (served.listener,))
+
+    def unlisten(self, agent_id: str) -> None:
+        """Forget an agent: what it has open is reset, and its listener closed."""
+        served = self._served.pop(agent_id, None)
+        if served is None:
+            return
+        worker = self._workers.get(served.worker_id)
+        if worker is not None:
+            self._tell(worker, messages.Unlisten(agent_id))
+            if worker.dedicated:
+                self._end_worker(worker)
+        self._tell_dialer(messages.Forget(agent_id))
+        os.close(served.listener)
+
+    async def cut(self, agent_id: str) -> messages.CutDone | None:
+        """Close the gate: listener and every upstream socket are shut down, then the worker is told.
+
+        Nobody has to co-operate: the listener is shut down here, and the dialer holds duplicates of the rest. None where
+        the dialer did not answer in time.
+        """
+        served = self._served.get(agent_id)
+        if served is None:
+            return None
+        shut_listener(served.listener)
+        future = self._cuts.get(agent_id)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            self._cuts[agent_id] = future
+            self._tell_dialer(messages.CutUpstreams(agent_id))
+        worker = self._workers.get(served.worker_id)
+        if worker is not None:
+            self._tell(worker, messages.Cut(agent_id=agent_id))
+        try:
+            async with asyncio.timeout(CUT_SECONDS_MAX):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            return None
+        finally:
+            self._cuts.pop(agent_id, None)
+
+    def cut_exchanges(self, worker_id: str, xs: tuple[int, ...]) -> None:
+        """Reset these exchanges of a worker."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and xs:
+            self._tell(worker, messages.Cut(xs=xs))
+
+    def freeze(self, agent_id: str) -> None:
+        self._to_worker_of(agent_id, messages.Freeze(agent_id))
+
+    def thaw(self, agent_id: str) -> None:
+        self._to_worker_of(agent_id, messages.Thaw(agent_id))
+
+    def answer(self, worker_id: str, x: int, verdict: messages.Verdict) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            self._tell(worker, messages.Answer(x, verdict))
+
+    def dial(self, order: messages.Dial) -> None:
+        """Have a socket connected and passed on; the worker learns of a failure from the dialer."""
+        self._tell_dialer(order)
+
+    # --- workers
+
+    def _choose(self, *, dedicated: bool) -> Worker:
+        if dedicated:
+            return self._start_worker(dedicated=True)
+        shared = [worker for worker in self._workers.values() if not worker.dedicated]
+        if not shared:
+            raise Unavailable("cannot open the gate: no egress worker runs", remedy="try again in a moment")
+        load = {worker.worker_id: 0 for worker in shared}
+        for served in self._served.values():
+            if served.worker_id in load:
+                load[served.worker_id] += 1
+        return min(shared, key=lambda worker: load[worker.worker_id])
+
+    def _start_worker(self, *, dedicated: bool, worker_id: str = "") -> Worker:
+        worker_id = worker_id or f"w{next(self._numbers)}"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        to_dialer, dialer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, to_dialer:
+            child = spawn(
+                f"egress worker {worker_id}",
+                python("gateway_client.egress.server", "--user", self._users.egress),
+                fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
+                on_exit=lambda _code: self._worker_exited(worker_id),
+                new_session=True,
+                record=self._records / f"egress-{worker_id}.json",
+            )
+        channel = Channel(
+            ours,
+            name=f"egress worker {worker_id}",
+            on_packet=lambda data, fds: self._from_worker(worker_id, data, fds),
+            on_close=lambda: self._worker_silent(worker_id),
+            packet_bytes_max=messages.frame_bytes_max,
+        )
+        worker = Worker(worker_id, dedicated, child, channel, dialer_end)
+        self._workers[worker_id] = worker
+        self._tell(worker, self._configure)
+        self._tell_dialer(messages.AttachWorker(worker_id), (dialer_end.fileno(),))
+        return worker
+
+    def _end_worker(self, worker: Worker) -> None:
+        del self._workers[worker.worker_id]
+        worker.channel.close()
+        worker.dialer_end.close()
+        (self._records / f"egress-{worker.worker_id}.json").unlink(missing_ok=True)
+        self._in_background(worker.child.end())
+
+    def _worker_silent(self, worker_id: str) -> None:
+        """A worker that closed its channel or sent too much is ended; its exit starts another."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.child.signal(signal.SIGKILL)
+
+    def _worker_exited(self, worker_id: str) -> None:
+        worker = self._workers.pop(worker_id, None)
+        if worker is None or self._stopping:
+            return
+        log.error("egress worker died", worker=worker_id)
+        worker.channel.close()
+        worker.dialer_end.close()
+        self.judge.worker_lost(worker_id)
+        self._in_background(self._restart_worker(worker))
+
+    async def _restart_worker(self, dead: Worker) -> None:
+        await asyncio.sleep(RESTART_SECONDS)
+        if self._stopping:
+            return
+        worker = self._start_worker(dedicated=dead.dedicated, worker_id=dead.worker_id)
+        for served in self._served.values():
+            if served.worker_id == worker.worker_id:
+                self._give(worker, served)
+
+    def _give(self, worker: Worker, served: Served) -> None:
+        self._tell(worker, messages.Listen(served.agent_id, served.name, served.labels), (served.listener,))
+
+    def _from_worker(self, worker_id: str, data: bytes, fds: list[int]) -> None:
+        close_all(fds)  # a worker has nothing to give us
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        try:
+            message = messages.decode(data, messages.FROM_WORKER_TO_DAEMON)
+        except messages.BadFrame as error:
+            log.error("egress worker sent what is no message", worker=worker_id, cause=str(error))  # noqa: TRY400
+            worker.child.signal(signal.SIGKILL)
+            return
+        match message:
+            case messages.Ready():
+                worker.posture = message.posture
+                worker.ready.set()
+            case messages.Ask() | messages.Outcome() | messages.Rejected():
+                # A worker that was taken over may name any agent: it speaks for those it serves alone.
+                served = self._served.get(message.agent_id)
+                if served is not None and served.worker_id == worker_id:
+                    self._pass_on(worker_id, message)
+                elif isinstance(message, messages.Ask):
+                    self.answer(worker_id, message.x, messages.Refuse(503, "agent_not_running", "the agent has ended"))
+                elif isinstance(message, messages.Outcome):
+                    self.judge.outcome(worker_id, message)
+
+    def _pass_on(self, worker_id: str, message: messages.Ask | messages.Outcome | messages.Rejected) -> None:
+        match message:
+            case messages.Ask():
+                self.judge.ask(worker_id, message)
+            case messages.Outcome():
+                self.judge.outcome(worker_id, message)
+            case messages.Rejected():
+                self.judge.rejected(message)
+
+    # --- dialer
+
+    def _start_dialer(self) -> None:
+        self._dialer_ready.clear()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._dialer_child = spawn(
+                "dialer",
+                python("gateway_client.egress.dialer", "--user", self._users.dialer),
+                fds={CHANNEL_FD: theirs.fileno()},
+                on_exit=lambda _code: self._dialer_exited(),
+                new_session=True,
+                record=self._records / "egress-dialer.json",
+            )
+        self._dialer = Channel(
+            ours,
+            name="dialer",
+            on_packet=self._from_dialer,
+            on_close=self._dialer_silent,
+            packet_bytes_max=messages.frame_bytes_max,
+        )
+        self._tell_dialer(self._dialer_configure)
+        for worker in self._workers.values():
+            self._tell_dialer(messages.AttachWorker(worker.worker_id), (worker.dialer_end.fileno(),))
+        for served in self._served.values():
+            self._tell_dialer(messages.Listener(served.agent_id), (served.listener,))
+
+    def _dialer_silent(self) -> None:
+        if self._dialer_child is not None:
+            self._dialer_child.signal(signal.SIGKILL)
+
+    def _dialer_exited(self) -> None:
+        self._dialer_ready.clear()
+        if self._dialer is not None:
+            self._dialer.close()
+        if self._stopping:
+            return
+        log.error("dialer died")
+        # Whoever cuts must not wait for one that is gone, and nothing it had duplicates of may stay open.
+        for served in self._served.values():
+            self._to_worker_of(served.agent_id, messages.Cut(agent_id=served.agent_id))
+        self._in_background(self._restart_dialer())
+
+    async def _restart_dialer(self) -> None:
+        await asyncio.sleep(RESTART_SECONDS)
+        if not self._stopping:
+            self._start_dialer()
+
+    def _from_dialer(self, data: bytes, fds: list[int]) -> None:
+        close_all(fds)
+        try:
+            message = messages.decode(data, messages.FROM_DIALER_TO_DAEMON)
+        except messages.BadFrame as error:
+            log.error("dialer sent what is no message", cause=str(error))  # noqa: TRY400
+            self._dialer_silent()
+            return
+        match message:
+            case messages.DialerReady():
+                self._dialer_ready.set()
+            case messages.Dialed():
+                if not message.ok:
+                    log.warning("cannot reach the gateway", cause=message.error, worker=message.worker_id)
+            case messages.CutDone():
+                future = self._cuts.get(message.agent_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+
+    # --- telling
+
+    def _to_worker_of(self, agent_id: str, message: object) -> None:
+        served = self._served.get(agent_id)
+        worker = None if served is None else self._workers.get(served.worker_id)
+        if worker is not None:
+            self._tell(worker, message)
+
+    def _tell(self, worker: Worker, message: object, fds: Sequence[int] = ()) -> None:
+        try:
+            worker.channel.send(messages.encode(message), fds)
+        except StockadeError as error:
+            log.warning("cannot tell an egress worker", worker=worker.worker_id, cause=error.message)
+
+    def _tell_dialer(self, message: object, fds: Sequence[int] = ()) -> None:
+        if self._dialer is None:
+            return
+        try:
+            self._dialer.send(messages.encode(message), fds)
+        except StockadeError as error:
+            log.warning("cannot tell the dialer", cause=error.message)
+
+    async def _wait_ready(self, what: str, event: asyncio.Event) -> None:
+        try:
+            async with asyncio.timeout(READY_SECONDS_MAX):
+                await event.wait()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"cannot start: the {what} is not ready after {READY_SECONDS_MAX:g} s",
+                remedy="its messages are above in the daemon's journal; `stockaded --check` tests the host",
+            ) from error
+
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def shut_listener(listener: int) -> None:
+    """Shut a listening socket down: nobody's duplicate of it accepts any more (shutdown(2))."""
+    with socket.socket(fileno=os.dup(listener)) as sock:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            log.debug("the listener was shut down before")

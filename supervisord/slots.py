@@ -1,0 +1,58 @@
+"""Which range of uids each agent has: claimed host-wide, so that two instances never give one range to two agents."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from supervisord.errors import Exhausted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+
+class Slots:
+    """Slots 0..`count`-1; a claim is a file in a directory that all instances of the host share.
+
+    link(2) decides between two that want the same one, and a
+    claim is never seen without its owner's name in it. Slots are taken in a circle, so a range rests as
+    long as possible before another agent has it.
+    """
+
+    def __init__(self, directory: Path, *, instance: str, count: int) -> None:
+        self._directory = directory
+        self._instance = instance
+        self._count: Final = count
+        self._next = 0
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._owner = directory / f".{instance}"
+        self._owner.write_text(instance)
+
+    def claim(self) -> int:
+        """A free slot; raises Exhausted when all are taken."""
+        for _ in range(self._count):
+            slot = self._next
+            self._next = (self._next + 1) % self._count
+            try:
+                os.link(self._owner, self._directory / str(slot))
+            except FileExistsError:
+                continue
+            return slot
+        raise Exhausted(
+            f"cannot launch: all {self._count} ranges of uids are in use", remedy="kill agents that are not needed"
+        )
+
+    def release(self, slot: int) -> None:
+        (self._directory / str(slot)).unlink(missing_ok=True)
+
+    def reconcile(self, live: Iterable[int]) -> None:
+        """Give back what this instance claimed and no longer has."""
+        kept = {str(slot) for slot in live}
+        for path in self._directory.iterdir():
+            if path.name.isdigit() and path.name not in kept and path.read_text(errors="replace") == self._instance:
+                path.unlink(missing_ok=True)
+        for slot in kept:
+            if not (self._directory / slot).exists():
+                os.link(self._owner, self._directory / slot)
+        self._next = (max((int(slot) for slot in kept), default=-1) + 1) % self._count
