@@ -1,0 +1,213 @@
+"""Who called, and what that caller may ask for.
+
+Roles are decided once a connection, from what the kernel says of the peer (door.py), and checked once an RPC, from the
+table below. A method that is not in the table is refused for everybody: a new one has to be given a role first.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import enum
+import pwd
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # googleapis ships no stubs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+
+class Role(enum.IntEnum):
+    """Ordered: a role may do what every lower one may."""
+
+    READER = 1
+    OPERATOR = 2
+    ADMIN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who has which role. Root is always an admin: refusing it would only send it round by ptrace."""
+
+    admin_uids: frozenset[int] = frozenset({0})
+    admin_gids: frozenset[int] = frozenset()
+    operator_uids: frozenset[int] = frozenset()
+    operator_gids: frozenset[int] = frozenset()
+    reader_uids: frozenset[int] = frozenset()
+    reader_gids: frozenset[int] = frozenset()
+    everyone_reads: bool = False
+
+
+def role(uid: int, gids: frozenset[int], access: Access) -> Role | None:
+    """The highest role that a process of this user, primary and supplementary groups has; None: not to be served."""
+    if uid == 0 or uid in access.admin_uids or gids & access.admin_gids:
+        return Role.ADMIN
+    if uid in access.operator_uids or gids & access.operator_gids:
+        return Role.OPERATOR
+    if access.everyone_reads or uid in access.reader_uids or gids & access.reader_gids:
+        return Role.READER
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The process at the other end of a connection, as the kernel saw it when it connected."""
+
+    uid: int
+    gid: int
+    pid: int
+    role: Role
+    name: str
+
+    @property
+    def actor(self) -> str:
+        """As the action log names it: `uid:0(root)`."""
+        return f"uid:{self.uid}({self.name})"
+
+
+def user_name(uid: int) -> str:
+    """The login name of `uid`, or `?` where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return "?"
+
+
+_READER_METHODS: Final = {
+    "AgentService": ("GetAgent", "ListAgents", "WatchAgents", "Wait", "ListHolds"),
+    "GrantService": ("ListGrants",),
+    "RequestService": ("ListRequests", "WatchRequests"),
+    "ActionService": ("QueryActions", "TailActions", "Prove"),
+    "PolicyService": ("ListPolicies", "GetPolicy", "CheckPolicy", "Explain"),
+    "SystemService": ("Version", "Ready"),
+}
+# Logs and Attach show what an agent printed, which may be secret; VerifyLog and Doctor cost the host real work.
+_OPERATOR_METHODS: Final = {
+    "AgentService": ("Launch", "Logs", "Attach", "Exec", "Kill", "Freeze", "Thaw", "Hold", "Release"),
+    "GrantService": ("Grant", "Revoke"),
+    "RequestService": ("Approve", "Deny"),
+    "ActionService": ("VerifyLog", "Checkpoint"),
+    "SystemService": ("Doctor",),
+}
+_HEALTH: Final = "/grpc.health.v1.Health/"
+
+METHOD_ROLES: Final[Mapping[str, Role]] = {
+    **{f"/stockade.v1.{service}/{m}": Role.READER for service, methods in _READER_METHODS.items() for m in methods},
+    **{f"/stockade.v1.{service}/{m}": Role.OPERATOR for service, methods in _OPERATOR_METHODS.items() for m in methods},
+    **{_HEALTH + method: Role.READER for method in ("Check", "List", "Watch")},
+}
+
+_current: contextvars.ContextVar[Caller] = contextvars.ContextVar("stockade_caller")
+
+
+def current_caller() -> Caller:
+    """Who made the RPC that is being served; raises LookupError outside one."""
+    return _current.get()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    remedy: str
+
+
+def judge(method: str, caller: Caller | None) -> Refusal | None:
+    """Why `caller` may not call `method` (a full name: /package.Service/Method); None: it may."""
+    if caller is None:
+        return Refusal(
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"cannot call {method}: the connection did not come through the control socket",
+            "NOT_THROUGH_DOOR",
+            "connect to control.sock in the daemon's run_dir",
+        )
+    needed = METHOD_ROLES.get(method)
+    if needed is not None and caller.role >= needed:
+        return None
+    wanted = "no role may" if needed is None else f"it needs the role {needed.name.lower()}"
+    return Refusal(
+        grpc.StatusCode.PERMISSION_DENIED,
+        f"cannot call {method} as {caller.actor} with the role {caller.role.name.lower()}: {wanted}",
+        "ROLE_TOO_LOW",
+        "ask an operator, or have the daemon's administrator give your user or group that role in stockade.toml",
+    )
+
+
+def status_trailer(refusal: Refusal) -> tuple[str, bytes]:
+    """The refusal as the google.rpc.Status trailer that clients read the reason and the remedy from."""
+    details = []
+    for message in (
+        error_details_pb2.ErrorInfo(reason=refusal.reason, domain="stockade"),
+        error_details_pb2.LocalizedMessage(locale="en", message=refusal.remedy),
+    ):
+        packed = AnyMessage()
+        packed.Pack(message)
+        details.append(packed)
+    status = status_pb2.Status(code=refusal.code.value[0], message=refusal.message, details=details)
+    return ("grpc-status-details-bin", status.SerializeToString())
+
+
+# What grpc leaves untyped: a handler has one of four shapes, and messages are whatever its service says.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = Any
+
+
+class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Names the caller of every RPC, and turns away those whose role is too low.
+
+    `peers` maps the path that a connection's socket is bound to (the door makes these) to who is behind it.
+    """
+
+    def __init__(self, peers: Mapping[str, Caller]) -> None:
+        self._peers = peers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        # None: a method that nobody registered; grpc then answers UNIMPLEMENTED by itself.
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._guarded(handler_call_details.method, handler)
+
+    async def _admit(self, method: str, context: Context) -> None:
+        caller = self._peers.get(context.peer().removeprefix("unix:"))
+        refusal = judge(method, caller)
+        if refusal is not None:
+            await context.abort(refusal.code, refusal.message, (status_trailer(refusal),))
+        if caller is not None:
+            # A task serves one RPC from here to its end, so the variable is that RPC's own.
+            _current.set(caller)
+
+    def _guarded(self, method: str, inner: Handler) -> Handler:
+        """`inner` behind _admit, in its own shape: grpc has four, by who streams."""
+
+        async def unary(request: object, context: Context) -> object:
+            await self._admit(method, context)
+            return await (inner.stream_unary or inner.unary_unary)(request, context)
+
+        async def stream(request: object, context: Context) -> AsyncIterator[object]:
+            await self._admit(method, context)
+            answer = (inner.stream_stream or inner.unary_stream)(request, context)
+            if hasattr(answer, "__aiter__"):
+                async for message in answer:
+                    yield message
+            else:  # a handler that writes with context.write()
+                await answer
+
+        make: Any
+        behaviour: Any
+        match inner.request_streaming, inner.response_streaming:
+            case False, False:
+                make, behaviour = grpc.unary_unary_rpc_method_handler, unary
+            case True, False:
+                make, behaviour = grpc.stream_unary_rpc_method_handler, unary
+            case False, True:
+                make, behaviour = grpc.unary_stream_rpc_method_handler, stream
+            case _:
+                make, behaviour = grpc.stream_stream_rpc_method_handler, stream
+        return make(behaviour, inner.request_deserializer, inner.response_serializer)
