@@ -3,11 +3,11 @@
 import struct
 
 import pytest
-from pyroute2.netlink.nfnetlink.nftsocket import nft_chain_msg, nft_rule_msg
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from pyroute2.netlink.nfnetlink.nftsocket import nft_chain_msg, nft_rule_msg  # type: ignore[import-untyped]  # ships no types
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # type: ignore[import-untyped]  # ships no types
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # type: ignore[import-untyped]  # ships no types
+from pyroute2.netlink.rtnl.ndmsg import ndmsg  # type: ignore[import-untyped]  # ships no types
+from pyroute2.netlink.rtnl.rtmsg import rtmsg  # type: ignore[import-untyped]  # ships no types
 
 from sandbox import netlink, nftables
 

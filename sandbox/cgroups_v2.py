@@ -1,0 +1,124 @@
+"""Control groups on a host whose controllers are all in the v2 tree. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final
+
+from sandbox.cgroups_tree import (
+    CPU_PERIOD_USEC,
+    PREFIX,
+    CannotConfine,
+    Group,
+    Layout,
+    Limits,
+    Stats,
+    check_name,
+    cpu_quota_usec,
+    make_directory,
+    read_int,
+    read_key,
+    write,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONTROLLERS: Final = ("cpu", "memory", "pids")
+_REMEDY: Final = "see `stockadectl doctor`"
+
+
+class UnifiedGroup(Group):
+    def __init__(self, agent_id: str, tree: Path, *, limited: Path | None = None) -> None:
+        super().__init__(agent_id, tree)
+        self._limited = limited or tree
+
+    def directories(self) -> tuple[Path, ...]:
+        return (self.tree,)
+
+    def entry_fds(self) -> tuple[int, ...]:
+        return ()
+
+    def add(self, pid: int) -> None:
+        write(self.tree / "cgroup.procs", str(pid), remedy="the process may be gone already")
+
+    def stats(self) -> Stats:
+        return Stats(
+            memory_bytes=read_int(self._limited / "memory.current"),
+            memory_peak=read_int(self._limited / "memory.peak"),
+            pids=read_int(self._limited / "pids.current"),
+            cpu_usec=read_key(self.tree / "cpu.stat", "usage_usec"),
+            oom_kills=self.oom_kills(),
+        )
+
+    def oom_kills(self) -> int:
+        return read_key(self._limited / "memory.events", "oom_kill")
+
+    def sub(self, name: str) -> Group:
+        path = self.tree / check_name("sub-group", name)
+        make_directory(path, fresh=True)
+        return UnifiedGroup(self.agent_id, path, limited=self._limited)
+
+
+class UnifiedLayout(Layout):
+    """Below the root, or below a group that systemd delegated (`parent`, relative to the root)."""
+
+    kind = "v2"
+
+    def __init__(self, root: Path, parent: str) -> None:
+        self.root = root
+        self.parent = parent
+
+    def tops(self, instance: str) -> tuple[Path, ...]:
+        return (self.root / self.parent / f"{PREFIX}{check_name('instance', instance)}",)
+
+    def create(self, instance: str, agent_id: str, limits: Limits) -> Group:
+        (top,) = self.tops(instance)
+        make_directory(top, fresh=False)
+        self._enable(top)
+        path = top / check_name("agent", agent_id)
+        make_directory(path, fresh=True)
+        try:
+            self._limit(path, limits)
+            return UnifiedGroup(agent_id, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
+
+    def open(self, instance: str, agent_id: str) -> Group:
+        path = self.tops(instance)[0] / check_name("agent", agent_id)
+        try:
+            return UnifiedGroup(agent_id, path)
+        except OSError as error:
+            raise CannotConfine(f"cannot open {path}: {error.strerror}; the agent is gone") from error
+
+    def facts(self) -> dict[str, object]:
+        return {"cgroups": self.kind, "memory": "memory.max", "swap": "0", "cpu": "cpu.max", "pids": "pids.max"}
+
+    def _enable(self, top: Path) -> None:
+        """Make the controllers available in the children of `top`.
+
+        From the root down, adding only what is missing: every group between may already have them, and a group that
+        holds processes cannot get them (the "no internal processes" rule; the root alone is exempt).
+        """
+        chain = [top, *top.parents]
+        for path in reversed(chain[: chain.index(self.root) + 1]):
+            have = set((path / "cgroup.subtree_control").read_text(encoding="ascii").split())
+            if missing := [name for name in CONTROLLERS if name not in have]:
+                write(
+                    path / "cgroup.subtree_control",
+                    " ".join(f"+{name}" for name in missing),
+                    remedy="give the launcher a delegated, empty group: --cgroup-parent, and Delegate=yes in its unit",
+                )
+
+    @staticmethod
+    def _limit(path: Path, limits: Limits) -> None:
+        write(path / "memory.max", str(limits.memory_bytes), remedy=_REMEDY)
+        swap = path / "memory.swap.max"
+        if swap.exists():  # absent only in a kernel without swap
+            write(swap, "0", remedy=_REMEDY)
+        # An agent that lost one process to the OOM killer is in a state nobody foresaw: it ends as a whole.
+        write(path / "memory.oom.group", "1", remedy=_REMEDY)
+        write(path / "cpu.max", f"{cpu_quota_usec(limits.cpus)} {CPU_PERIOD_USEC}", remedy=_REMEDY)
+        write(path / "pids.max", str(limits.pids), remedy=_REMEDY)
