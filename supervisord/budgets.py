@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Final, Self
 
+from gateway_client.egress.decide import BudgetView
 from supervisord.errors import Exhausted, InvalidInput
 from supervisord.ids import shown
 
@@ -93,6 +94,12 @@ class Ledger:
             _left(self.budget.requests, used.requests),
         )
 
+    def view(self) -> BudgetView:
+        """Gives what decide() sees of it."""
+        left = self.left()
+        cost = None if left.cost_microusd is None else left.cost_microusd / MICROUSD_PER_USD
+        return BudgetView(llm_tokens_left=left.llm_tokens, cost_usd_left=cost, requests_left=left.requests)
+
     def reserve(self, amounts: Amounts) -> "Ledger":
         """Gives the ledger with the amounts set aside; raises Exhausted naming the first budget that is too small.
 
@@ -106,10 +113,10 @@ class Ledger:
             ("requests", left.requests, amounts.requests),
         )
         for name, available, need in wanted:
-            if available is not None and available < max(need, 1):
+            if available is not None and (available <= 0 or available < need):
                 raise Exhausted(
                     f"cannot spend {need} of budget {name}: {available} left",
-                    remedy=f"launch with a larger --budget {name}=N, or end the calls that are under way",
+                    remedy=f"launch with a larger --budget {name}=N",
                 )
         return replace(self, reserved=self.reserved + amounts)
 

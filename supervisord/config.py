@@ -1,20 +1,11 @@
-"""stockade.toml: a frozen value, every key known and every value checked."""
+"""The configuration as a frozen value; config_reader.py makes it out of stockade.toml (pure)."""
 
-import difflib
 import ipaddress
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
-
-from supervisord.errors import InvalidInput
-from supervisord.ids import instance_name, shown
-
-CONFIG_BYTES_MAX: Final = 256 * 1024
 
 # Clear of the ranges systemd gives to containers, dynamic users and homes (systemd.io/UIDS-GIDS).
 UID_FIRST: Final = 1879048192

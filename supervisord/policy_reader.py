@@ -235,14 +235,14 @@ def _policy(read: _Reader, base: Policy) -> Policy:
 
 def _check_extends(read: _Reader, policy: Policy, base: Policy, *, extends: bool) -> None:
     """Finds what a policy gives that the one it extends does not, unless `widen` says why."""
-    wider = set(wider(policy, base)) if extends else set()
-    for key in sorted(wider - set(policy.widen)):
+    gained = set(wider(policy, base)) if extends else set()
+    for key in sorted(gained - set(policy.widen)):
         read.problem(
             tuple(key.split(".")),
             f"wider than in {base.name}, which this policy extends",
             f"narrow it, or say why under `widen: {{{key}: …}}`",
         )
-    for key in sorted(set(policy.widen) - wider):
+    for key in sorted(set(policy.widen) - gained):
         read.problem(
             ("widen", key), "names a key that is not wider here", "remove it: a reason kept in stock hides the next"
         )

@@ -1,0 +1,326 @@
+"""stockade.toml read: every key known, every value checked, every problem with its line (only load_config does I/O)."""
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from supervisord.config import (
+    UID_FIRST,
+    UID_LAST,
+    UIDS_PER_AGENT,
+    AgentsConfig,
+    Config,
+    ControlConfig,
+    GatewayConfig,
+    GatewayKind,
+    LogConfig,
+    ModelKind,
+    ModelRoute,
+    Network,
+    OnStop,
+    Role,
+    UsersConfig,
+)
+from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Problem
+from supervisord.errors import InvalidInput, StockadeError
+from supervisord.ids import instance_name, shown
+from supervisord.tables import Findings, Table
+
+CONFIG_BYTES_MAX: Final = 256 * 1024
+MODELS_MAX: Final = 256
+HOSTS_MAX: Final = 4096
+USD_PER_MTOK_MAX: Final = 1_000_000
+PORT_MAX: Final = 65535
+
+# sockaddr_un has 108 bytes for a path (unix(7)); the private sockets below run_dir have names of up to 45.
+RUN_DIR_BYTES_MAX: Final = 60
+
+_ACCOUNT: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII)
+_MODEL_GLOB: Final = re.compile(r"[A-Za-z0-9._:/@+*-]{1,200}", re.ASCII)
+_HOST: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})*", re.ASCII)
+_IDENTITY: Final = re.compile(
+    r"cn:[^\x00-\x1f\x7f]{1,200}|spiffe://[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,16}"
+)
+
+
+def load_config(path: Path) -> Config:
+    """Reads the configuration file; raises InvalidInput."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}", remedy="pass --config FILE") from error
+    if len(data) > CONFIG_BYTES_MAX:
+        raise InvalidInput(f"cannot read {path}: longer than {CONFIG_BYTES_MAX} bytes", remedy="shorten it")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"cannot read {path}: byte {error.start} is not UTF-8", remedy="save it as UTF-8") from error
+    return parse_config(text, source=str(path))
+
+
+def parse_config(text: str, *, source: str) -> Config:
+    """Gives the configuration of a TOML text; raises InvalidDocument with every problem, each with its line."""
+    try:
+        root = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidDocument("configuration", [Problem(source, None, "", f"not TOML: {error}")]) from error
+    except RecursionError as error:
+        raise InvalidDocument("configuration", [Problem(source, None, "", "nested too deeply")]) from error
+    findings = Findings(source, text)
+    config = _config(Table(findings, "", root), source)
+    if findings.problems:
+        in_order = sorted(findings.problems, key=lambda problem: problem.position.line if problem.position else 0)
+        raise InvalidDocument("configuration", in_order[:PROBLEMS_MAX])
+    return config
+
+
+def missing_files(config: Config) -> tuple[str, ...]:
+    """Gives one line for every file that the configuration names and that is not there; for `stockaded --check`."""
+    gateway, control = config.gateway, config.control
+    named: list[tuple[str, Path | None]] = []
+    if gateway.kind is not GatewayKind.EMBEDDED:
+        named.append(("gateway.credential_file", gateway.credential_file))
+    for index, route in enumerate(gateway.models):
+        named.append((f"gateway.models[{index}].key_file", route.key_file))
+        named.append((f"gateway.models[{index}].script", route.script))
+    if control.tcp_listen:
+        named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
+    return tuple(
+        f"cannot use {key} of {config.source}: there is no file {path}; make it or correct the path"
+        for key, path in named
+        if path is not None and not path.is_file()
+    )
+
+
+def _config(root: Table, source: str) -> Config:
+    instance = root.text("instance", "default")
+    try:
+        instance_name(instance)
+    except StockadeError as error:
+        root.problem("instance", error.message, error.remedy)
+    default = Config()
+    run_dir = root.path("run_dir", default.run_dir)
+    state_dir = root.path("state_dir", default.state_dir)
+    for key, path in (("run_dir", run_dir), ("state_dir", state_dir)):
+        if path is None or path == Path("/"):
+            root.problem(key, "is empty or /", "name a directory for Stockade alone")
+    if run_dir is not None and len(str(run_dir).encode()) > RUN_DIR_BYTES_MAX:
+        root.problem("run_dir", f"is longer than {RUN_DIR_BYTES_MAX} bytes: sockets in it would not fit", "shorten it")
+    if run_dir is not None and run_dir == state_dir:
+        root.problem("run_dir", "is state_dir too", "name two directories: a reboot empties one of them")
+    pool, egress = root.table("pool"), root.table("egress")
+    config = Config(
+        instance=instance,
+        state_dir=state_dir or default.state_dir,
+        run_dir=run_dir or default.run_dir,
+        policy_dirs=_policy_dirs(root, default.policy_dirs),
+        gateway=_gateway(root.table("gateway")),
+        log=_log(root.table("log")),
+        control=_control(root.table("control")),
+        users=_users(root.table("users")),
+        agents=_agents(root.table("agents")),
+        pool_netns=pool.whole("netns", default.pool_netns, 0, 256),
+        egress_workers=egress.whole("workers", default.egress_workers, 1, 64),
+        source=source,
+    )
+    for table in (pool, egress, root):
+        table.end()
+    return config
+
+
+def _policy_dirs(root: Table, default: tuple[Path, ...]) -> tuple[Path, ...]:
+    value = root.get("policy_dirs")
+    if value is None:
+        return default
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        root.problem("policy_dirs", "is not a list of paths", 'write policy_dirs = ["/etc/stockade/policies"]')
+        return default
+    return tuple(root.absolute(f"policy_dirs[{index}]", item) for index, item in enumerate(value))
+
+
+def _gateway(table: Table) -> GatewayConfig:
+    kind = table.one_of("kind", GatewayKind.EMBEDDED)
+    gateway = GatewayConfig(
+        kind=kind,
+        url=_url(table, "url", GatewayConfig().url),
+        credential_file=table.path("credential_file", None),
+        forward_proxy=_url(table, "forward_proxy", ""),
+        models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
+        hosts=_hosts(table.table("hosts")),
+        allow_networks=_networks(table),
+    )
+    if kind is not GatewayKind.EMBEDDED:
+        if not gateway.url:
+            table.problem("url", f"is empty, and kind {kind.value} needs it", "say where the gateway listens")
+        for key in ("models", "hosts", "allow_networks"):
+            if table.values.get(key):
+                table.problem(key, f"is for the embedded gateway, and kind is {kind.value}", "remove it")
+    table.end()
+    return gateway
+
+
+def _url(table: Table, key: str, default: str) -> str:
+    text = table.text(key, default)
+    if not text:
+        return text
+    try:
+        parts = urlsplit(text)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        parts, fits = urlsplit(""), False
+    plain = re.fullmatch(r"[!-~]+", text) is not None and not {"\\", "#", "?", "@"} & set(text)
+    if not fits or not plain or parts.username is not None:
+        table.problem(key, f"{shown(text)} is not http(s)://HOST[:PORT][/PATH]", "no user, query or fragment in it")
+    return text
+
+
+def _model(table: Table) -> ModelRoute:
+    kind = table.one_of("kind", ModelKind.SCRIPTED)
+    route = ModelRoute(
+        name=table.matching("name", "", _MODEL_GLOB, "a model's name or a glob such as gpt-*"),
+        kind=kind,
+        url=_url(table, "url", ""),
+        model=table.matching("model", "", _MODEL_GLOB, "a model's name"),
+        key_file=table.path("key_file", None),
+        script=table.path("script", None),
+        input_usd_per_mtok=table.number("input_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
+        output_usd_per_mtok=table.number("output_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
+    )
+    if not route.name:
+        table.problem("name", "is missing", 'add name = "MODEL-GLOB"')
+    if not route.url and kind in (ModelKind.OPENAI, ModelKind.ANTHROPIC):
+        table.problem("url", f"is missing, and kind {kind.value} needs it", "add the provider's base URL")
+    if route.script is not None and kind is not ModelKind.SCRIPTED:
+        table.problem("script", f"is for kind scripted, and kind is {kind.value}", "remove it")
+    table.end()
+    return route
+
+
+def _hosts(table: Table) -> Mapping[str, str]:
+    if len(table.values) > HOSTS_MAX:
+        table.findings.add(table.name, f"has more than {HOSTS_MAX} names", "remove some")
+    hosts: dict[str, str] = {}
+    for name in table.values:
+        address = table.text(name, "")
+        if _HOST.fullmatch(name) is None:
+            table.problem(name, "is not a host's name in lower case", 'quote one with dots: "a.example.com" = "…"')
+        elif not is_endpoint(address, port_required=False):
+            table.problem(name, f"{shown(address)} is neither IP nor IP:PORT", "write for example 10.0.0.5:8080")
+        hosts[name] = address
+    return hosts
+
+
+def is_endpoint(text: str, *, port_required: bool) -> bool:
+    """Tells whether the text is `IP:PORT`, `[IP6]:PORT` or, where the port may be left out, a bare address."""
+    if not port_required and _is_address(text):
+        return True
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return False
+    digits = port.isascii() and port.isdigit() and len(port) <= len(str(PORT_MAX))
+    return bool(colon) and _is_address(host) and digits and 1 <= int(port) <= PORT_MAX
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _networks(table: Table) -> tuple[Network, ...]:
+    value = table.get("allow_networks")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        table.problem("allow_networks", "is not a list of networks", 'write ["10.1.0.0/16"]')
+        return ()
+    networks: list[Network] = []
+    for index, item in enumerate(value):
+        try:
+            networks.append(ipaddress.ip_network(str(item)))
+        except ValueError:
+            table.problem(f"allow_networks[{index}]", f"{shown(str(item))} is not a network", "write say 10.1.0.0/16")
+    return tuple(networks)
+
+
+def _log(table: Table) -> LogConfig:
+    default = LogConfig()
+    log = LogConfig(
+        durability=table.one_of("durability", default.durability),
+        checkpoint_entries=table.whole("checkpoint_entries", default.checkpoint_entries, 1, 1_000_000),
+        checkpoint_seconds=table.number("checkpoint_seconds", None, 1, 86400) or default.checkpoint_seconds,
+        witness_dir=table.path("witness_dir", None),
+    )
+    table.end()
+    return log
+
+
+def _control(table: Table) -> ControlConfig:
+    roles_table = table.table("roles")
+    roles: dict[str, Role] = {}
+    for identity in roles_table.values:
+        roles[identity] = roles_table.one_of(identity, Role.READER)
+        if _IDENTITY.fullmatch(identity) is None:
+            roles_table.problem(identity, "is neither cn:NAME nor a spiffe:// URI", 'write "cn:NAME" = "operator"')
+    control = ControlConfig(
+        group=table.matching("group", "stockade", _ACCOUNT, "a group's name"),
+        read_only_others=table.flag("read_only_others", default=False),
+        tcp_listen=table.text("tcp_listen", ""),
+        tls_cert=table.path("tls_cert", None),
+        tls_key=table.path("tls_key", None),
+        tls_client_ca=table.path("tls_client_ca", None),
+        roles=roles,
+    )
+    if control.tcp_listen:
+        if not is_endpoint(control.tcp_listen, port_required=True):
+            table.problem("tcp_listen", f"{shown(control.tcp_listen)} is not IP:PORT", "write say 127.0.0.1:7443")
+        for key in ("tls_cert", "tls_key", "tls_client_ca"):
+            if getattr(control, key) is None:
+                table.problem(key, "is missing, and tcp_listen needs it", "TCP is served with mutual TLS only")
+        if not roles:
+            table.problem("roles", "is missing: nobody could do anything over TCP", "add [control.roles]")
+    table.end()
+    return control
+
+
+def _users(table: Table) -> UsersConfig:
+    default = UsersConfig()
+    users = UsersConfig(
+        egress=table.matching("egress", default.egress, _ACCOUNT, "a user's name"),
+        dialer=table.matching("dialer", default.dialer, _ACCOUNT, "a user's name"),
+        gateway=table.matching("gateway", default.gateway, _ACCOUNT, "a user's name"),
+    )
+    names = {users.egress, users.dialer, users.gateway}
+    if names != names - {"root"} or len(names) != len(UsersConfig.__slots__):
+        table.findings.add(table.name, "egress, dialer and gateway must be three users other than root", "rename one")
+    table.end()
+    return users
+
+
+def _agents(table: Table) -> AgentsConfig:
+    first, last = UID_FIRST, UID_LAST
+    match table.get("uid_range"):
+        case None:
+            pass
+        case [int(), int()] as bounds:
+            first, last = bounds
+            if not UID_FIRST <= first <= last <= UID_LAST or last - first + 1 < UIDS_PER_AGENT:
+                table.problem(
+                    "uid_range",
+                    f"[{first}, {last}] is not {UIDS_PER_AGENT} or more ids within [{UID_FIRST}, {UID_LAST}]",
+                    "leave it out, or give each instance a part of that range",
+                )
+        case other:
+            table.problem("uid_range", f"{shown(str(other))} is not [FIRST, LAST]", f"write [{UID_FIRST}, {UID_LAST}]")
+    agents = AgentsConfig(on_stop=table.one_of("on_stop", OnStop.LEAVE), uid_first=first, uid_last=last)
+    table.end()
+    return agents
