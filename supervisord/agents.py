@@ -38,6 +38,15 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchGrant:
+    """A scope the agent has from its start, and who gave it."""
+
+    grant_id: str
+    scope: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """What was launched: fixed for the agent's life and kept by the launcher for a daemon that comes back."""
 
@@ -61,7 +70,8 @@ class Description:
     pids: int
     dedicated_worker: bool
     on_supervisor_loss: str
-    budget: dict[str, float]
+    budget: dict[str, int | None]
+    grants: tuple[LaunchGrant, ...]
     launched_at_ns: int
 
     def to_json(self) -> dict[str, object]:
@@ -71,10 +81,11 @@ class Description:
     def from_json(cls, value: Mapping[str, object]) -> Description:
         """The description again; raises TypeError or KeyError where it is another version's."""
         fields = dict(value)
-        command = fields["command"]
-        if not isinstance(command, (list, tuple)):
-            raise TypeError("command is not a list")
+        command, grants = fields["command"], fields["grants"]
+        if not isinstance(command, list | tuple) or not isinstance(grants, list | tuple):
+            raise TypeError("command and grants are lists")
         fields["command"] = tuple(str(part) for part in command)
+        fields["grants"] = tuple(LaunchGrant(**grant) for grant in grants)
         return cls(**fields)  # type: ignore[arg-type]
 
 

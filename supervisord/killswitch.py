@@ -1,0 +1,243 @@
+"""The kill switch: the gate first, then the cgroup, then the proof (DESIGN section 6).
+
+Kill waits for no lock, no policy and no log: what cannot be recorded is reported in the daemon's journal and done all
+the same. Whoever asks again gets the receipt of the first kill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from supervisord.actions.types import Action, CannotRecord
+from supervisord.errors import StockadeError, Unavailable
+from supervisord.lifecycle import Event, can
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from supervisord.actions.log import ActionLog
+    from supervisord.actions.types import JSON
+    from supervisord.agents import Agent, Agents
+    from supervisord.egress_plane import EgressPlane
+    from supervisord.launcher_link import LauncherLink
+
+log = structlog.get_logger()
+
+DEADLINE_SECONDS: Final = 10.0
+LAUNCHER_SECONDS_MAX: Final = 15.0
+RETRY_SECONDS: Final = 0.2
+NOTE_SECONDS_MAX: Final = 1.0
+RECEIPTS_KEPT_MAX: Final = 4096
+REASON_CHARACTERS_MAX: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a kill did and found. `statement` is what was signed: canonical JSON of the other fields."""
+
+    receipt_id: str
+    agent_id: str
+    name: str
+    verified_empty: bool
+    processes_killed: int
+    egress_cut_ms: float
+    dead_ms: float
+    reason: str
+    killed_by: str
+    time_ns: int
+    already_dead: bool
+    relays_cut: int
+    left_pids: tuple[int, ...] = ()
+    statement: bytes = b""
+    signature: bytes = b""
+
+
+class KillSwitch:
+    """Kills agents; `sign` makes the statement and signature of a receipt, `ended` is told of each death."""
+
+    def __init__(
+        self,
+        *,
+        agents: Agents,
+        actions: ActionLog,
+        launcher: LauncherLink,
+        plane: EgressPlane,
+        sign: Callable[[Receipt], Receipt],
+        ended: Callable[[Agent], None],
+        new_id: Callable[[], str],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._agents = agents
+        self._actions = actions
+        self._launcher = launcher
+        self._plane = plane
+        self._sign = sign
+        self._ended = ended
+        self._new_id = new_id
+        self._now_ns = now_ns
+        self._kills: dict[str, asyncio.Task[Receipt]] = {}
+        self._notes: set[asyncio.Task[None]] = set()
+
+    async def kill(self, agents: Sequence[Agent], *, actor: str, reason: str) -> list[Receipt]:
+        """A receipt for each of `agents`, in their order; all are killed at once."""
+        return list(await asyncio.gather(*(self._receipt(agent, actor, reason) for agent in agents)))
+
+    async def _receipt(self, agent: Agent, actor: str, reason: str) -> Receipt:
+        task = self._kills.get(agent.agent_id)
+        if task is None or (task.done() and (task.exception() is not None or not task.result().verified_empty)):
+            # Forget before it is made: an agent that could not be proven dead is tried again.
+            task = asyncio.get_running_loop().create_task(self._kill(agent, actor, reason[:REASON_CHARACTERS_MAX]))
+            self._kills[agent.agent_id] = task
+            self._forget_old()
+        # A caller that goes away does not end the kill.
+        return await asyncio.shield(task)
+
+    async def _kill(self, agent: Agent, actor: str, reason: str) -> Receipt:
+        began = time.monotonic()
+        already = not agent.live
+        if already:
+            receipt = self._made(agent, actor, reason, already=True, verified_empty=True)
+            await self._note(agent, receipt)
+            return receipt
+        self._agents.apply(agent, Event.KILL)
+        cut = asyncio.get_running_loop().create_task(self._cut(agent))
+        body = await self._until_empty(agent)
+        cut_ms, relays = await cut
+        verified = body.get("verified_empty") is True
+        left = body.get("left")
+        receipt = self._made(
+            agent,
+            actor,
+            reason,
+            already=False,
+            verified_empty=verified,
+            processes_killed=_int(body.get("processes_killed")),
+            egress_cut_ms=max(cut_ms, _float(body.get("egress_cut_ms"))),
+            dead_ms=(time.monotonic() - began) * 1000,
+            relays_cut=relays,
+            left_pids=tuple(_int(pid) for pid in left) if isinstance(left, list) else (),
+        )
+        if verified and can(agent.state, Event.CGROUP_EMPTY):
+            self._agents.apply(agent, Event.CGROUP_EMPTY)
+            self._ended(agent)
+        await self._note(agent, receipt)
+        return receipt
+
+    async def _cut(self, agent: Agent) -> tuple[float, int]:
+        began = time.monotonic()
+        done = await self._plane.cut(agent.agent_id)
+        return (time.monotonic() - began) * 1000, 0 if done is None else done.relays
+
+    async def _until_empty(self, agent: Agent) -> dict[str, object]:
+        """Have the launcher kill until the cgroup is empty; without a launcher, take pid 1 and with it its namespace."""
+        deadline = time.monotonic() + LAUNCHER_SECONDS_MAX
+        while True:
+            try:
+                reply = await self._launcher.call(
+                    "kill",
+                    agent_id=agent.agent_id,
+                    deadline_ms=int(DEADLINE_SECONDS * 1000),
+                    seconds_max=DEADLINE_SECONDS + 5,
+                )
+            except Unavailable as error:
+                self._kill_pid1(agent)
+                if time.monotonic() > deadline:
+                    log.error(
+                        "a kill is not proven: the launcher does not answer", agent=agent.agent_id, cause=str(error)
+                    )
+                    return {"verified_empty": False}
+                await asyncio.sleep(RETRY_SECONDS)
+            except StockadeError:
+                log.exception("a kill is not proven", agent=agent.agent_id)
+                self._kill_pid1(agent)
+                return {"verified_empty": False}
+            else:
+                return reply.body
+
+    def _kill_pid1(self, agent: Agent) -> None:
+        """End pid 1 of the agent: the kernel then ends every process of its pid namespace (pid_namespaces(7))."""
+        if agent.pidfd is None:
+            return
+        try:
+            signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            log.debug("pid 1 has gone", agent=agent.agent_id)
+
+    def _made(
+        self,
+        agent: Agent,
+        actor: str,
+        reason: str,
+        *,
+        already: bool,
+        verified_empty: bool,
+        processes_killed: int = 0,
+        egress_cut_ms: float = 0.0,
+        dead_ms: float = 0.0,
+        relays_cut: int = 0,
+        left_pids: tuple[int, ...] = (),
+    ) -> Receipt:
+        return self._sign(
+            Receipt(
+                receipt_id=self._new_id(),
+                agent_id=agent.agent_id,
+                name=agent.name,
+                verified_empty=verified_empty,
+                processes_killed=processes_killed,
+                egress_cut_ms=round(egress_cut_ms, 3),
+                dead_ms=round(dead_ms, 3),
+                reason=reason,
+                killed_by=actor,
+                time_ns=self._now_ns(),
+                already_dead=already,
+                relays_cut=relays_cut,
+                left_pids=left_pids,
+            )
+        )
+
+    async def _note(self, agent: Agent, receipt: Receipt) -> None:
+        """Record the kill, and give the log a moment to say it is durable; a log that does not keeps no receipt back."""
+        task = asyncio.get_running_loop().create_task(self._record(agent, receipt))
+        self._notes.add(task)
+        task.add_done_callback(self._notes.discard)
+        await asyncio.wait({task}, timeout=NOTE_SECONDS_MAX)
+
+    async def _record(self, agent: Agent, receipt: Receipt) -> None:
+        details: dict[str, JSON] = {
+            "receipt_id": receipt.receipt_id,
+            "verified_empty": receipt.verified_empty,
+            "processes_killed": receipt.processes_killed,
+            "egress_cut_ms": receipt.egress_cut_ms,
+            "dead_ms": receipt.dead_ms,
+            "relays_cut": receipt.relays_cut,
+            "already_dead": receipt.already_dead,
+            "signature": receipt.signature.hex(),
+        }
+        verdict = "done" if receipt.verified_empty else "failed"
+        try:
+            await self._actions.record(
+                Action(agent.agent_id, receipt.killed_by, "agent.kill", agent.name, verdict, receipt.reason, details)
+            )
+        except CannotRecord as error:
+            log.error("a kill is not in the action log", agent=agent.agent_id, cause=str(error))  # noqa: TRY400
+
+    def _forget_old(self) -> None:
+        while len(self._kills) > RECEIPTS_KEPT_MAX:
+            oldest = next(iter(self._kills))
+            if not self._kills[oldest].done():
+                return
+            del self._kills[oldest]
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,360 @@
+"""Launch: from an order to a program that runs, or to nothing at all.
+
+The intent goes into the log's group commit while the launcher builds; execve waits for both. Every failure undoes what
+was done, and says which step it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+from typing import TYPE_CHECKING, Final, cast
+
+import structlog
+
+from gateway_client.egress.scope import format_scope
+from supervisord.actions.types import Action
+from supervisord.agents import Agent, Description, LaunchGrant
+from supervisord.budgets import NO_BUDGET, Budget, Ledger
+from supervisord.channel import close_all
+from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
+from supervisord.hostfiles import open_files
+from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
+from supervisord.lifecycle import Event, State, can
+from supervisord.plan import LaunchOrder, build, check_order, wanted_files
+from supervisord.policy import Home, Policy, Worker
+from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandbox.plan import SandboxPlan
+    from supervisord.actions.log import ActionLog
+    from supervisord.actions.types import JSON, Entry
+    from supervisord.agents import Agents
+    from supervisord.callers import Caller
+    from supervisord.config import Config
+    from supervisord.egress_plane import EgressPlane
+    from supervisord.exchanges import Exchanges
+    from supervisord.holds import Holds
+    from supervisord.launcher_link import LauncherLink, Reply
+    from supervisord.policies import PolicyShelf
+    from supervisord.scopes import GrantBook
+    from supervisord.slots import Slots
+
+log = structlog.get_logger()
+
+NAME_CHARACTERS_MAX: Final = 40
+OBJECT_CHARACTERS_MAX: Final = 512
+
+
+class Launching:
+    """Launches agents; every launch is one call of `launch`."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        agents: Agents,
+        policies: PolicyShelf,
+        book: GrantBook,
+        actions: ActionLog,
+        launcher: LauncherLink,
+        plane: EgressPlane,
+        exchanges: Exchanges,
+        slots: Slots,
+        holds: Holds,
+        filters: dict[str, str],
+        entropy: Callable[[int], bytes],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._agents = agents
+        self._policies = policies
+        self._book = book
+        self._actions = actions
+        self._launcher = launcher
+        self._plane = plane
+        self._exchanges = exchanges
+        self._slots = slots
+        self._holds = holds
+        self._filters = filters
+        self._entropy = entropy
+        self._now_ns = now_ns
+        self._keys: dict[tuple[str, str], AgentId] = {}
+
+    def describe(self, order: LaunchOrder, *, caller: Caller) -> str:
+        """The plan a launch would perform, a line each; starts and records nothing."""
+        policy = self._judge(order)
+        agent_id = new_agent_id(self._entropy)
+        files, fds = open_files(wanted_files(order, policy), caller_uid=caller.uid)
+        close_all(fds)
+        plan = build(
+            order,
+            policy,
+            agent_id=agent_id,
+            name=order.name or _made_up_name(order, agent_id),
+            instance=self._config.instance,
+            id_first=self._config.agents.uid_first,
+            slot=0,
+            files=files,
+            filter_digest=self._filters[policy.seccomp],
+        )
+        return "\n".join(plan.describe())
+
+    async def launch(
+        self, order: LaunchOrder, *, caller: Caller, agent_id: str = "", idempotency_key: str = ""
+    ) -> tuple[Agent, bool]:
+        """The agent, and whether an earlier attempt had launched it; raises StockadeError with nothing left behind."""
+        known = self._known(order, caller=caller, agent_id=agent_id, idempotency_key=idempotency_key)
+        if known is not None:
+            return known, True
+        policy = self._judge(order)
+        chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
+        name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
+        self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+        files, fds = open_files(wanted_files(order, policy), caller_uid=caller.uid)
+        try:
+            slot = self._slots.claim()
+            try:
+                plan = build(
+                    order,
+                    policy,
+                    agent_id=chosen,
+                    name=name,
+                    instance=self._config.instance,
+                    id_first=self._config.agents.uid_first,
+                    slot=slot,
+                    files=files,
+                    filter_digest=self._filters[policy.seccomp],
+                )
+                what = self._description(
+                    order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
+                )
+                agent = Agent(what)
+                self._agents.add(agent)
+            except BaseException:
+                self._slots.release(slot)
+                raise
+            if idempotency_key:
+                self._keys[caller.actor, idempotency_key] = chosen
+            await self._perform(agent, policy, plan, fds=fds, caller=caller)
+        finally:
+            close_all(fds)
+        return agent, False
+
+    def _known(self, order: LaunchOrder, *, caller: Caller, agent_id: str, idempotency_key: str) -> Agent | None:
+        """An earlier attempt of the same caller for the same thing; raises Conflict where it was another thing."""
+        earlier = self._agents.get(agent_id) if agent_id else None
+        if earlier is None and idempotency_key:
+            kept = self._keys.get((caller.actor, idempotency_key))
+            earlier = None if kept is None else self._agents.get(kept)
+        if earlier is None:
+            return None
+        same = earlier.what.command == order.command and earlier.what.policy == order.policy
+        if not same or earlier.what.launched_by != caller.actor or (order.name and order.name != earlier.name):
+            raise Conflict(
+                f"cannot launch as {earlier.agent_id}: that was another launch", remedy="use a new id or key"
+            )
+        return earlier
+
+    def _judge(self, order: LaunchOrder) -> Policy:
+        """The policy of an order that may be launched at all; raises StockadeError."""
+        check_order(order)
+        policy = self._policies.get(order.policy)
+        unmet = _unmet(policy)
+        if unmet:
+            raise CannotLaunch(
+                f"cannot launch with policy {policy.name}: {unmet} is not in this version",
+                remedy="use a policy without it; nothing is left out silently",
+                step="policy",
+            )
+        if policy.seccomp not in self._filters:
+            raise CannotLaunch(
+                f"cannot launch with policy {policy.name}: there is no seccomp profile {policy.seccomp}",
+                remedy=f"use one of {', '.join(sorted(self._filters))}",
+                step="policy",
+            )
+        for scope in order.scopes:
+            check_ceiling(scope, policy.ceiling)
+        check_scopes_reachable((*policy.scopes, *order.scopes), self._config.gateway)
+        return policy
+
+    def _description(
+        self,
+        order: LaunchOrder,
+        policy: Policy,
+        plan: SandboxPlan,
+        *,
+        name: AgentName,
+        slot: int,
+        caller: Caller,
+        idempotency_key: str,
+    ) -> Description:
+        budget = policy.budget.tightest(order.budget)
+        return Description(
+            agent_id=AgentId(plan.agent_id),
+            name=name,
+            policy=policy.name,
+            policy_digest=policy.digest,
+            labels=dict(order.labels),
+            owner=order.owner,
+            purpose=order.purpose,
+            command=order.command,
+            workspace="" if order.workspace is None else str(order.workspace.path),
+            workspace_mode="" if order.workspace is None else ("rw" if order.workspace.writable else "ro"),
+            launched_by=caller.actor,
+            idempotency_key=idempotency_key,
+            slot=slot,
+            tty=order.tty is not None,
+            stdin=order.stdin,
+            memory_bytes=plan.limits.memory_bytes,
+            cpus=plan.limits.cpus,
+            pids=plan.limits.pids,
+            dedicated_worker=policy.egress.worker is Worker.DEDICATED,
+            on_supervisor_loss=policy.on_supervisor_loss.value,
+            budget=budget.to_json(),
+            grants=self._grants(order, policy, caller),
+            launched_at_ns=self._now_ns(),
+        )
+
+    def _grants(self, order: LaunchOrder, policy: Policy, caller: Caller) -> tuple[LaunchGrant, ...]:
+        """What the agent may do from the start: of the policy, then of the launch."""
+        given: dict[str, str] = {}
+        for scopes, by in ((policy.scopes, f"policy:{policy.name}"), (order.scopes, caller.actor)):
+            for scope in scopes:
+                given.setdefault(format_scope(scope), by)
+        return tuple(LaunchGrant(new_grant_id(self._entropy), text, by) for text, by in given.items())
+
+    async def _perform(
+        self, agent: Agent, policy: Policy, plan: SandboxPlan, *, fds: list[int], caller: Caller
+    ) -> None:
+        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+        building = asyncio.ensure_future(
+            self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
+        )
+        try:
+            _, reply = await _both(intent, building)
+            self._built(agent, reply)
+            self.give_egress(agent)
+            if not can(agent.state, Event.EXEC_OK) or agent.state is State.KILLING:
+                raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
+            await self._launcher.call("go", agent_id=agent.agent_id)
+        except BaseException as error:
+            await self._undo(agent, error, caller)
+            raise
+        self._agents.apply(agent, Event.EXEC_OK)
+        await self._outcome(agent, "agent.exec", "done", "", caller)
+
+    def _built(self, agent: Agent, reply: Reply) -> None:
+        pidfd, listener = reply.fds
+        agent.pidfd, agent.listener = pidfd, listener
+        posture = reply.body.get("posture")
+        agent.posture = dict(posture) if isinstance(posture, dict) else {}
+        agent.posture["policy"] = agent.what.policy
+        agent.posture["policy_digest"] = agent.what.policy_digest
+        timings = reply.body.get("timings_us")
+        if isinstance(timings, dict):
+            log.debug("built", agent=agent.agent_id, timings_us=timings)
+
+    def give_egress(self, agent: Agent) -> None:
+        """Open the gate: grants of policy and launch, budget, listener."""
+        for grant in agent.what.grants:
+            self._book.add(
+                agent.agent_id, read_scope(grant.scope), by=grant.by, reason="launch", grant_id=GrantId(grant.grant_id)
+            )
+        budget = Budget.from_json(agent.what.budget)
+        if budget != NO_BUDGET:
+            self._exchanges.ledgers[agent.agent_id] = Ledger(budget)
+        if agent.listener is not None:
+            self._plane.listen(
+                agent.agent_id,
+                name=agent.name,
+                labels=agent.what.labels,
+                listener=agent.listener,
+                dedicated=agent.what.dedicated_worker,
+            )
+
+    async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:
+        agent.failure = error.message if isinstance(error, StockadeError) else str(error)
+        try:
+            await self._launcher.call("abort", agent_id=agent.agent_id)
+        except StockadeError as again:
+            log.info("nothing to abort", agent=agent.agent_id, cause=again.message)
+        if agent.state is State.STARTING:
+            self._agents.apply(agent, Event.LAUNCH_FAILED)
+        self.forget(agent)
+        try:
+            await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
+        except CannotRecord as unrecorded:
+            log.error("a failed launch is not in the action log", agent=agent.agent_id, cause=unrecorded.message)
+
+    def forget(self, agent: Agent) -> None:
+        """Give back what the daemon holds for an agent that is no more: gate, grants, descriptors, uid range."""
+        self._plane.unlisten(agent.agent_id)
+        self._book.end_agent(agent.agent_id)
+        self._exchanges.forget(agent.agent_id)
+        close_all([fd for fd in (agent.pidfd, agent.listener) if fd is not None])
+        agent.pidfd = agent.listener = None
+        self._slots.release(agent.what.slot)
+
+    async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
+        details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
+        await self._actions.append(Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details))
+
+
+async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) -> tuple[Entry, Reply]:
+    """Wait for record and build; where one fails the other is waited for too, so that it can be undone."""
+    results = await asyncio.gather(intent, building, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            if not isinstance(results[1], BaseException):
+                close_all(results[1].fds)
+            raise result
+    return intent.result(), building.result()
+
+
+def _unmet(policy: Policy) -> str:
+    """Name what the policy asks for and this version has not, or nothing."""
+    if policy.egress.transparent:
+        return "egress.transparent"
+    if policy.rootfs is not None:
+        return "a rootfs other than the host's"
+    if policy.home is Home.PERSISTENT:
+        return "home: persistent"
+    if policy.canary:
+        return "canary"
+    return ""
+
+
+def _intent(agent: Agent, policy: Policy, caller: Caller) -> Action:
+    what = agent.what
+    details: dict[str, JSON] = {
+        "name": what.name,
+        "policy": policy.name,
+        "policy_digest": policy.digest,
+        "scopes": [grant.scope for grant in what.grants],
+        "labels": dict(what.labels),
+        "owner": what.owner,
+        "purpose": what.purpose,
+        "workspace": what.workspace,
+        "workspace_mode": what.workspace_mode,
+        "memory_bytes": what.memory_bytes,
+        "cpus": what.cpus,
+        "pids": what.pids,
+        "budget": dict(what.budget),
+        "uid_slot": what.slot,
+    }
+    return Action(what.agent_id, caller.actor, "agent.launch", _object(agent), "allowed", "", details)
+
+
+def _object(agent: Agent) -> str:
+    return " ".join(agent.what.command)[:OBJECT_CHARACTERS_MAX]
+
+
+def _made_up_name(order: LaunchOrder, agent_id: str) -> str:
+    base = "".join(
+        c if c.isascii() and (c.isalnum() or c == "-") else "-" for c in posixpath.basename(order.command[0])
+    )
+    base = base.lower().strip("-")[:NAME_CHARACTERS_MAX] or "agent"
+    return f"{base}-{agent_id[-6:]}"
