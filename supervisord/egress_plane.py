@@ -161,8 +161,8 @@ class EgressPlane:
     async def cut(self, agent_id: str) -> messages.CutDone | None:
         """Close the gate: listener and every upstream socket are shut down, then the worker is told.
 
-        Nobody has to co-operate: the listener is shut down here, and the dialer holds duplicates of the rest. None where
-        the dialer did not answer in time.
+        Nobody has to co-operate: the listener is shut down here, and the dialer holds duplicates of the rest. Gives
+        None where the dialer did not answer in time.
         """
         served = self._served.get(agent_id)
         if served is None:
@@ -288,7 +288,7 @@ class EgressPlane:
         try:
             message = messages.decode(data, messages.FROM_WORKER_TO_DAEMON)
         except messages.BadFrame as error:
-            log.error("egress worker sent what is no message", worker=worker_id, cause=str(error))  # noqa: TRY400
+            log.error("egress worker sent what is no message", worker=worker_id, cause=str(error))
             worker.child.signal(signal.SIGKILL)
             return
         match message:
@@ -367,7 +367,7 @@ class EgressPlane:
         try:
             message = messages.decode(data, messages.FROM_DIALER_TO_DAEMON)
         except messages.BadFrame as error:
-            log.error("dialer sent what is no message", cause=str(error))  # noqa: TRY400
+            log.error("dialer sent what is no message", cause=str(error))
             self._dialer_silent()
             return
         match message:

@@ -135,7 +135,7 @@ class KillSwitch:
         return (time.monotonic() - began) * 1000, 0 if done is None else done.relays
 
     async def _until_empty(self, agent: Agent) -> dict[str, object]:
-        """Have the launcher kill until the cgroup is empty; without a launcher, take pid 1 and with it its namespace."""
+        """Have the launcher kill until the cgroup is empty; without one, end pid 1 and with it its namespace."""
         deadline = time.monotonic() + LAUNCHER_SECONDS_MAX
         while True:
             try:
@@ -202,7 +202,7 @@ class KillSwitch:
         )
 
     async def _note(self, agent: Agent, receipt: Receipt) -> None:
-        """Record the kill, and give the log a moment to say it is durable; a log that does not keeps no receipt back."""
+        """Record the kill and give the log a moment to say it is durable; no receipt is kept back for it."""
         task = asyncio.get_running_loop().create_task(self._record(agent, receipt))
         self._notes.add(task)
         task.add_done_callback(self._notes.discard)
@@ -225,7 +225,7 @@ class KillSwitch:
                 Action(agent.agent_id, receipt.killed_by, "agent.kill", agent.name, verdict, receipt.reason, details)
             )
         except CannotRecord as error:
-            log.error("a kill is not in the action log", agent=agent.agent_id, cause=str(error))  # noqa: TRY400
+            log.error("a kill is not in the action log", agent=agent.agent_id, cause=str(error))
 
     def _forget_old(self) -> None:
         while len(self._kills) > RECEIPTS_KEPT_MAX:
