@@ -1,15 +1,56 @@
 """The action log: one writer, an append-only RFC 6962 tree in segments, group commit."""
 
-from __future__ import annotations
-
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Final
 
-from supervisord.actions.types import Action, Durability, Entry, Proof, Report
+from supervisord.actions import merkle
+from supervisord.actions.checkpoint import Signer
+from supervisord.actions.files import load_signer, read_checkpoint
+from supervisord.actions.query import Index, Query, Row
+from supervisord.actions.recovery import Opened, open_directory
+from supervisord.actions.types import Action, CannotRecord, Durability, Entry, Proof, Report
+from supervisord.actions.verify import Until, verify
+from supervisord.actions.writer import Settings, Writer
+
+SEGMENT_BYTES_MAX: Final = 16 * 1024 * 1024
+SUBSCRIBER_ENTRIES: Final = 256
+_VERIFY_PAUSE_SECONDS: Final = 0.0005
 
 
 class ActionLog:
-    """The one writer of a log directory. Use it from one asyncio loop; see `record` and `append`."""
+    """The one writer of a log directory; `record` and `append` may be awaited in any asyncio loop.
+
+    When the disk refuses, both raise CannotRecord until it takes a write again; the first entry then is `log.recover`,
+    which says how many actions were refused. Where a *sync* failed, the entries in question are in the file and stay
+    there, though who waited for them was told CannotRecord: as with any commit that fails, only "yes" is certain.
+    `log.recover` names them as doubtful.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        signer: Signer,
+        opened: Opened,
+        index: Index,
+        *,
+        settings: Settings,
+        listeners: "_Listeners",
+    ) -> None:
+        """Use `open`."""
+        self._directory = directory
+        self._signer = signer
+        self._directory_lock = opened.lock
+        self._index = index
+        self._listeners = listeners
+        self._writer = Writer(signer, opened, settings)
+        self._writer.start(opened.dropped)
+        self._closed = False
 
     @classmethod
     def open(
@@ -19,29 +60,68 @@ class ActionLog:
         *,
         durability: Durability = "batched",
         now_ns: Callable[[], int],
+        monotonic: Callable[[], float] = time.monotonic,
         origin: str = "stockade.local/actions",
         checkpoint_every_entries: int = 1024,
         checkpoint_seconds: float = 1.0,
+        segment_bytes: int = SEGMENT_BYTES_MAX,
         on_checkpoint: Callable[[str], None] | None = None,
-    ) -> ActionLog:
-        """Open or begin the log in `directory`; blocking, so call it before the loop runs or in a thread."""
-        raise NotImplementedError
+    ) -> "ActionLog":
+        """Continue or begin the log in `directory`; it waits for disks, so call it before the loop runs.
+
+        Makes an Ed25519 key in `key` (mode 0600) and its public half in `<key>.pub` where there is none. A tail that a
+        crash left is cut off, kept in `torn/` and told in a `log.recover` entry. `on_checkpoint` gets each signed
+        checkpoint in the log's thread and must not block. Raises CannotOpenLog for damage that no crash explains.
+        """
+        signer = load_signer(key, origin=origin)
+        opened = open_directory(directory, signer)
+        index = Index(directory)
+        listeners = _Listeners()
+
+        def on_rows(rows: list[Row]) -> None:
+            index.add(rows)
+            listeners.tell()
+
+        settings = Settings(
+            strict=durability == "strict",
+            now_ns=now_ns,
+            monotonic=monotonic,
+            checkpoint_every_entries=checkpoint_every_entries,
+            checkpoint_seconds=checkpoint_seconds,
+            segment_bytes=segment_bytes,
+            on_checkpoint=on_checkpoint,
+            on_rows=on_rows,
+        )
+        index.start(opened.tree.size)
+        return cls(directory, signer, opened, index, settings=settings, listeners=listeners)
 
     @property
     def size(self) -> int:
-        raise NotImplementedError
+        """Entries in the files."""
+        return self._writer.size
+
+    @property
+    def signer(self) -> Signer:
+        """The log's key, which also signs receipts."""
+        return self._signer
 
     @property
     def public_key(self) -> str:
-        raise NotImplementedError
+        """The key that verifies this log, in its C2SP form."""
+        return self._signer.verifier.text()
 
     async def record(self, action: Action) -> Entry:
         """Record `action`; durable when this returns. Raises CannotRecord."""
-        raise NotImplementedError
+        return await self._writer.submit(action, asyncio.get_running_loop())
 
     async def append(self, action: Action) -> Entry:
-        """Record `action`; in the file (write(2)) when this returns, durable within 10 ms or 256 entries. Raises CannotRecord."""
-        raise NotImplementedError
+        """Record `action`; written when this returns, durable within 10 ms or 256 entries. Raises CannotRecord.
+
+        What is written survives any death of the daemon, not a power cut. It does not yield to the loop, save in a
+        strict log, where it is `record`, and while a new segment is begun.
+        """
+        entry = self._writer.append(action)
+        return await self.record(action) if entry is None else entry
 
     async def query(
         self,
@@ -55,20 +135,106 @@ class ActionLog:
         newest_first: bool = False,
         limit: int = 1000,
     ) -> list[Entry]:
-        raise NotImplementedError
+        """Entries that match, by seq; at most `limit` (at most 10,000). `verb` may be a prefix that ends in a dot.
 
-    def subscribe(self, after_seq: int = 0) -> AsyncIterator[Entry]:
-        """Every entry after `after_seq`, then new ones as they come; resume with the last `seq` seen."""
-        raise NotImplementedError
+        Sees everything that was recorded before the call. Raises CannotReadLog.
+        """
+        query = Query(agent_id, verb, verdict, since_ns, until_ns, after_seq, newest_first, limit)
+        return await asyncio.wrap_future(self._index.run(lambda: self._index.entries(query)))
+
+    async def subscribe(self, after_seq: int = 0) -> AsyncIterator[Entry]:
+        """Every entry after `after_seq`, then new ones as they come, without end until the log closes.
+
+        Resume with the last `seq` seen. A slow reader costs nothing: it is fed from the files, a page at a time.
+        """
+        with self._listeners.listening() as event:
+            while not self._closed:
+                event.clear()
+                page = await self.query(after_seq=after_seq, limit=SUBSCRIBER_ENTRIES)
+                for entry in page:
+                    yield entry
+                    after_seq = entry.seq
+                if not page:
+                    await event.wait()
 
     async def checkpoint(self) -> str:
-        raise NotImplementedError
+        """A signed checkpoint (C2SP tlog-checkpoint) over everything recorded before the call. Raises CannotRecord."""
+        return await asyncio.to_thread(self._writer.seal)
 
-    async def verify(self) -> Report:
-        raise NotImplementedError
+    async def verify(self, *, kept: str | None = None) -> Report:
+        """Check all files up to now, as `verify.verify` does offline."""
+        return await asyncio.to_thread(self._verify, kept)
 
     async def proof(self, seq: int, size: int | None = None) -> Proof:
-        raise NotImplementedError
+        """The inclusion proof of entry `seq` in the tree of `size` entries (default: all). Raises ValueError."""
+        index, total = self._index, self._writer.size if size is None else size
+        if not 1 <= seq <= total <= self._writer.size:
+            raise ValueError(f"cannot prove entry {seq} in a tree of {total}: the log has {self._writer.size} entries")
+
+        def prove() -> Proof:
+            path = merkle.inclusion_path(seq - 1, total, index.node)
+            return Proof(seq, total, index.node(0, seq - 1), merkle.range_root(0, total, index.node), path)
+
+        return await asyncio.wrap_future(index.run(prove))
+
+    async def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
+        """The proof (RFC 6962 section 2.1.2) that the tree of `size` entries continues that of `old`."""
+        index, total = self._index, self._writer.size if size is None else size
+        if not 1 <= old <= total <= self._writer.size:
+            raise ValueError(f"cannot prove {total} entries from {old}: the log has {self._writer.size}")
+        return await asyncio.wrap_future(index.run(lambda: merkle.consistency_path(old, total, index.node)))
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Make everything durable, sign a last checkpoint, let the directory go. Nothing can be recorded after."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._writer.close()
+        self._listeners.tell()
+        self._index.close()
+        os.close(self._directory_lock)
+
+    def _verify(self, kept: str | None) -> Report:
+        with contextlib.suppress(CannotRecord):  # a full disk is no reason not to verify
+            self._writer.seal()
+        first_seq, end, note = self._writer.position()
+        until = Until(first_seq, end, note or read_checkpoint(self._directory))
+        # Python's threads take turns: let the loop have its own between entries.
+        return verify(
+            self._directory,
+            self._signer.verifier,
+            kept=kept,
+            until=until,
+            pause=lambda: time.sleep(_VERIFY_PAUSE_SECONDS),
+        )
+
+
+class _Listeners:
+    """Who waits for new entries; told from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[asyncio.Event]:
+        event = asyncio.Event()
+        with self._lock:
+            self._events[event] = asyncio.get_running_loop()
+        try:
+            yield event
+        finally:
+            with self._lock:
+                del self._events[event]
+
+    def tell(self) -> None:
+        if not self._events:
+            return
+        with self._lock:
+            for event, loop in self._events.items():
+                if not event.is_set():
+                    with contextlib.suppress(RuntimeError):  # its loop is closed
+                        loop.call_soon_threadsafe(event.set)

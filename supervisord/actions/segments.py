@@ -114,6 +114,15 @@ def frame(kind: Kind, payload: bytes, digest: bytes) -> bytes:
     return head + _CRC.pack(zlib.crc32(head)) + payload
 
 
+def entry_frame(payload: bytes, digest: bytes) -> bytes:
+    return frame(Kind.ENTRY, payload, digest)
+
+
+def checkpoint_frame(note: str) -> bytes:
+    payload = note.encode()
+    return frame(Kind.CHECKPOINT, payload, leaf_hash(payload))
+
+
 def frames(data: bytes, start: int) -> Iterator[Frame]:
     """The frames from `start`, each checked against its sum and hash; raises Damaged at the first that is not whole."""
     at, end = start, len(data)

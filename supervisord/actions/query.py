@@ -1,0 +1,318 @@
+"""An index over the segments for queries: a thread with an SQLite file that can be thrown away and is rebuilt.
+
+Rows say where an entry lies; what a query returns is read from the segments and checked against its hash, so a
+tampered index can hide entries from a query, never change one. `verify` does not use it.
+"""
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from supervisord.actions import encoding, segments
+from supervisord.actions.files import INDEX, segment_paths
+from supervisord.actions.merkle import node_hash
+from supervisord.actions.types import CannotReadLog, Entry
+
+LIMIT_MAX: Final = 10_000
+QUEUE_ROWS_MAX: Final = 100_000  # beyond it rows are read from the segments again
+BATCH_ROWS_MAX: Final = 5_000
+GATHER_SECONDS: Final = 0.02
+OPEN_FILES_MAX: Final = 16
+# Roots of complete subtrees of 2**TILE_LEVEL leaves are stored, so that a proof reads few leaves.
+TILE_LEVEL: Final = 8
+_VERSION: Final = 1
+_SCHEMA: Final = f"""
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, agent_id BLOB NOT NULL, verb BLOB NOT NULL,
+    verdict BLOB NOT NULL, segment INTEGER NOT NULL, offset INTEGER NOT NULL, leaf BLOB NOT NULL
+);
+CREATE INDEX entries_agent ON entries (agent_id, seq);
+CREATE INDEX entries_verb ON entries (verb, seq);
+CREATE TABLE tiles (number INTEGER PRIMARY KEY, hash BLOB NOT NULL);
+PRAGMA user_version = {_VERSION};
+"""
+
+Row = tuple[int, int, bytes, bytes, bytes, int, int, bytes]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for; None is anything. A verb that ends in a dot is a prefix."""
+
+    agent_id: str | None = None
+    verb: str | None = None
+    verdict: str | None = None
+    since_ns: int | None = None
+    until_ns: int | None = None
+    after_seq: int = 0
+    newest_first: bool = False
+    limit: int = 1000
+
+    def sql(self) -> tuple[str, list[bytes | int]]:
+        where, values = ["seq > ?"], list[bytes | int]([self.after_seq])
+        for column, text in (("agent_id", self.agent_id), ("verdict", self.verdict)):
+            if text is not None:
+                where.append(f"{column} = ?")
+                values.append(encoding.to_bytes(text))
+        if self.verb is not None and self.verb.endswith("."):
+            where.append("verb >= ? AND verb < ?")
+            prefix = encoding.to_bytes(self.verb)
+            values += (prefix, prefix[:-1] + b"/")  # "/" follows "." in ASCII
+        elif self.verb is not None:
+            where.append("verb = ?")
+            values.append(encoding.to_bytes(self.verb))
+        for condition, number in (("time_ns >= ?", self.since_ns), ("time_ns < ?", self.until_ns)):
+            if number is not None:
+                where.append(condition)
+                values.append(number)
+        order = "DESC" if self.newest_first else "ASC"
+        values.append(max(0, min(self.limit, LIMIT_MAX)))
+        # Only fixed words and question marks are put together here.
+        sql = f"SELECT seq, segment, offset FROM entries WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"  # noqa: S608
+        return sql, values
+
+
+class Index:
+    """The index's thread. `add` never blocks on it; `run` answers once it has seen everything added before."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._condition = threading.Condition()
+        self._rows: deque[Row] = deque()
+        self._jobs: deque[tuple[int, Callable[[], None], Callable[[BaseException], None]]] = deque()
+        self._size = 0  # entries in the log
+        self._stop = False
+        self._files: dict[int, int] = {}
+        self._database: sqlite3.Connection | None = None
+        self._indexed = 0
+        self._thread = threading.Thread(target=self._work, name="log-index", daemon=True)
+
+    def start(self, size: int) -> None:
+        self._size = size
+        self._thread.start()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Rows of entries that are in the file now, in order."""
+        with self._condition:
+            idle = not self._rows
+            self._size = rows[-1][0]
+            if len(self._rows) < QUEUE_ROWS_MAX:
+                self._rows.extend(rows)
+            if idle:
+                self._condition.notify()
+
+    def run(self, job: Callable[[], T]) -> "Future[T]":
+        """The job's result, run in the index's thread when all entries added so far are indexed."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except Exception as error:  # noqa: BLE001 - handed to whoever waits for the future
+                    future.set_exception(error)
+
+        def fail(error: BaseException) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        with self._condition:
+            if self._stop:
+                raise CannotReadLog("cannot query the action log: it is closed")
+            self._jobs.append((self._size, work, fail))
+            self._condition.notify()
+        return future
+
+    def close(self) -> None:
+        with self._condition:
+            self._stop = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # In the thread from here on.
+
+    def entries(self, query: Query) -> list[Entry]:
+        sql, values = query.sql()
+        return [self._read(*row) for row in self._sql(sql, values)]
+
+    def node(self, level: int, index: int) -> bytes:
+        """The root of a complete subtree, for `merkle`."""
+        if level > TILE_LEVEL:
+            return node_hash(self.node(level - 1, 2 * index), self.node(level - 1, 2 * index + 1))
+        if level == TILE_LEVEL:
+            found = self._sql("SELECT hash FROM tiles WHERE number = ?", [index])
+            if found:
+                return bytes(found[0][0])
+        first, count = (index << level) + 1, 1 << level
+        rows = self._sql("SELECT leaf FROM entries WHERE seq >= ? AND seq < ? ORDER BY seq", [first, first + count])
+        if len(rows) != count:
+            raise CannotReadLog(f"cannot prove an entry: the index lacks entries near {first}", remedy="restart")
+        hashes = [bytes(row[0]) for row in rows]
+        while len(hashes) > 1:
+            hashes = [node_hash(hashes[at], hashes[at + 1]) for at in range(0, len(hashes), 2)]
+        return hashes[0]
+
+    def _work(self) -> None:
+        try:
+            self._open()
+            while self._step():
+                pass
+        except (sqlite3.Error, OSError, segments.Damaged, CannotReadLog) as error:
+            # Queries fail from here on; recording goes on, it does not need the index.
+            failure = CannotReadLog(
+                f"cannot query the action log: its index failed: {error}",
+                remedy=f"restart the daemon; where that does not help, remove {self._directory / INDEX}",
+            )
+            self._drain(failure)
+        else:
+            self._drain(CannotReadLog("cannot query the action log: it is closed"))
+        finally:
+            for fd in self._files.values():
+                os.close(fd)
+            if self._database is not None:
+                self._database.close()
+
+    def _drain(self, failure: CannotReadLog) -> None:
+        while True:
+            with self._condition:
+                while not (self._jobs or self._stop):
+                    self._rows.clear()
+                    self._condition.wait()
+                if not self._jobs:
+                    return
+                _, _, fail = self._jobs.popleft()
+            fail(failure)
+
+    def _step(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._rows or self._jobs or self._stop or self._indexed < self._size)
+            if not self._jobs and not self._stop:
+                # Gather: one transaction for many rows, and fewer switches away from the threads that record.
+                self._condition.wait_for(lambda: self._jobs or self._stop, timeout=GATHER_SECONDS)
+            rows = [self._rows.popleft() for _ in range(min(len(self._rows), BATCH_ROWS_MAX))]
+            jobs = [self._jobs.popleft() for _ in range(len(self._jobs)) if self._jobs[0][0] <= self._indexed]
+            stop = self._stop and not rows and not jobs and not self._jobs
+            size = self._size
+        for _, work, _ in jobs:
+            work()
+        if rows and rows[0][0] <= self._indexed:
+            rows = [row for row in rows if row[0] > self._indexed]
+        if rows and rows[0][0] == self._indexed + 1:
+            self._insert(rows)
+        elif rows or (not self._rows and self._indexed < size):
+            self._catch_up()
+        return not stop
+
+    def _open(self) -> None:
+        path = self._directory / INDEX
+        try:
+            self._database = self._connect(path)
+            (self._indexed,) = self._database.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
+        except sqlite3.DatabaseError:
+            self._indexed = self._size + 1
+        if self._indexed > self._size:
+            # Damaged, of another version, or of entries that a crash took: begin again.
+            if self._database is not None:
+                self._database.close()
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    path.with_name(path.name + suffix).unlink()
+            self._database = self._connect(path)
+            self._indexed = 0
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        database = sqlite3.connect(path, isolation_level=None)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        elif version != _VERSION:
+            database.close()
+            raise sqlite3.DatabaseError("another version")
+        return database
+
+    def _sql(self, sql: str, values: Sequence[bytes | int] = ()) -> list[tuple[int, int, int]]:
+        if self._database is None:
+            raise CannotReadLog("cannot query the action log: its index is not open")
+        return self._database.execute(sql, values).fetchall()
+
+    def _insert(self, rows: list[Row]) -> None:
+        database = self._database
+        if database is None:
+            raise CannotReadLog("cannot index the action log: its index is not open")
+        database.execute("BEGIN")
+        database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        last = rows[-1][0]
+        for number in range(self._indexed >> TILE_LEVEL, last >> TILE_LEVEL):
+            database.execute("INSERT INTO tiles VALUES (?, ?)", (number, self.node(TILE_LEVEL, number)))
+        database.execute("COMMIT")
+        self._indexed = last
+
+    def _catch_up(self) -> None:
+        """Index what the queue no longer holds, or what was recorded before this index began, a batch at a time."""
+        wanted = self._indexed + 1
+        start = [(first, path) for first, path in segment_paths(self._directory) if first <= wanted][-1:]
+        if not start:
+            raise CannotReadLog(f"cannot index entry {wanted}: there is no segment that holds it")
+        first, path = start[0]
+        rows: list[Row] = []
+        data = path.read_bytes()
+        seq = first - 1
+        try:
+            for frame in segments.frames(data, segments.parse_header(data).length):
+                if frame.kind is not segments.Kind.ENTRY:
+                    continue
+                seq += 1
+                if seq < wanted:
+                    continue
+                found, time_ns, action = encoding.decode(frame.payload)
+                if found != seq:
+                    raise CannotReadLog(f"cannot index entry {seq}: entry {found} is in its place")
+                named = [encoding.to_bytes(text) for text in (action.agent_id, action.verb, action.verdict)]
+                rows.append((seq, time_ns, named[0], named[1], named[2], first, frame.offset, frame.leaf_hash))
+        except segments.Damaged as error:
+            # The writer may be in the middle of the last frame; anything else shows as no progress.
+            if not error.torn or not rows:
+                raise
+        except encoding.NotCanonical as error:
+            raise CannotReadLog(f"cannot index entry {seq}: {error}") from error
+        if not rows:
+            raise CannotReadLog(f"cannot index entry {wanted}: it is not in {path.name}", remedy="run log verify")
+        self._insert(rows)
+
+    def _read(self, seq: int, segment: int, offset: int) -> Entry:
+        fd = self._file(segment)
+        data = os.pread(fd, segments.FRAME_HEADER_BYTES + 1024, offset)
+        try:
+            try:
+                frame = segments.frame_at(data, 0, base=offset)
+            except segments.Damaged as error:
+                if not error.torn:
+                    raise
+                data = os.pread(fd, segments.FRAME_HEADER_BYTES + segments.PAYLOAD_BYTES_MAX, offset)
+                frame = segments.frame_at(data, 0, base=offset)
+            found, time_ns, action = encoding.decode(frame.payload)
+        except (segments.Damaged, encoding.NotCanonical) as error:
+            raise CannotReadLog(f"cannot read entry {seq}: {error}", remedy="run `stockadectl log verify`") from error
+        if found != seq:
+            raise CannotReadLog(f"cannot read entry {seq}: entry {found} is in its place", remedy="run log verify")
+        return Entry(seq, time_ns, action, frame.leaf_hash)
+
+    def _file(self, segment: int) -> int:
+        fd = self._files.get(segment)
+        if fd is None:
+            if len(self._files) >= OPEN_FILES_MAX:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = next(path for first, path in segment_paths(self._directory) if first == segment)
+            fd = self._files[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return fd

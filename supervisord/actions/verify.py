@@ -1,0 +1,154 @@
+"""Verification of a log directory with nothing but a public key: no daemon, no private key, no index."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from supervisord.actions import encoding, segments
+from supervisord.actions.check import Altered, Checker
+from supervisord.actions.checkpoint import Checkpoint, Verifier, open_checkpoint
+from supervisord.actions.files import CHECKPOINT, read_checkpoint, read_public, segment_paths
+from supervisord.actions.merkle import Frontier
+from supervisord.actions.types import BadNote, Report
+
+PAUSE_ENTRIES: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """Where to stop in a log that is being written: this segment, this many bytes of it."""
+
+    first_seq: int
+    end: int
+    note: str | None  # its newest checkpoint then
+
+
+def verify(
+    directory: Path,
+    public_key: Verifier | Path | str,
+    *,
+    kept: str | None = None,
+    until: Until | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Report:
+    """Check every byte of the log in `directory`.
+
+    `public_key` is a Verifier, the path of a .pub file or its text. `kept` is a checkpoint that the caller kept from
+    earlier: with it a rollback of the whole directory is found, too. `pause` is called now and then.
+    """
+    verifier = public_key
+    if isinstance(verifier, Path):
+        verifier = read_public(verifier)
+    elif isinstance(verifier, str):
+        verifier = Verifier.parse(verifier)
+    checker = Checker(verifier)
+    problem = ""
+    try:
+        _check(directory, checker, kept=kept, until=until, pause=pause)
+    except _Found as found:
+        problem = str(found)
+    tree = checker.final_tree()
+    return Report(
+        ok=not problem,
+        size=tree.size,
+        root=base64.b64encode(tree.root()).decode(),
+        problem=problem,
+        sealed=checker.tree.size,
+        origin=verifier.name,
+    )
+
+
+class _Found(Exception):  # noqa: N818 - a finding; its text is the report's problem
+    pass
+
+
+def _vouched(checker: Checker, kept: str | None, newest: str | None) -> list[tuple[str, Checkpoint]]:
+    """The checkpoints outside the segments, handed to the checker."""
+    found = []
+    for what, note in (("the kept checkpoint", kept), (f"the file {CHECKPOINT}", newest)):
+        if note is None:
+            continue
+        try:
+            checkpoint = open_checkpoint(note, checker.verifier)
+        except BadNote as error:
+            raise _Found(f"{what}: {error}") from error
+        if checker.kept.setdefault(checkpoint.size, checkpoint.root) != checkpoint.root:
+            raise _Found(f"{what}: signs another root over {checkpoint.size} entries than an earlier one did")
+        found.append((what, checkpoint))
+    return found
+
+
+def _segments(directory: Path, checker: Checker, until: Until | None, pause: Callable[[], None]) -> tuple[str, int]:
+    """Check every segment; the name and length of the last."""
+    name, length = "", 0
+    for first_seq, path in segment_paths(directory):
+        if until is not None and first_seq > until.first_seq:
+            break
+        data = path.read_bytes()
+        if until is not None and first_seq == until.first_seq:
+            data = data[: until.end]
+        try:
+            _segment(path, data, checker, pause)
+        except segments.Damaged as error:
+            raise _Found(_damage(path, data, error, checker)) from error
+        except Altered as error:
+            raise _Found(f"{path.name} at offset {error.offset}: {error.cause}") from error
+        name, length = path.name, len(data)
+    if not name:
+        raise _Found(f"there are no segments in {directory}")
+    return name, length
+
+
+def _check(
+    directory: Path, checker: Checker, *, kept: str | None, until: Until | None, pause: Callable[[], None]
+) -> None:
+    newest = read_checkpoint(directory) if until is None else until.note
+    vouched = _vouched(checker, kept, newest)
+    name, length = _segments(directory, checker, until, pause)
+    for what, checkpoint in vouched:
+        if checkpoint.size > checker.size:
+            gone = f"entries {checker.size + 1} to {checkpoint.size} are gone: {what} covers them"
+            raise _Found(f"{name} at offset {length}: {gone}")
+    if newest is None:
+        raise _Found(f"the file {CHECKPOINT} is missing: whether entries were cut off cannot be told")
+
+
+def _segment(path: Path, data: bytes, checker: Checker, pause: Callable[[], None]) -> None:
+    header = segments.parse_header(data)
+    named = segments.first_seq_of(path.name)
+    if header.first_seq != named:
+        raise segments.Damaged(0, f"the header belongs to the segment of entry {header.first_seq}", torn=False)
+    if header.first_seq != checker.size + 1:
+        gone = f"entries {checker.size + 1} to {header.first_seq - 1} are missing"
+        again = f"it begins with entry {header.first_seq} although the segment before ends with entry {checker.size}"
+        cause = gone if header.first_seq > checker.size + 1 else again
+        raise Altered(cause, offset=0, first=checker.size + 1, last=header.first_seq)
+    count = 0
+    signed = False
+    for count, frame in enumerate(segments.frames(data, header.length)):
+        checker.take(frame)
+        if count == 0:
+            signed = frame.kind is segments.Kind.CHECKPOINT and checker.tree.size == header.first_seq - 1
+            _begins_as_signed(header, checker.tree, signed=signed)
+        if count % PAUSE_ENTRIES == 0:
+            pause()
+    if not signed:
+        raise segments.Damaged(header.length, "the file ends before its first checkpoint", torn=True)
+
+
+def _begins_as_signed(header: segments.Header, tree: Frontier, *, signed: bool) -> None:
+    first = header.first_seq
+    if not signed:
+        raise Altered("the segment's first checkpoint is missing", offset=header.length, first=first, last=first)
+    if tree.hashes != list(header.frontier):
+        raise Altered("the header holds another tree than the entries give", offset=0, first=first, last=first)
+
+
+def _damage(path: Path, data: bytes, error: segments.Damaged, checker: Checker) -> str:
+    seq = checker.size + 1
+    claimed = encoding.seq_of(data[error.offset + segments.FRAME_HEADER_BYTES :][:16])
+    name = f"entry {seq}" if claimed in {seq, 0} else f"entry {seq} (its bytes say {claimed})"
+    kind = "cut off or torn" if error.torn else "altered"
+    return f"{path.name} at offset {error.offset}: {name} is {kind}: {error.cause}"
