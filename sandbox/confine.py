@@ -1,0 +1,172 @@
+"""The last steps before an agent's program: what a process gives up, and `execve`.
+
+Used for the first program of a sandbox and for those that `exec` starts later, so that both are confined alike.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import signal
+import stat
+import struct
+import termios
+from collections.abc import Iterator, Sequence
+from typing import Final, NoReturn
+
+from sandbox import capabilities, landlock, syscalls
+from sandbox.plan import SandboxPlan, Tty, unpack_filters
+from sandbox.sync import StepError, step
+
+SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LOCKED_MEMORY_BYTES: Final = 8 << 20
+# The kernel's killer takes agents before services of the host (proc(5), oom_score_adj).
+OOM_SCORE: Final = 500
+# Of what Python sets to "ignore" at its start; a program expects the default.
+# ioctl_tty(2); Python 3.11 has no names for them.
+_TIOCSPTLCK: Final = 0x40045431
+_TIOCGPTPEER: Final = 0x5441
+_IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def take_stdio(stdin: int, stdout: int, stderr: int) -> None:
+    """Make these the standard streams; they may have any numbers, also 0 to 2 of another order."""
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (stdin, stdout, stderr)]
+    for target, fd in enumerate(moved):
+        os.dup2(fd, target)
+
+
+def open_terminal(tty: Tty, *, uid: int, gid: int) -> tuple[int, int]:
+    """Return `(master, slave)` of a new terminal of this sandbox's own devpts, owned by these host ids."""
+    master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+        # The peer without a path: /dev/pts could be anything in a root given as a directory (ioctl_tty(2)).
+        slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        os.fchown(slave, uid, gid)
+        resize(master, tty)
+    except OSError:
+        os.close(master)
+        raise
+    return master, slave
+
+
+def resize(terminal: int, tty: Tty) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", tty.rows, tty.cols, 0, 0))
+
+
+def give_up(plan: SandboxPlan, *, filters: bytes, terminal: bool) -> None:
+    """Become the agent: session, limits, ids, capabilities, Landlock, and seccomp last. Raises `StepError`.
+
+    Called with standard streams in place, inside all namespaces of the sandbox, the user namespace joined.
+    """
+    weak = frozenset(plan.weaken)
+    with step("start session"):
+        os.setsid()
+        if terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.umask(0o022)
+        for number in _IGNORED_BY_PYTHON:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    with step("set resource limits"):
+        _limit(plan, core="rlimits" not in weak)
+        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
+            file.write(str(OOM_SCORE))
+    become(plan.uid, plan.gid, keep_capabilities="capabilities" in weak)
+    with step("leave session keyring"):
+        syscalls.keyctl_join_session_keyring()
+    if "new_privileges" not in weak:
+        with step("set no_new_privs"):
+            syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    if plan.landlock != "off" and "landlock" not in weak and landlock.ABI:
+        with step("restrict with Landlock"):
+            _landlock(plan)
+    install(filters, plan)
+
+
+def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
+    """Take these ids, inside, and give up all capabilities."""
+    with step("drop capabilities"):
+        if not keep_capabilities:
+            capabilities.lock()
+    with step("change ids"):
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        if keep_capabilities:
+            syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
+        os.setresuid(uid, uid, uid)
+    with step("drop capabilities"):
+        if not keep_capabilities:
+            capabilities.drop()
+
+
+def install(filters: bytes, plan: SandboxPlan) -> None:
+    """Load the seccomp programs. Last, because it forbids what the other steps need."""
+    if "seccomp" in plan.weaken:
+        return
+    with step("load seccomp filter"):
+        for program in unpack_filters(filters):
+            syscalls.seccomp_filter(program)
+
+
+def _limit(plan: SandboxPlan, *, core: bool) -> None:
+    _lower(resource.RLIMIT_NOFILE, plan.limits.open_files)
+    _lower(resource.RLIMIT_MEMLOCK, LOCKED_MEMORY_BYTES)
+    _lower(resource.RLIMIT_RTPRIO, 0)
+    if core:
+        # 1 and not 0: with 0 a core_pattern that is a pipe still starts its handler, as root of the host (core(5)).
+        _lower(resource.RLIMIT_CORE, 1)
+
+
+def _lower(what: int, value: int) -> None:
+    """Set both limits, at most to the hard one there is: raising it takes CAP_SYS_RESOURCE."""
+    _, hard = resource.getrlimit(what)
+    least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(what, (least, least))
+
+
+def _landlock(plan: SandboxPlan) -> None:
+    ruleset = landlock.make_ruleset(writable_places(plan), landlock.ABI)
+    syscalls.landlock_restrict_self(ruleset)
+    os.close(ruleset)
+
+
+def writable_places(plan: SandboxPlan) -> Iterator[str]:
+    """Yield what Landlock leaves writable: scratch, devices, /proc/self, the writable binds, and where grants appear."""
+    yield from ("/tmp", "/home/agent", "/dev", "/proc", "/workspace", "/grants")  # noqa: S108 - inside the sandbox
+    yield from (bind.target for bind in plan.binds if bind.writable and bind.target != "/workspace")
+    if "read_only_root" in plan.weaken:
+        yield "/"
+
+
+def execute(argv: Sequence[str], env: Sequence[tuple[str, str]], cwd: str) -> NoReturn:
+    """Replace the process; every descriptor beyond 2 goes. Raises `StepError` with the errno of `execve`."""
+    with step(f"enter working directory {cwd}"):
+        os.chdir(cwd)
+    environment = dict(env)
+    # Close before exec: an inherited directory descriptor is a way back to the host (CVE-2024-21626). Marked instead of
+    # closed, so that the sync socket still tells of a failing execve.
+    with step("close descriptors"):
+        syscalls.close_range(3, syscalls.FD_MAX, syscalls.CLOSE_RANGE_CLOEXEC)
+    failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for candidate in _candidates(argv[0], environment.get("PATH", SEARCH_PATH)):
+        try:
+            os.execve(candidate, list(argv), environment)  # noqa: S606 - this is what it is for
+        except OSError as error:
+            # As a shell does: "not executable" in one place is told, "not there" only when it is nowhere.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                failure = error
+    raise StepError("exec", failure.errno or 0, f"{argv[0]}: {failure.strerror}", "see the command of the agent")
+
+
+def _candidates(name: str, path: str) -> Iterator[str]:
+    if "/" in name:
+        yield name
+        return
+    for directory in path.split(":"):
+        candidate = f"{directory or '.'}/{name}"
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.stat(candidate).st_mode):
+                yield candidate

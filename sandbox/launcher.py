@@ -1,0 +1,162 @@
+"""The launcher: a small root process with one thread that performs plans and holds what runs.
+
+Started as `python -I -S -E …/sandbox/launcher.py --run-dir DIR --instance NAME [--linger-seconds N]`, by systemd or by the
+daemon, and outlives a daemon that dies. It imports nothing but the standard library, because every launch forks it and it
+is root next to hostile code. Sockets: `DIR/launcher.sock` (mode 0600).
+"""
+
+import os
+import sys
+
+# -I and -S leave the path with the standard library only. Ours goes last: nothing there may stand in for a module of it.
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - before any import
+
+import argparse
+import contextlib
+import gc
+import signal
+import socket
+import stat
+import time
+from typing import Final
+
+from sandbox import cgroups, syscalls
+from sandbox.launching import Workshop
+from sandbox.loop import READ, Loop
+from sandbox.netpool import Pool
+from sandbox.restore import Notifier, restore
+from sandbox.serve import Server
+from sandbox.userns import Holders
+
+PROXY_PORT: Final = 3128
+NETWORKS_READY: Final = 4
+IDLE_SECONDS: Final = 0.02
+WAIT_SECONDS: Final = 5.0
+BACKLOG: Final = 16
+
+
+def main() -> int:
+    options = _options()
+    os.umask(0o077)
+    syscalls.set_process_name("stockade-launch")
+    _make_directories(options.run_dir)
+    lock = _only_one(options.run_dir)
+    loop = Loop()
+    workshop = Workshop(
+        run_dir=options.run_dir,
+        instance=options.instance,
+        loop=loop,
+        layout=cgroups.detect(parent=options.cgroup_parent),
+        pool=Pool(options.instance, PROXY_PORT, options.networks),
+        holders=Holders(),
+        allow_weakened=options.allow_weakened,
+    )
+    notifier = Notifier()
+    server = Server(workshop, _listen(options.run_dir))
+    server.on_change.append(notifier.agent_changed)
+    restore(server, notifier)
+    _end_on_signals(loop)
+    # What is there now is never garbage: without this each collection in a child would copy the pages of all of it.
+    gc.collect()
+    gc.freeze()
+    while workshop.holders.refill():
+        pass
+    workshop.pool.refill(1)
+    notifier.send("READY=1")
+    _run(server, options.linger_seconds)
+    workshop.holders.close()
+    workshop.pool.close()
+    with contextlib.suppress(OSError):
+        os.unlink(f"{options.run_dir}/launcher.sock")  # noqa: PTH108 - strings throughout
+    os.close(lock)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="stockade-launcher", description="performs sandbox plans; started by stockaded"
+    )
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--instance", required=True)
+    parser.add_argument(
+        "--linger-seconds", type=float, default=None, help="end when there was nothing to do for so long"
+    )
+    parser.add_argument("--cgroup-parent", default=None, help="group that was delegated to us, relative to the root")
+    parser.add_argument("--networks", type=int, default=NETWORKS_READY, help="networks made ahead of need")
+    parser.add_argument(
+        "--allow-weakened", action="store_true", help="for tests: perform plans that leave controls out"
+    )
+    return parser.parse_args()
+
+
+def _make_directories(run_dir: str) -> None:
+    os.makedirs(run_dir, 0o711, exist_ok=True)  # noqa: PTH103 - strings throughout
+    for name in ("agents", "filters", "root"):
+        path = f"{run_dir}/{name}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)  # noqa: PTH102 - the same
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
+            raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
+
+
+def _only_one(run_dir: str) -> int:
+    """Hold the lock of this run directory; two launchers would each unlink the other's socket."""
+    fd = os.open(f"{run_dir}/launcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.lockf(fd, os.F_TLOCK, 0)
+    except BlockingIOError:
+        raise SystemExit(f"cannot start: another launcher serves {run_dir}") from None
+    return fd
+
+
+def _listen(run_dir: str) -> socket.socket:
+    path = f"{run_dir}/launcher.sock"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108 - the same
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)  # 0600: the umask is 077
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _end_on_signals(loop: Loop) -> None:
+    """End in order on SIGTERM; agents stay, and the next launcher finds them."""
+
+    def end(*_: object) -> None:
+        loop.running = False
+
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop.watch(read, READ, lambda _events: _discard(read))
+
+
+def _discard(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.read(fd, 512)
+
+
+def _run(server: Server, linger_seconds: float | None) -> None:
+    loop, workshop = server.loop, server.workshop
+    last = time.monotonic()
+    full = False
+    while loop.running:
+        busy = loop.turn(WAIT_SECONDS if full else IDLE_SECONDS)
+        now = time.monotonic()
+        if busy or server.agents or server.connections:
+            last = now
+        if linger_seconds is not None and now - last > linger_seconds:
+            return
+        if busy:
+            full = False
+        else:
+            # Stocks are filled when nobody waits, one piece a turn.
+            more = workshop.holders.refill()
+            full = workshop.pool.refill(1) == 0 and not more
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""The launcher's side of a launch: gather what the child needs, fork it, follow what it says.
+
+Everything that was made is undone when a later step fails; `end()` of the agent undoes the rest.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sandbox import init, landlock, sync, syscalls
+from sandbox.attach import own_pipe
+from sandbox.cgroups import CannotConfine, Layout
+from sandbox.loop import READ, Loop
+from sandbox.netpool import CannotMakeNetwork, Net, Pool
+from sandbox.plan import SandboxPlan
+from sandbox.running import Agent, State
+from sandbox.stdio import Feed, Pump, RotatingFile
+from sandbox.sync import StepError, ToldError, receive, send, step
+from sandbox.userns import Holders
+
+BUILD_SECONDS_MAX: Final = 20.0
+GO_SECONDS_MAX: Final = 60.0
+META_BYTES_MAX: Final = 64 << 10
+
+Built = Callable[[Agent, StepError | None], None]
+
+
+@dataclass(slots=True)
+class Workshop:
+    """What every launch draws on."""
+
+    run_dir: str
+    instance: str
+    loop: Loop
+    layout: Layout
+    pool: Pool
+    holders: Holders
+    allow_weakened: bool
+    filters: dict[str, bytes] = field(default_factory=dict)
+
+    def check(self, plan: SandboxPlan, fds: list[int], agents: Iterable[Agent]) -> None:
+        """Refuse what cannot be launched here; raises `StepError`."""
+        if plan.instance != self.instance:
+            raise StepError("check plan", 0, f"plan is of instance {plan.instance}, this launcher of {self.instance}")
+        if plan.weaken and not self.allow_weakened:
+            raise StepError("check plan", 0, "a weakened sandbox is for tests (--allow-weakened) only")
+        for agent in agents:
+            if agent.agent_id == plan.agent_id:
+                raise StepError("check plan", 0, f"agent {plan.agent_id} is there already")
+            if agent.plan.ids.start == plan.ids.start:
+                raise StepError("check plan", 0, f"ids {plan.ids.start} are in use by {agent.agent_id}")
+        if plan.fds_needed() > len(fds):
+            raise StepError("check plan", 0, f"plan needs {plan.fds_needed()} descriptors, {len(fds)} came")
+        if "seccomp" not in plan.weaken and plan.filter_digest not in self.filters:
+            raise StepError("check plan", 0, f"filter {plan.filter_digest!r} is not known", "send it first (op filter)")
+        if plan.landlock == "required" and not landlock.ABI:
+            raise StepError(
+                "restrict with Landlock", 0, "this kernel has none", "boot with lsm=…,landlock, Linux 5.13+"
+            )
+
+
+def begin(
+    workshop: Workshop, plan: SandboxPlan, meta: dict[str, Any], fds: list[int], built: Built
+) -> "tuple[Agent, Follow]":
+    """Fork the child and send it the plan; `built` is called once, when it waits for `go` or has failed.
+
+    Raises `StepError` where not even that can be done; then nothing is left. The descriptors stay the caller's.
+    """
+    agent = Agent(plan, meta, f"{workshop.run_dir}/agents/{plan.agent_id}", workshop.loop)
+    clock = init.Clock()
+    with contextlib.ExitStack() as undo:
+        try:
+            agent.group = workshop.layout.create(workshop.instance, plan.agent_id, plan.limits)
+        except (CannotConfine, OSError) as error:
+            raise StepError(
+                "make cgroup", getattr(error, "errno", 0) or 0, str(error), "see `stockadectl doctor`"
+            ) from error
+        undo.callback(_remove_group, agent)
+        clock.mark("cgroup")
+        try:
+            agent.net = workshop.pool.take()
+        except (CannotMakeNetwork, OSError) as error:
+            raise StepError("make network", getattr(error, "errno", 0) or 0, str(error)) from error
+        undo.callback(agent.net.close)
+        agent.listener = agent.net.listener
+        clock.mark("network")
+        mine = contextlib.ExitStack()
+        with mine:
+            message, given = _gather(workshop, agent, fds, mine, undo)
+            clock.mark("gather")
+            ours, theirs = sync.pair()
+            undo.callback(ours.close)
+            mine.callback(theirs.close)
+            agent.filters = workshop.filters.get(plan.filter_digest, b"")
+            with step("fork"):
+                agent.pid, agent.pidfd = syscalls.clone3(init.flags(plan.weaken), cgroup=agent.group.fd_for_clone())
+            if agent.pid == 0:
+                init.main(theirs, agent.group.entry_fds())
+            clock.mark("clone")
+            agent.control = ours
+            undo.pop_all()
+            try:
+                send(ours, message, given)
+            except OSError as error:
+                agent.end()
+                raise StepError.from_os("send plan", error) from error
+            clock.mark("send")
+    agent.timings_us = clock.steps
+    return agent, Follow(workshop, agent, built)
+
+
+def _remove_group(agent: Agent) -> None:
+    if agent.group is not None:
+        with contextlib.suppress(CannotConfine, OSError):
+            agent.group.remove()
+
+
+def _gather(
+    workshop: Workshop, agent: Agent, fds: list[int], mine: contextlib.ExitStack, undo: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[int]]:
+    """Return the message for the child and its descriptors; what is only for it goes onto `mine`."""
+    plan, net = agent.plan, agent.net
+    assert net is not None  # noqa: S101 - just taken
+    given = list(fds[: plan.fds_needed()])
+
+    def add(fd: int, *, own: bool = True) -> int:
+        if own:
+            mine.callback(os.close, fd)
+        given.append(fd)
+        return len(given) - 1
+
+    with step("make user namespace"):
+        users = add(workshop.holders.for_agent(plan.ids))
+        host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
+        if "user_namespace" in plan.weaken:
+            host_uid, host_gid = plan.uid, plan.gid
+        made: dict[tuple[int, int], int] = {}
+        maps = []
+        for bind in plan.binds:
+            owner = (bind.owner_uid, bind.owner_gid)
+            if owner not in made:
+                made[owner] = add(
+                    workshop.holders.for_mount(
+                        disk_uid=owner[0], disk_gid=owner[1], host_uid=host_uid, host_gid=host_gid
+                    )
+                )
+            maps.append(made[owner])
+    with step("make directory of the agent"):
+        os.mkdir(agent.directory, 0o700)
+        undo.callback(remove_directory, agent.directory)
+        agent.exit_fd = os.open(
+            f"{agent.directory}/exit", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        undo.callback(os.close, agent.exit_fd)
+    with step("make streams"):
+        stdio, keep = _stdio(agent, add, undo)
+    filters = -1
+    if "seccomp" not in plan.weaken:
+        filters = add(syscalls.memfd_create("filter", workshop.filters[plan.filter_digest]))
+    return {
+        "plan": plan.to_json(),
+        "base": f"{workshop.run_dir}/root",
+        "fds": {
+            "network": add(net.agent_ns, own=False),
+            "users": users,
+            "maps": maps,
+            "exit": add(agent.exit_fd, own=False),
+            "stdio": stdio,
+            "keep": keep,
+            "filter": filters,
+        },
+    }, given
+
+
+def _stdio(
+    agent: Agent, add: Callable[..., int], undo: contextlib.ExitStack
+) -> tuple[list[int | None], list[int | None]]:
+    """Make pipes for what is not a terminal: the child's ends, and the read ends that pid 1 keeps open too."""
+    plan = agent.plan
+    if plan.tty is not None:
+        return [None, None, None], [None, None]
+    stdin: int | None = None
+    if plan.stdin:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        own_pipe(plan, read)
+        stdin = add(read)
+        agent.feed = Feed(agent.loop, write, terminal=False)
+        undo.callback(agent.feed.close)
+    stdio: list[int | None] = [stdin]
+    keep: list[int | None] = []
+    for name in ("stdout", "stderr"):
+        read, write = os.pipe2(os.O_CLOEXEC)
+        own_pipe(plan, write)
+        stdio.append(add(write))
+        file = RotatingFile(f"{agent.directory}/{name}.log", plan.limits.output_bytes // 4)
+        pump = Pump(agent.loop, read, file)
+        undo.callback(pump.close)
+        agent.pumps.append(pump)
+        keep.append(add(read, own=False))
+    return stdio, keep
+
+
+def remove_directory(path: str) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            os.unlink(f"{path}/{name}")  # noqa: PTH108 - strings are faster here
+        os.rmdir(path)  # noqa: PTH106 - the same
+
+
+class Follow:
+    """Hears what the child says until its socket ends."""
+
+    def __init__(self, workshop: Workshop, agent: Agent, built: Built) -> None:
+        assert agent.control is not None  # noqa: S101 - begin() made it
+        self._agent = agent
+        self._workshop = workshop
+        self._built: Built | None = built
+        self._went: Built | None = None
+        self._forked = False
+        self._ready = False
+        self._began = time.perf_counter_ns()
+        agent.loop.watch(agent.control.fileno(), READ, self._heard)
+        self._deadline = agent.loop.later(BUILD_SECONDS_MAX, self._late)
+        agent.loop.watch(agent.pidfd, READ, lambda _e: self._died())
+
+    def _late(self) -> None:
+        if self._agent.state in (State.BUILDING, State.BUILT, State.STARTING):
+            what = "build sandbox" if self._agent.state is State.BUILDING else "go"
+            self._fail(StepError(what, 0, "not done in time"))
+
+    def _died(self) -> None:
+        # What it said last comes first: the socket may hold an error still.
+        while self._agent.control is not None and self._agent.state is State.BUILDING and self._more():
+            self._heard(READ)
+        if self._agent.state in (State.BUILDING, State.BUILT):
+            self._fail(StepError("build sandbox", 0, "the child died; out of memory, or killed from outside"))
+        elif self._agent.state is State.STARTING:
+            self._heard(READ)
+        self._agent.end()
+
+    def _more(self) -> bool:
+        try:
+            control = self._agent.control
+            return control is not None and bool(control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def _heard(self, _events: int) -> None:
+        agent = self._agent
+        if agent.control is None:
+            return
+        try:
+            message, fds = receive(agent.control)
+        except (OSError, ValueError):
+            message, fds = None, []
+        if message is None:
+            self._ended()
+        elif "error" in message:
+            sync.close_all(fds)
+            self._fail(ToldError(message["error"]))
+        elif message.get("forked"):
+            agent.agent_pidfd = fds[0]
+            if message["terminal"]:
+                self._adopt_terminal(fds[1])
+            self._forked = True
+            self._perhaps_built()
+        elif message.get("ready"):
+            agent.degraded = list(message["degraded"])
+            agent.timings_us |= {f"child.{name}": value for name, value in message["timings_us"].items()}
+            self._ready = True
+            self._perhaps_built()
+
+    def _adopt_terminal(self, master: int) -> None:
+        agent = self._agent
+        agent.terminal = master
+        file = RotatingFile(f"{agent.directory}/stdout.log", agent.plan.limits.output_bytes // 2)
+        agent.pumps.append(Pump(agent.loop, os.dup(master), file))
+        agent.feed = Feed(agent.loop, os.dup(master), terminal=True)
+
+    def _perhaps_built(self) -> None:
+        agent = self._agent
+        if self._forked and self._ready and self._built is not None:
+            agent.timings_us["child"] = (time.perf_counter_ns() - self._began) // 1000
+            agent.state = State.BUILT
+            agent.loop.cancel(self._deadline)
+            self._deadline = agent.loop.later(GO_SECONDS_MAX, self._late)
+            built, self._built = self._built, None
+            save(agent)
+            built(agent, None)
+
+    def go(self, went: Built) -> None:
+        """Let the agent exec; `went` is called when it has, or could not. Raises `StepError`."""
+        agent = self._agent
+        if agent.state is not State.BUILT or agent.control is None:
+            raise StepError("go", 0, f"agent {agent.agent_id} is {agent.state.value}, not {State.BUILT.value}")
+        self._went = went
+        agent.state = State.STARTING
+        try:
+            send(agent.control, {"go": True})
+        except OSError as error:
+            self._fail(StepError.from_os("go", error))
+
+    def _ended(self) -> None:
+        """End-of-file: `execve` happened, or the child is dead before it said anything."""
+        agent = self._agent
+        agent.close_control()
+        if agent.state is State.STARTING:
+            agent.loop.cancel(self._deadline)
+            agent.state = State.RUNNING
+            agent.started_at = time.time()
+            self._answer(None)
+        elif agent.state in (State.BUILDING, State.BUILT):
+            self._fail(StepError("build sandbox", 0, "the child ended without a word"))
+
+    def _fail(self, error: StepError) -> None:
+        agent = self._agent
+        agent.loop.cancel(self._deadline)
+        # The answer waits until everything is undone: who hears "failed" may launch again with the same ids.
+        agent.gone.insert(0, lambda _agent: self._answer(error))
+        agent.end()
+
+    def _answer(self, error: StepError | None) -> None:
+        call = self._built or self._went
+        self._built = self._went = None
+        if call is not None:
+            call(self._agent, error)
+
+
+def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
+    """Return which controls are in force, as they were applied."""
+    plan, net = agent.plan, agent.net
+    return {
+        "ids": {"start": plan.ids.start, "size": plan.ids.size, "inside": plan.uid},
+        "namespaces": ["mnt", "pid", "net", "ipc", "uts", "cgroup", "user"],
+        "rootfs": plan.rootfs.kind,
+        "seccomp": plan.filter_digest,
+        "no_new_privs": "new_privileges" not in plan.weaken,
+        "capabilities": [] if "capabilities" not in plan.weaken else ["all"],
+        "landlock_abi": 0 if plan.landlock == "off" or "landlock" in plan.weaken else landlock.ABI,
+        "limits": {name: getattr(plan.limits, name) for name in plan.limits.__slots__},
+        "cgroups": workshop.layout.facts(),
+        "network": net.facts() if isinstance(net, Net) else {},
+        "scratch": "tmpfs, counts as memory",
+        "weakened": sorted(plan.weaken),
+        "degraded": degraded(agent),
+    }
+
+
+def degraded(agent: Agent) -> list[str]:
+    plan = agent.plan
+    items = list(agent.degraded)
+    if any(bind.writable for bind in plan.binds):
+        items.append("workspace-quota: a writable bind has no limit on bytes or files")
+    items += [
+        f"root-owned: {b.target} is writable and owned by uid 0 on disk"
+        for b in plan.binds
+        if b.writable and not b.owner_uid
+    ]
+    if plan.landlock == "if-present" and not landlock.ABI:
+        items.append("landlock: this kernel has none")
+    return items
+
+
+def save(agent: Agent) -> None:
+    """Leave what a restarted launcher needs to find the agent again."""
+    path = f"{agent.directory}/state.json"
+    state = {"plan": agent.plan.to_json(), "meta": agent.meta, "pid": agent.pid, "start_ticks": start_ticks(agent.pid)}
+    with open(path, "x", encoding="utf-8") as file:  # noqa: PTH123 - strings are faster here
+        json.dump(state, file)
+
+
+def start_ticks(pid: int) -> int:
+    """Return when the process began, in clock ticks since boot; with the pid this names it for good (proc(5))."""
+    with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - the same
+        return int(file.read(4096).rpartition(b")")[2].split()[19])

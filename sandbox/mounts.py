@@ -1,0 +1,367 @@
+"""The mounts of a sandbox: what the agent sees as its file system, built while still root of the host.
+
+Runs in the child, in a mount namespace of its own that is private already. Every function works below a directory that is
+the root of the sandbox to be; only `pivot` makes it so. Everything is nosuid; nodev everywhere but on the six devices and
+devpts. Nothing is looked up by a path that an agent could have shaped: sources are descriptors, targets are resolved with
+`openat2` below the new root without following links.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Final
+
+from sandbox import etc, syscalls
+from sandbox.plan import Bind, SandboxPlan
+from sandbox.sync import StepError, step
+
+DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
+# Of the root file system; the rest of a host's root is not shown. /opt, /var, /srv, /root, /home stay out.
+HOST_ROOT: Final = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# Made by the sandbox itself, whatever a root given as a directory has there.
+OWN: Final = frozenset({"proc", "sys", "dev", "tmp", "run", "etc", "home", "workspace", "grants", "root", "lost+found"})
+# Covered, because they show or steer the host. Not `subset=pid`: Java and Node read cpuinfo and meminfo.
+PROC_FILES_MASKED: Final = (
+    "config.gz",
+    "interrupts",
+    "kallsyms",
+    "kcore",
+    "key-users",
+    "keys",
+    "kmsg",
+    "latency_stats",
+    "modules",
+    "sched_debug",
+    "slabinfo",
+    "sysrq-trigger",
+    "timer_list",
+    "timer_stats",
+    "vmallocinfo",
+)
+PROC_DIRECTORIES_MASKED: Final = ("acpi", "asound", "driver", "scsi")
+PROC_READ_ONLY: Final = ("bus", "fs", "irq", "sys")
+
+_RO: Final = syscalls.MOUNT_ATTR_RDONLY
+_SAFE: Final = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+_MS_SAFE: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV
+_TTY_GROUP_INSIDE: Final = 5
+_IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+
+
+def make_root(base: str, plan: SandboxPlan, rootfs: int, mark: Callable[[str], None]) -> None:
+    """Build the root at `base` (an existing directory) up to the workspace; the working directory is the root then.
+
+    `rootfs` is an O_PATH descriptor of the directory that stands for `/`: the host's own, or that of the plan.
+    """
+    weak = frozenset(plan.weaken)
+    flags = 0 if "mount_flags" in weak else _MS_SAFE
+    with step("make root"):
+        _tmpfs(base, flags, plan.scratch.root_bytes, mode=0o755, inodes=4096)
+        os.chdir(base)
+    with step("show root file system"):
+        _show_rootfs(plan, rootfs, read_only="read_only_root" not in weak, safe="mount_flags" not in weak)
+    mark("rootfs")
+    with step("fill /etc"):
+        _fill_etc(plan, rootfs)
+    mark("etc")
+    with step("mount /dev"):
+        _make_dev(plan, weak)
+    mark("dev")
+    with step("mount /proc"):
+        _make_proc(weak)
+    mark("proc")
+    with step("mount scratch"):
+        _make_scratch(plan, flags)
+    mark("scratch")
+
+
+def _tmpfs(target: str, flags: int, size: int, *, mode: int, inodes: int, uid: int = 0, gid: int = 0) -> None:
+    syscalls.mount("tmpfs", target, "tmpfs", flags, f"size={size},nr_inodes={inodes},mode={mode:o},uid={uid},gid={gid}")
+
+
+def _show(dirfd: int, name: str, target: str, attributes: int, *, clear: int = 0, recursive: bool = False) -> None:
+    """Bind an entry of a directory at a path below the root being built."""
+    below = syscalls.AT_RECURSIVE if recursive else 0
+    tree = syscalls.open_tree(dirfd, name, syscalls.OPEN_TREE_CLONE | syscalls.AT_SYMLINK_NOFOLLOW | below)
+    try:
+        syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH | below, set_=attributes, clear=clear)
+        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def _show_entry(dirfd: int, name: str, target: str, attributes: int) -> bool:
+    """Show a file or directory as a bind, a link as the same link; False where there is no such entry."""
+    try:
+        status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(name, dir_fd=dirfd), target)
+    elif stat.S_ISDIR(status.st_mode):
+        os.mkdir(target, 0o755)
+        # Recursive: /usr may be made of several mounts. What is mounted over it by the host is the host's word.
+        _show(dirfd, name, target, attributes, recursive=True)
+    elif stat.S_ISREG(status.st_mode):
+        _touch(target)
+        _show(dirfd, name, target, attributes)
+    return True
+
+
+def _show_rootfs(plan: SandboxPlan, rootfs: int, *, read_only: bool, safe: bool) -> None:
+    attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
+    names = HOST_ROOT if plan.rootfs.kind == "host" else tuple(n for n in _names(rootfs) if n not in OWN)
+    for name in names:
+        _show_entry(rootfs, name, name, attributes)
+    for name in ("etc", "proc", "sys", "dev", "tmp", "home", "home/agent", "run", "var", "grants"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o755)
+    with contextlib.suppress(FileExistsError):
+        os.symlink("/tmp", "var/tmp")  # noqa: S108 - the private one of the sandbox
+
+
+def _names(directory: int) -> list[str]:
+    """List a directory that is open with O_PATH only."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return sorted(os.listdir(fd))
+    finally:
+        os.close(fd)
+
+
+def _fill_etc(plan: SandboxPlan, rootfs: int) -> None:
+    files = etc.files(plan)
+    try:
+        source = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=rootfs)
+    except (FileNotFoundError, NotADirectoryError):
+        source = -1
+    if source >= 0:
+        names = os.listdir(source)
+        host = plan.rootfs.kind == "host"
+        tops = {name.split("/", 1)[0] for name in files}
+        for name in names:
+            if name not in tops and name not in etc.NEVER and (etc.wanted(name) if host else True):
+                _show_entry(source, name, f"etc/{name}", _RO | _SAFE)
+        os.close(source)
+    os.symlink("/proc/self/mounts", "etc/mtab")
+    for name, text in files.items():
+        _write(f"etc/{name}", text.encode("utf-8", "surrogateescape"))
+    if plan.ca_certificate is not None:
+        _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _bundle(rootfs) + plan.ca_certificate.encode())
+
+
+def _bundle(rootfs: int) -> bytes:
+    """Return the certificate bundle of the root file system; links stay below it."""
+    try:
+        fd = syscalls.openat2(rootfs, etc.CA_BUNDLE, os.O_RDONLY, resolve=syscalls.RESOLVE_IN_ROOT)
+    except FileNotFoundError:
+        return b""
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        return file.read(4 << 20) + b"\n"
+
+
+def _write(path: str, content: bytes) -> None:
+    parent = os.path.dirname(path)  # noqa: PTH120 - Path costs time here
+    if "/" in parent:
+        os.makedirs(parent, 0o755, exist_ok=True)  # noqa: PTH103 - the same
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+
+
+def _touch(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+
+
+def _make_dev(plan: SandboxPlan, weak: frozenset[str]) -> None:
+    host = os.open("/dev", os.O_PATH | os.O_CLOEXEC)
+    try:
+        if "devices" in weak:
+            syscalls.mount("/dev", "dev", None, syscalls.MS_BIND | syscalls.MS_REC)
+            return
+        _tmpfs("dev", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC, 1 << 16, mode=0o755, inodes=64)
+        for name in DEVICES:
+            _touch(f"dev/{name}")
+            attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOEXEC
+            _show(host, name, f"dev/{name}", attributes, clear=syscalls.MOUNT_ATTR_NODEV)
+    finally:
+        os.close(host)
+    os.mkdir("dev/pts", 0o755)
+    os.mkdir("dev/shm", 0o755)
+    # An instance of its own: no terminal of the host or of another agent in it. ptmx is for the agent, hence 0666.
+    gid = plan.ids.host(_TTY_GROUP_INSIDE)
+    syscalls.mount(
+        "devpts",
+        "dev/pts",
+        "devpts",
+        syscalls.MS_NOSUID | syscalls.MS_NOEXEC,
+        f"newinstance,ptmxmode=0666,mode=0620,gid={gid}",
+    )
+    for name, target in (
+        ("ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ):
+        os.symlink(target, f"dev/{name}")
+    syscalls.mount_setattr(syscalls.AT_FDCWD, "dev", 0, set_=_RO)
+
+
+def _make_proc(weak: frozenset[str]) -> None:
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+    if "hidden_proc" in weak:
+        syscalls.mount("proc", "proc", "proc", flags)
+        return
+    # invisible: /proc/1 and with it the runtime does not exist for the agent.
+    syscalls.mount("proc", "proc", "proc", flags, "hidepid=invisible")
+    proc = os.open("proc", os.O_PATH | os.O_CLOEXEC)
+    null = os.open("dev/null", os.O_PATH | os.O_CLOEXEC)
+    try:
+        present = set(os.listdir("proc"))
+        for name in PROC_READ_ONLY:
+            if name in present:
+                _show(proc, name, f"proc/{name}", _RO | _SAFE | syscalls.MOUNT_ATTR_NOEXEC)
+        for name in PROC_FILES_MASKED:
+            if name in present:
+                _mask_file(null, f"proc/{name}")
+        for name in PROC_DIRECTORIES_MASKED:
+            if name in present:
+                _mask_directory(f"proc/{name}")
+    finally:
+        os.close(proc)
+        os.close(null)
+
+
+def _mask_file(null: int, target: str) -> None:
+    """Cover a file with a null device on a nodev mount: it opens for nobody."""
+    tree = syscalls.open_tree(null, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH)
+    try:
+        syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=_RO | _SAFE | syscalls.MOUNT_ATTR_NOEXEC)
+        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def _mask_directory(target: str) -> None:
+    syscalls.mount(
+        "tmpfs", target, "tmpfs", _MS_SAFE | syscalls.MS_NOEXEC | syscalls.MS_RDONLY, "size=4096,nr_inodes=2,mode=0555"
+    )
+
+
+def _make_scratch(plan: SandboxPlan, flags: int) -> None:
+    scratch, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
+    if "user_namespace" in plan.weaken:
+        uid, gid = plan.uid, plan.gid
+    _tmpfs("tmp", flags, scratch.tmp_bytes, mode=0o1777, inodes=scratch.inodes)
+    _tmpfs("home/agent", flags, scratch.home_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
+    if "devices" not in plan.weaken:
+        _tmpfs("dev/shm", flags, scratch.shm_bytes, mode=0o1777, inodes=scratch.inodes)
+    os.mkdir("workspace", 0o755)
+    if not any(bind.target == "/workspace" for bind in plan.binds):
+        _tmpfs("workspace", flags, scratch.workspace_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
+
+
+# --- binds ---------------------------------------------------------------------------------------------------------
+
+
+def attach_binds(plan: SandboxPlan, fds: list[int], maps: list[int]) -> list[str]:
+    """Bind what the plan names, each through its own id map; return what had to be done with less (`degraded`).
+
+    `fds` are the descriptors of the plan, `maps` one user namespace a bind. Raises `StepError`.
+    """
+    degraded: list[str] = []
+    for bind, userns in zip(plan.binds, maps, strict=True):
+        with step(f"bind {bind.target}"):
+            degraded += _attach(bind, fds[bind.fd], userns, safe="mount_flags" not in plan.weaken)
+    return degraded
+
+
+def _attach(bind: Bind, fd: int, userns: int, *, safe: bool) -> list[str]:
+    degraded: list[str] = []
+    read_only = not bind.writable
+    tree = syscalls.open_tree(fd, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH)
+    try:
+        try:
+            syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=syscalls.MOUNT_ATTR_IDMAP, userns_fd=userns)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            if bind.without_idmap == "refuse":
+                raise StepError(
+                    f"bind {bind.target}",
+                    errno.EINVAL,
+                    "its file system cannot map ids (no idmapped mounts)",
+                    "move it to ext4, xfs, btrfs or tmpfs, or let the policy allow it read-only without a map",
+                ) from error
+            read_only = True
+            degraded.append(f"no-idmap: {bind.target} is read-only and shows the owner of the host")
+        attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
+        syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=attributes)
+        target = _target(bind.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        try:
+            syscalls.move_mount(
+                tree, "", target, "", syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
+            )
+        finally:
+            os.close(target)
+    finally:
+        os.close(tree)
+    return degraded
+
+
+def _target(path: str, *, directory: bool) -> int:
+    """Return an O_PATH descriptor of the place to mount at, made where it is missing; no link is followed."""
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    parts = path.strip("/").split("/")
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        with contextlib.suppress(FileExistsError):
+            if last and not directory:
+                os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=here))
+            else:
+                os.mkdir(part, 0o755, dir_fd=here)
+        try:
+            inner = syscalls.openat2(here, part, os.O_PATH | os.O_NOFOLLOW, resolve=_IN_ROOT)
+        finally:
+            os.close(here)
+        here = inner
+    return here
+
+
+def hide(paths: tuple[str, ...]) -> None:
+    """Cover paths of the root file system; one that is not there needs no cover."""
+    null = os.open("dev/null", os.O_PATH | os.O_CLOEXEC)
+    root = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for path in paths:
+            with step(f"hide {path}"):
+                try:
+                    fd = syscalls.openat2(root, path, os.O_PATH, resolve=syscalls.RESOLVE_IN_ROOT)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                try:
+                    place = f"/proc/self/fd/{fd}"
+                    if stat.S_ISDIR(os.fstat(fd).st_mode):
+                        _mask_directory(place)
+                    else:
+                        _mask_file(null, place)
+                finally:
+                    os.close(fd)
+    finally:
+        os.close(root)
+        os.close(null)
+
+
+def pivot(*, read_only: bool) -> None:
+    """Make the working directory the root and let the old one go; nothing of the host's tree is reachable after it."""
+    # new_root and put_old the same: the old root ends up on top of the new one and is detached there (pivot_root(2)).
+    syscalls.pivot_root(".", ".")
+    syscalls.umount2(".", syscalls.MNT_DETACH)
+    os.chdir("/")
+    if read_only:
+        syscalls.mount_setattr(syscalls.AT_FDCWD, "/", 0, set_=_RO)

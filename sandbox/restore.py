@@ -1,0 +1,138 @@
+"""What survives a launcher: agents found again after a restart, and descriptors that systemd keeps meanwhile.
+
+An agent is found by its state file, and known to be the same process by pid and start time. Its output is fetched back out
+of pid 1, which keeps the read ends at fixed numbers (pidfd_getfd(2)); its listener comes from systemd's descriptor store
+(sd_pid_notify_with_fds(3)) or from the daemon (`adopt`).
+"""
+
+import array
+import contextlib
+import json
+import os
+import socket
+from typing import Final
+
+from sandbox import init, syscalls
+from sandbox.cgroups import CannotConfine
+from sandbox.launching import start_ticks
+from sandbox.plan import InvalidPlan, SandboxPlan
+from sandbox.running import Agent, State
+from sandbox.serve import Server
+from sandbox.stdio import Feed, Pump, RotatingFile
+
+STORED_FIRST: Final = 3
+LISTENER: Final = "listener."
+
+
+class Notifier:
+    """Speaks to systemd where there is one (sd_notify(3)); says nothing otherwise."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        self.stored = _stored()
+
+    def send(self, text: str, fds: tuple[int, ...] = ()) -> None:
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            sock.sendmsg([text.encode()], ancillary)
+
+    def agent_changed(self, agent: Agent, what: str) -> None:
+        name = LISTENER + agent.agent_id
+        if what == "built" and agent.listener >= 0:
+            self.send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", (agent.listener,))
+        elif what == "gone":
+            self.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def _stored() -> dict[str, int]:
+    """Take the descriptors that systemd kept, by name; each is close-on-exec from now on."""
+    stored: dict[str, int] = {}
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        for index in range(int(os.environ.get("LISTEN_FDS", "0"))):
+            fd = STORED_FIRST + index
+            os.set_inheritable(fd, False)
+            name = names[index] if index < len(names) else ""
+            if name in stored or not name.startswith(LISTENER):
+                os.close(fd)
+            else:
+                stored[name] = fd
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
+    return stored
+
+
+def restore(server: Server, notifier: Notifier) -> None:
+    """Take up the agents that an earlier launcher started, and clear away what is left of those that are dead."""
+    run_dir = server.workshop.run_dir
+    for digest in os.listdir(f"{run_dir}/filters"):
+        with open(f"{run_dir}/filters/{digest}", "rb") as file:  # noqa: PTH123 - strings throughout
+            server.workshop.filters[digest] = file.read()
+    for agent_id in sorted(os.listdir(f"{run_dir}/agents")):
+        directory = f"{run_dir}/agents/{agent_id}"
+        listener = notifier.stored.pop(LISTENER + agent_id, -1)
+        agent = _load(server, directory)
+        if agent is None:
+            if listener >= 0:
+                os.close(listener)
+            continue
+        agent.listener = listener
+        server.agents[agent.agent_id] = agent
+        agent.gone.append(server.agent_gone)
+        if agent.pidfd >= 0:
+            _reconnect(agent)
+            agent.watch_death()
+        else:
+            agent.end()
+    for fd in notifier.stored.values():
+        os.close(fd)
+
+
+def _load(server: Server, directory: str) -> Agent | None:
+    """Return the agent of a state file, or None where it is over already."""
+    try:
+        with open(f"{directory}/state.json", encoding="utf-8") as file:  # noqa: PTH123 - strings throughout
+            state = json.load(file)
+        plan = SandboxPlan.from_json(state["plan"])
+        exit_fd = os.open(f"{directory}/exit", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        group = server.workshop.layout.open(server.workshop.instance, plan.agent_id)
+    except (OSError, ValueError, KeyError, InvalidPlan, CannotConfine):
+        return None
+    agent = Agent(plan, state["meta"], directory, server.loop, group=group, pid=state["pid"], exit_fd=exit_fd)
+    agent.own_child = False
+    agent.state = State.RUNNING
+    agent.started_at = os.stat(f"{directory}/state.json").st_mtime
+    agent.frozen = group.frozen()
+    agent.filters = server.workshop.filters.get(plan.filter_digest, b"")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pidfd = syscalls.pidfd_open(agent.pid)
+        # Opened first, compared after: the pid cannot change hands in between.
+        if start_ticks(agent.pid) == state["start_ticks"]:
+            agent.pidfd = pidfd
+        else:
+            os.close(pidfd)
+    return agent
+
+
+def _reconnect(agent: Agent) -> None:
+    """Fetch the agent's output and first process back."""
+    share = agent.plan.limits.output_bytes
+    if agent.plan.tty is None:
+        for name, number in (("stdout", init.FD_STDOUT), ("stderr", init.FD_STDERR)):
+            with contextlib.suppress(OSError):
+                fd = syscalls.pidfd_getfd(agent.pidfd, number)
+                agent.pumps.append(Pump(agent.loop, fd, RotatingFile(f"{agent.directory}/{name}.log", share // 4)))
+    else:
+        with contextlib.suppress(OSError):
+            agent.terminal = syscalls.pidfd_getfd(agent.pidfd, init.FD_TERMINAL)
+            file = RotatingFile(f"{agent.directory}/stdout.log", share // 2)
+            agent.pumps.append(Pump(agent.loop, os.dup(agent.terminal), file))
+            agent.feed = Feed(agent.loop, os.dup(agent.terminal), terminal=True)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:  # noqa: PTH123 - strings throughout
+            first = children.read().split()[0]
+        agent.agent_pidfd = syscalls.pidfd_open(int(first))

@@ -1,0 +1,233 @@
+"""One agent as the launcher holds it, from the first descriptor to the last; undoing is written here once.
+
+    BUILDING -> BUILT -> STARTING -> RUNNING -> ENDING -> GONE        any -> ENDING
+
+`end()` is the only way out: cut the door, kill the group, wait until it is empty, copy the last bytes of output, let go of
+network, group and ids, leave the exit status in a file. It waits for nothing but the kernel.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from sandbox import syscalls
+from sandbox.cgroups import CannotConfine
+from sandbox.sync import StepError, close_all
+
+if TYPE_CHECKING:
+    from sandbox.attach import Stream
+    from sandbox.cgroups import Group
+    from sandbox.loop import Loop
+    from sandbox.netpool import Net
+    from sandbox.plan import SandboxPlan
+    from sandbox.stdio import Feed, Pump
+
+POLL_SECONDS: Final = 0.001
+POLL_SECONDS_MAX: Final = 0.05
+EMPTY_SECONDS_MAX: Final = 30.0
+PIDS_SHOWN_MAX: Final = 64
+KILLED: Final[dict[str, Any]] = {"code": None, "signal": int(signal.SIGKILL), "oom": False}
+
+
+class State(Enum):
+    BUILDING = "BUILDING"
+    BUILT = "BUILT"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    ENDING = "ENDING"
+    GONE = "GONE"
+
+
+@dataclass(slots=True)
+class Ending:
+    """What is known of an agent's end; times in milliseconds from its begin."""
+
+    began: float
+    processes: int
+    egress_cut_ms: float
+    dead_ms: float = 0.0
+    problem: str = ""
+    left: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Agent:
+    """What the launcher holds for one sandbox."""
+
+    plan: "SandboxPlan"
+    meta: dict[str, Any]
+    directory: str
+    loop: "Loop"
+    group: "Group | None" = None
+    net: "Net | None" = None
+    listener: int = -1
+    pid: int = 0
+    pidfd: int = -1
+    agent_pidfd: int = -1
+    own_child: bool = True
+    exit_fd: int = -1
+    control: socket.socket | None = None
+    filters: bytes = b""
+    started_at: float = 0.0
+    state: State = State.BUILDING
+    frozen: bool = False
+    pumps: "list[Pump]" = field(default_factory=list)
+    feed: "Feed | None" = None
+    terminal: int = -1
+    streams: "dict[str, Stream]" = field(default_factory=dict)
+    ending: Ending | None = None
+    gone: "list[Callable[[Agent], None]]" = field(default_factory=list)
+    degraded: list[str] = field(default_factory=list)
+    timings_us: dict[str, int] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=lambda: dict(KILLED))
+
+    @property
+    def agent_id(self) -> str:
+        return self.plan.agent_id
+
+    def close_control(self) -> None:
+        if self.control is not None:
+            self.loop.forget(self.control.fileno())
+            self.control.close()
+            self.control = None
+
+    def cut(self) -> None:
+        """Stop accepting: every copy of the listener, wherever it is, refuses from now on."""
+        if self.listener >= 0:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.listener)) as door:
+                door.shutdown(socket.SHUT_RDWR)
+
+    def signal(self, number: int) -> None:
+        """Send to the agent's first process; raises `OSError`."""
+        if self.agent_pidfd < 0:
+            raise OSError(errno.ESRCH, "the first process is not known")
+        syscalls.pidfd_send_signal(self.agent_pidfd, number)
+
+    def watch_death(self) -> None:
+        """Have `end` called when pid 1 is dead."""
+        self.loop.watch(self.pidfd, 1, lambda _events: self.end())
+
+    def end(self) -> None:
+        """Begin the end, or do nothing where it has begun; `gone` is called when nothing is left."""
+        if self.state in (State.ENDING, State.GONE):
+            return
+        self.state = State.ENDING
+        began = time.monotonic()
+        self.cut()
+        cut_ms = (time.monotonic() - began) * 1000
+        processes = 0
+        if self.group is not None:
+            processes = len(self.group.pids())
+            with contextlib.suppress(CannotConfine, OSError):
+                self.group.kill()
+        # Also by pidfd: while a child is being built the group may not have it yet.
+        if self.pidfd >= 0:
+            self.loop.forget(self.pidfd)
+            with contextlib.suppress(OSError):
+                syscalls.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.ending = Ending(began, processes, cut_ms)
+        self.close_control()
+        self._wait(POLL_SECONDS)
+
+    def _wait(self, pause: float) -> None:
+        assert self.ending is not None  # noqa: S101 - set by end(), the only caller's caller
+        self._reap()
+        for stream in list(self.streams.values()):
+            stream.poll()
+        alive = self.pidfd >= 0 or (self.group is not None and self.group.populated())
+        if alive and time.monotonic() - self.ending.began < EMPTY_SECONDS_MAX:
+            with contextlib.suppress(CannotConfine, OSError):
+                if self.group is not None and self.group.populated():
+                    self.group.kill()
+            self.loop.later(pause, lambda: self._wait(min(pause * 1.5, POLL_SECONDS_MAX)))
+            return
+        self.ending.dead_ms = (time.monotonic() - self.ending.began) * 1000
+        self._let_go()
+
+    def _reap(self) -> None:
+        """Take note of pid 1's death; closes its pidfd."""
+        if self.pidfd < 0:
+            return
+        if self.own_child:
+            try:
+                done, _ = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                done = self.pid
+        else:
+            try:
+                syscalls.pidfd_send_signal(self.pidfd, 0)
+                done = 0
+            except OSError:
+                done = self.pid
+        if done:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _let_go(self) -> None:
+        ending = self.ending
+        assert ending is not None  # noqa: S101 - as above
+        for stream in list(self.streams.values()):
+            stream.close()
+        for pump in self.pumps:
+            pump.drain()
+        self.pumps.clear()
+        if self.feed is not None:
+            self.feed.close()
+            self.feed = None
+        if self.net is not None:
+            self.net.close()
+            self.net, self.listener = None, -1
+        close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
+        self.listener = self.agent_pidfd = self.terminal = -1
+        oom = self._remove_group(ending)
+        self._leave_status(oom=oom)
+        self.state = State.GONE
+        for call in self.gone:
+            call(self)
+        self.gone.clear()
+
+    def _remove_group(self, ending: Ending) -> bool:
+        group, self.group = self.group, None
+        if group is None:
+            return False
+        ending.left = tuple(group.pids()[:PIDS_SHOWN_MAX])
+        oom = group.oom_kills() > 0
+        try:
+            group.remove()
+        except (CannotConfine, OSError) as error:
+            ending.problem = str(error)
+        return oom
+
+    def _leave_status(self, *, oom: bool) -> None:
+        """Complete what pid 1 wrote, so that a daemon that was away finds it."""
+        if self.exit_fd < 0:
+            return
+        status = read_status(self.exit_fd) | {"oom": oom}
+        text = json.dumps(status).encode()
+        with contextlib.suppress(OSError):
+            os.pwrite(self.exit_fd, text, 0)
+            os.ftruncate(self.exit_fd, len(text))
+        os.close(self.exit_fd)
+        self.exit_fd = -1
+        self.status = status
+
+
+def read_status(fd: int) -> dict[str, Any]:
+    """Return what pid 1 left; where it could write nothing, it was killed, and its agent with it."""
+    try:
+        value = json.loads(os.pread(fd, 4096, 0))
+        return {"code": value["code"], "signal": value["signal"], "oom": bool(value.get("oom", False))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return dict(KILLED)
+
+
+def agent_error(agent_id: str, step: str) -> StepError:
+    return StepError(step, errno.ESRCH, f"there is no agent {agent_id}", "see `stockadectl status`")

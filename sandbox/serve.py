@@ -1,0 +1,463 @@
+"""The launcher's channel: one JSON object a SEQPACKET message, requests with `rq`, answers with the same, events with `ev`.
+
+    hello                                            -> version, pid, agents; then an event `adopt` for each live agent
+    filter   digest + [memfd]                        -> ok
+    launch   plan, meta + [fds of the plan]          -> pid, posture, timings_us + [pidfd of pid 1, listener]
+    go       agent_id                                -> after execve: pid, started_at
+    abort    agent_id                                -> when undone
+    exec     agent_id, stream_id, argv, env, cwd, tty, stdin -> after execve: pid
+    stdin    stream_id, data (base64), eof           -> when written
+    resize   stream_id, rows, cols                   -> ok
+    signal   agent_id or stream_id, signal           -> ok
+    kill     agent_id, deadline_ms                   -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left
+    freeze   agent_id | thaw agent_id                -> ok, frozen
+    stats    agent_ids                               -> stats
+    adopt    agent_id + [listener]                   -> ok; a restarted launcher gets the door back
+
+Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`. Events: `adopt`, `exited`, `exec_exited`.
+The peer must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
+"""
+
+import base64
+import binascii
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from sandbox import attach, confine, launching, sync
+from sandbox.attach import ExecOrder, Stream
+from sandbox.cgroups import CannotConfine
+from sandbox.launching import Follow, Workshop
+from sandbox.loop import READ, WRITE
+from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
+from sandbox.running import Agent, State, agent_error, read_status
+from sandbox.sync import StepError
+
+VERSION: Final = 1
+CONNECTIONS_MAX: Final = 64
+QUEUE_MAX: Final = 65536
+FILTER_BYTES_MAX: Final = 256 << 10
+FILTERS_MAX: Final = 256
+KILL_DEADLINE_MS: Final = 10_000
+FREEZE_SECONDS_MAX: Final = 5.0
+FREEZE_POLL_SECONDS: Final = 0.002
+DESCRIPTORS_MAX: Final = 2
+
+Answer = Callable[..., None]
+
+
+class Connection:
+    """One peer; what does not fit into its socket waits in a bounded queue."""
+
+    def __init__(self, server: "Server", sock: socket.socket) -> None:
+        self._server = server
+        self._sock = sock
+        self._queue: deque[tuple[dict[str, Any], list[int]]] = deque()
+        self.greeted = False
+        sock.setblocking(False)
+        sync.enlarge(sock)
+        server.loop.watch(sock.fileno(), READ, self._ready)
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & ~WRITE and self._sock.fileno() >= 0:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            message, fds = sync.receive(self._sock)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            message, fds = None, []
+        if message is None:
+            self.close()
+            return
+        try:
+            self._server.perform(self, message, fds)
+        finally:
+            sync.close_all(fds)
+
+    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Send now or later; descriptors are duplicated where they have to wait."""
+        if self._sock.fileno() < 0:
+            return
+        if not self._queue:
+            try:
+                sync.send(self._sock, message, fds)
+            except BlockingIOError:
+                self._server.loop.change(self._sock.fileno(), READ | WRITE)
+            except OSError:
+                self.close()
+                return
+            else:
+                return
+        self._queue.append((message, [os.dup(fd) for fd in fds]))
+        if len(self._queue) > QUEUE_MAX:
+            self.close()
+
+    def _flush(self) -> None:
+        while self._queue:
+            message, fds = self._queue[0]
+            try:
+                sync.send(self._sock, message, fds)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.close()
+                return
+            self._queue.popleft()
+            sync.close_all(fds)
+        self._server.loop.change(self._sock.fileno(), READ)
+
+    def close(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._server.loop.forget(self._sock.fileno())
+            self._sock.close()
+            while self._queue:
+                sync.close_all(self._queue.popleft()[1])
+            self._server.connections.discard(self)
+
+
+class Server:
+    """Answers requests; holds the agents."""
+
+    def __init__(self, workshop: Workshop, listener: socket.socket) -> None:
+        self.workshop = workshop
+        self.loop = workshop.loop
+        self.agents: dict[str, Agent] = {}
+        self.connections: set[Connection] = set()
+        self.on_change: list[Callable[[Agent, str], None]] = []
+        self._follows: dict[str, Follow] = {}
+        self._listener = listener
+        listener.setblocking(False)
+        self.loop.watch(listener.fileno(), READ, self._accept)
+        self._operations: dict[str, Callable[[Connection, dict[str, Any], list[int], Answer], None]] = {
+            "hello": self._hello,
+            "filter": self._filter,
+            "launch": self._launch,
+            "go": self._go,
+            "abort": self._abort,
+            "exec": self._exec,
+            "stdin": self._stdin,
+            "resize": self._resize,
+            "signal": self._signal,
+            "kill": self._kill,
+            "freeze": self._freeze,
+            "thaw": self._thaw,
+            "stats": self._stats,
+            "adopt": self._adopt,
+        }
+
+    # --- channel ---
+
+    def _accept(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            sock, _ = self._listener.accept()
+            _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != 0 or len(self.connections) >= CONNECTIONS_MAX:
+                sock.close()
+                return
+            self.connections.add(Connection(self, sock))
+
+    def perform(self, connection: Connection, message: dict[str, Any], fds: list[int]) -> None:
+        """Do one request; whatever goes wrong is the answer."""
+        number = message.get("rq")
+
+        def answer(error: StepError | None = None, fds: tuple[int, ...] = (), **fields: Any) -> None:
+            if error is not None:
+                connection.send({"rq": number, "ok": False, "error": error.to_json()})
+            else:
+                connection.send({"rq": number, "ok": True, **fields}, fds)
+
+        operation = self._operations.get(str(message.get("op")))
+        if operation is None:
+            answer(StepError("read request", 0, f"there is no operation {str(message.get('op'))[:64]!r}"))
+            return
+        try:
+            operation(connection, message, fds, answer)
+        except StepError as error:
+            answer(error)
+        except InvalidPlan as error:
+            answer(StepError("check request", 0, str(error)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            answer(StepError("check request", 0, f"{type(error).__name__}: {error}"))
+        except (OSError, CannotConfine) as error:
+            answer(StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, str(error)))
+
+    def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        for connection in list(self.connections):
+            if connection.greeted:
+                connection.send(event, fds)
+
+    def agent(self, message: dict[str, Any]) -> Agent:
+        agent = self.agents.get(str(message["agent_id"]))
+        if agent is None:
+            raise agent_error(str(message["agent_id"]), str(message["op"]))
+        return agent
+
+    # --- operations ---
+
+    def _hello(self, connection: Connection, _message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        connection.greeted = True
+        agents = [
+            {
+                "agent_id": a.agent_id,
+                "state": "FROZEN" if a.frozen and a.state is State.RUNNING else a.state.value,
+                "pid": a.pid,
+                "started_at": a.started_at,
+                "ids": a.plan.ids.start,
+            }
+            for a in self.agents.values()
+        ]
+        answer(version=VERSION, pid=os.getpid(), agents=agents, filters=sorted(self.workshop.filters))
+        for a in self.agents.values():
+            if a.pidfd >= 0:
+                fds = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
+                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, fds)
+
+    def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
+        if len(blob) > FILTER_BYTES_MAX or len(self.workshop.filters) >= FILTERS_MAX:
+            raise StepError("take filter", 0, f"at most {FILTER_BYTES_MAX} bytes and {FILTERS_MAX} filters")
+        unpack_filters(blob)
+        self.keep_filter(str(message["digest"]), blob)
+        answer()
+
+    def keep_filter(self, digest: str, blob: bytes) -> None:
+        if not digest or not all(c.isascii() and (c.isalnum() or c in ":-_") for c in digest):
+            raise InvalidPlan("digest: must be letters, digits, ':', '-' or '_'")
+        self.workshop.filters[digest] = blob
+        # A launcher that is restarted needs it for exec into agents that are older than itself.
+        path = f"{self.workshop.run_dir}/filters/{digest}"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(blob)
+
+    def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        plan = SandboxPlan.from_json(message["plan"])
+        meta = dict(message.get("meta") or {})
+        if len(json.dumps(meta)) > launching.META_BYTES_MAX:
+            raise StepError("check plan", errno.E2BIG, f"meta is longer than {launching.META_BYTES_MAX} bytes")
+        self.workshop.check(plan, fds, self.agents.values())
+
+        def built(agent: Agent, error: StepError | None) -> None:
+            if error is not None:
+                self._forget(agent)
+                answer(error)
+                return
+            self._notify(agent, "built")
+            posture = launching.posture(self.workshop, agent)
+            answer(pid=agent.pid, posture=posture, timings_us=agent.timings_us, fds=(agent.pidfd, agent.listener))
+
+        agent, follow = launching.begin(self.workshop, plan, meta, fds, built)
+        agent.gone.append(self.agent_gone)
+        self.agents[plan.agent_id] = agent
+        self._follows[plan.agent_id] = follow
+
+    def _go(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        follow = self._follows.get(agent.agent_id)
+        if follow is None:
+            raise StepError("go", 0, f"agent {agent.agent_id} is {agent.state.value}")
+
+        def went(agent: Agent, error: StepError | None) -> None:
+            if error is not None:
+                self._forget(agent)
+                answer(error)
+            else:
+                answer(pid=agent.pid, started_at=agent.started_at)
+
+        follow.go(went)
+
+    def _abort(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        if agent.state not in (State.BUILDING, State.BUILT):
+            raise StepError("abort", 0, f"agent {agent.agent_id} is {agent.state.value}; use kill")
+        agent.gone.append(lambda _agent: answer())
+        agent.end()
+
+    def _exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        names = ("stream_id", "argv", "env", "cwd", "tty", "stdin")
+        env = message.get("env", [])
+        order = decode(
+            ExecOrder,
+            {name: message[name] for name in names} | {"env": list(env.items()) if isinstance(env, dict) else env},
+            "exec",
+        )
+
+        def started(stream: Stream, error: StepError | None) -> None:
+            if error is not None:
+                answer(error)
+            else:
+                answer(pid=stream.pid)
+
+        def exited(stream: Stream, status: dict[str, Any]) -> None:
+            self.broadcast(
+                {
+                    "ev": "exec_exited",
+                    "agent_id": stream.agent.agent_id,
+                    "stream_id": stream.stream_id,
+                    "status": status,
+                }
+            )
+
+        attach.start(agent, order, started=started, exited=exited)
+
+    def _find(self, message: dict[str, Any]) -> Agent | Stream:
+        name = str(message.get("stream_id") or message["agent_id"])
+        if name in self.agents:
+            return self.agents[name]
+        for agent in self.agents.values():
+            if name in agent.streams:
+                return agent.streams[name]
+        raise agent_error(name, str(message["op"]))
+
+    def _stdin(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        target = self._find(message)
+        try:
+            data = base64.b64decode(message.get("data") or "", validate=True)
+        except binascii.Error as error:
+            raise StepError("write stdin", 0, "data is not base64") from error
+
+        def written(ok: bool) -> None:  # noqa: FBT001 - a callback of one word
+            answer(None if ok else StepError("write stdin", errno.EPIPE, "the stream is closed"))
+
+        if target.feed is None or not target.feed.give(data, eof=bool(message.get("eof")), written=written):
+            raise StepError("write stdin", 0, "there is no open stdin, or its buffer is full")
+
+    def _resize(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        target = self._find(message)
+        tty = Tty(int(message["rows"]), int(message["cols"]))
+        check_terminal(tty)
+        if target.terminal < 0:
+            raise StepError("resize", 0, "there is no terminal")
+        confine.resize(target.terminal, tty)
+        answer()
+
+    def _signal(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        self._find(message).signal(int(signal.Signals(int(message["signal"]))))
+        answer()
+
+    def _kill(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent_id = str(message["agent_id"])
+        agent = self.agents.get(agent_id)
+        if agent is None:
+            self._killed_before(agent_id, answer)
+            return
+        already = agent.state is State.ENDING
+        deadline_ms = min(max(int(message.get("deadline_ms", KILL_DEADLINE_MS)), 1), 600_000)
+        answered = False
+
+        def report(agent: Agent) -> None:
+            nonlocal answered
+            if answered or agent.ending is None:
+                return
+            answered = True
+            ending = agent.ending
+            over = agent.state is State.GONE
+            left = list(ending.left) if over else agent.group.pids() if agent.group is not None else []
+            answer(
+                processes_killed=ending.processes,
+                egress_cut_ms=round(ending.egress_cut_ms, 3),
+                dead_ms=round(ending.dead_ms, 3),
+                verified_empty=over and not ending.problem and not left,
+                already=already,
+                left=left[:64],
+                problem=ending.problem,
+            )
+
+        agent.gone.append(report)
+        self.loop.later(deadline_ms / 1000, lambda: report(agent))
+        agent.end()
+
+    def _killed_before(self, agent_id: str, answer: Answer) -> None:
+        if "/" in agent_id or not os.path.exists(f"{self.workshop.run_dir}/agents/{agent_id}/exit"):  # noqa: PTH110
+            raise agent_error(agent_id, "kill")
+        answer(
+            processes_killed=0, egress_cut_ms=0.0, dead_ms=0.0, verified_empty=True, already=True, left=[], problem=""
+        )
+
+    def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        assert agent.group is not None  # noqa: S101 - it runs
+        agent.group.freeze()
+        agent.frozen = True
+        self._await_frozen(agent, answer, FREEZE_SECONDS_MAX)
+
+    def _await_frozen(self, agent: Agent, answer: Answer, seconds: float) -> None:
+        if agent.group is None:
+            answer(StepError("freeze", 0, "the agent ended"))
+        elif agent.group.frozen():
+            answer(frozen=True)
+        elif seconds <= 0:
+            answer(StepError("freeze", errno.ETIMEDOUT, "a process did not stop in time", "kill it instead"))
+        else:
+            self.loop.later(
+                FREEZE_POLL_SECONDS, lambda: self._await_frozen(agent, answer, seconds - FREEZE_POLL_SECONDS)
+            )
+
+    def _thaw(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        assert agent.group is not None  # noqa: S101 - it runs
+        agent.group.thaw()
+        agent.frozen = False
+        answer(frozen=False)
+
+    def _running(self, message: dict[str, Any]) -> Agent:
+        agent = self.agent(message)
+        if agent.state is not State.RUNNING or agent.group is None:
+            raise StepError(str(message["op"]), 0, f"agent {agent.agent_id} is {agent.state.value}")
+        return agent
+
+    def _stats(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        stats = {}
+        for agent_id in list(message["agent_ids"]):
+            agent = self.agents.get(agent_id)
+            if agent is not None and agent.group is not None:
+                now = agent.group.stats()
+                stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
+        answer(stats=stats)
+
+    def _adopt(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        if agent.listener < 0 and fds:
+            agent.listener = os.dup(fds[-1])
+            self._notify(agent, "built")
+        answer()
+
+    # --- ends ---
+
+    def _notify(self, agent: Agent, what: str) -> None:
+        for call in self.on_change:
+            call(agent, what)
+
+    def agent_gone(self, agent: Agent) -> None:
+        self.agents.pop(agent.agent_id, None)
+        self._follows.pop(agent.agent_id, None)
+        self._notify(agent, "gone")
+        if agent.started_at:
+            status = {"code": agent.status["code"], "signal": agent.status["signal"]}
+            self.broadcast({"ev": "exited", "agent_id": agent.agent_id, "status": status, "oom": agent.status["oom"]})
+        else:
+            launching.remove_directory(agent.directory)
+
+    def _forget(self, agent: Agent) -> None:
+        self.agents.pop(agent.agent_id, None)
+        self._follows.pop(agent.agent_id, None)
+
+    def tell_ended(self, agent_id: str, directory: str) -> None:
+        """Tell of an agent that ended while no launcher was there."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f"{directory}/exit", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            status = read_status(fd)
+            os.close(fd)
+            self.broadcast({"ev": "exited", "agent_id": agent_id, "status": status, "oom": status["oom"]})
