@@ -1,0 +1,323 @@
+"""Messages to values and back: the only module here that knows the generated stubs' fields."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final, TypedDict, Unpack
+
+from google.protobuf.json_format import MessageToDict
+
+from stockade.client import values
+from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from google.protobuf.duration_pb2 import Duration
+    from google.protobuf.message import Message
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+NANOS_PER_MICRO: Final = 1_000
+_STREAMS: Final[dict[int, values.Stream]] = {
+    agents_pb2.OUTPUT_STREAM_STDOUT: "stdout",
+    agents_pb2.OUTPUT_STREAM_STDERR: "stderr",
+}
+_MODES: Final = {
+    "ro": agents_pb2.WORKSPACE_MODE_READ_ONLY,
+    "rw": agents_pb2.WORKSPACE_MODE_READ_WRITE,
+}
+
+
+def time_of(message: Message, name: str) -> datetime | None:
+    """The field's time in UTC; None where it is not set."""
+    if not message.HasField(name):
+        return None
+    stamp: Timestamp = getattr(message, name)
+    return datetime.fromtimestamp(stamp.seconds, UTC) + timedelta(microseconds=stamp.nanos // NANOS_PER_MICRO)
+
+
+def set_seconds(field: Duration, seconds: float | timedelta) -> None:
+    field.FromTimedelta(seconds if isinstance(seconds, timedelta) else timedelta(seconds=seconds))
+
+
+def agent(message: agents_pb2.Agent) -> values.AgentInfo:
+    spend = message.spend
+    return values.AgentInfo(
+        agent_id=message.agent_id,
+        name=message.name,
+        state=values.State(agents_pb2.AgentState.Name(message.state).removeprefix("AGENT_STATE_")),
+        policy=message.policy,
+        exit_code=message.exit_code if message.HasField("exit_code") else None,
+        started_at=time_of(message, "started_at"),
+        memory_bytes=message.memory_bytes if message.HasField("memory_bytes") else None,
+        pids=message.pids if message.HasField("pids") else None,
+        posture=MessageToDict(message.posture),
+        policy_digest=message.policy_digest,
+        labels=dict(message.labels),
+        exit_signal=message.exit_signal if message.HasField("exit_signal") else None,
+        out_of_memory=message.out_of_memory,
+        ended_at=time_of(message, "ended_at"),
+        launched_by=message.launched_by,
+        owner=message.owner,
+        purpose=message.purpose,
+        command=tuple(message.command),
+        workspace=workspace(message.workspace) if message.HasField("workspace") else None,
+        spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
+        failure=message.failure,
+    )
+
+
+def workspace(message: agents_pb2.Workspace) -> values.Workspace:
+    return values.Workspace(message.path, "rw" if message.mode == agents_pb2.WORKSPACE_MODE_READ_WRITE else "ro")
+
+
+def exit_status(message: agents_pb2.ExitStatus) -> values.ExitStatus:
+    return values.ExitStatus(
+        message.code if message.HasField("code") else None,
+        message.signal if message.HasField("signal") else None,
+        message.out_of_memory,
+    )
+
+
+def output(message: agents_pb2.OutputChunk | agents_pb2.LogsResponse) -> values.Output:
+    return values.Output(_STREAMS[message.stream], message.data, message.offset)
+
+
+def receipt(message: agents_pb2.Receipt) -> values.Receipt:
+    return values.Receipt(
+        receipt_id=message.receipt_id,
+        agent_id=message.agent_id,
+        name=message.name,
+        verified_empty=message.verified_empty,
+        processes_killed=message.processes_killed,
+        egress_cut_ms=message.egress_cut_ms,
+        dead_ms=message.dead_ms,
+        reason=message.reason,
+        killed_by=message.killed_by,
+        time=time_of(message, "time"),
+        already_dead=message.already_dead,
+        left_pids=tuple(message.left_pids),
+        statement=message.statement,
+        signature=message.signature,
+    )
+
+
+def grant(message: grants_pb2.ScopeGrant) -> values.Grant:
+    return values.Grant(
+        grant_id=message.grant_id,
+        agent_id=message.agent_id,
+        agent_name=message.agent_name,
+        scope=message.scope,
+        state=grants_pb2.GrantState.Name(message.state).removeprefix("GRANT_STATE_"),
+        granted_at=time_of(message, "granted_at"),
+        expires_at=time_of(message, "expires_at"),
+        uses_left=message.uses_left if message.HasField("uses_left") else None,
+        uses=message.uses,
+        granted_by=message.granted_by,
+        reason=message.reason,
+    )
+
+
+def request(message: requests_pb2.ScopeRequest) -> values.Request:
+    return values.Request(
+        request_id=message.request_id,
+        agent_id=message.agent_id,
+        agent_name=message.agent_name,
+        scope=message.scope,
+        reason=message.reason,
+        state=requests_pb2.RequestState.Name(message.state).removeprefix("REQUEST_STATE_"),
+        asked_at=time_of(message, "asked_at"),
+        decided_at=time_of(message, "decided_at"),
+        decided_by=message.decided_by,
+        grant_id=message.grant_id,
+    )
+
+
+def action(message: actions_pb2.Action) -> values.Action:
+    seconds, nanos = divmod(message.time_unix_nanos, 1_000_000_000)
+    return values.Action(
+        seq=message.seq,
+        time=datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=nanos // NANOS_PER_MICRO),
+        agent_id=message.agent_id,
+        actor=message.actor,
+        verb=message.verb,
+        object=message.object,
+        verdict=message.verdict,
+        reason=message.reason,
+        details=json.loads(message.details_json) if message.details_json else {},
+    )
+
+
+def verification(message: actions_pb2.VerifyLogResponse) -> values.Verification:
+    return values.Verification(message.ok, message.size, message.root, message.problem)
+
+
+def proof(message: actions_pb2.ProveResponse) -> values.Proof:
+    return values.Proof(message.entry, message.leaf_index, tuple(message.audit_path), message.checkpoint)
+
+
+def policy(message: policies_pb2.Policy) -> values.Policy:
+    return values.Policy(
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        risk=message.risk,
+        extends=message.extends,
+        filename=message.filename,
+        scopes=tuple(message.scopes),
+    )
+
+
+def problem(message: policies_pb2.PolicyProblem) -> values.PolicyProblem:
+    return values.PolicyProblem(
+        filename=message.filename,
+        line=message.line,
+        column=message.column,
+        key=message.key,
+        message=message.message,
+        remedy=message.remedy,
+    )
+
+
+def explanation(message: policies_pb2.ExplainResponse) -> values.Explanation:
+    return values.Explanation(
+        allowed=message.allowed,
+        reason=message.reason,
+        grant_id=message.grant_id,
+        steps=tuple(message.steps),
+        remedy=message.remedy,
+    )
+
+
+def finding(message: system_pb2.Finding) -> values.Finding:
+    return values.Finding(
+        control=message.control,
+        present=message.present,
+        required=message.required,
+        how=message.how,
+        remedy=message.remedy,
+    )
+
+
+def version(message: system_pb2.VersionResponse) -> values.DaemonVersion:
+    return values.DaemonVersion(
+        version=message.version,
+        instance=message.instance,
+        kernel=message.kernel,
+        python=message.python,
+        started_at=time_of(message, "started_at"),
+    )
+
+
+def selector(value: values.Selector) -> agents_pb2.Selector:
+    return agents_pb2.Selector(
+        agents=value.agents, labels=value.labels, policy=value.policy, owner=value.owner, all=value.all
+    )
+
+
+def arguments(command: Iterable[str | bytes]) -> list[bytes]:
+    return [os.fsencode(argument) for argument in command]
+
+
+class LaunchOptions(TypedDict, total=False):
+    """What a launch may say. The rest comes from the policy, `default` where none is named."""
+
+    name: str
+    policy: str
+    workspace: values.Workspace | str  # a directory of the host; read-only where only its path is given
+    scopes: Sequence[str]
+    labels: Mapping[str, str]
+    memory_bytes: int
+    cpus: float
+    pids: int
+    budget: Mapping[str, float]
+    env: Mapping[str, str]
+    terminal: tuple[int, int]  # rows, columns: stdio is a terminal
+    stdin: bool  # it will be written by attach(); else stdin is empty
+    owner: str
+    purpose: str
+    definition: bytes  # the text of a file of kind Agent; everything above goes before what it says
+    definition_path: str
+    agent_id: str  # chosen by the caller, so that a retry finds the first attempt
+    idempotency_key: str
+
+
+def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptions]) -> agents_pb2.LaunchRequest:
+    """The message for a launch; relative host paths become absolute here, where the current directory is known."""
+    spec = agents_pb2.LaunchSpec(
+        command=arguments(command),
+        name=options.get("name"),
+        policy=options.get("policy"),
+        scopes=options.get("scopes"),
+        labels=options.get("labels"),
+        budget=options.get("budget"),
+        env=options.get("env"),
+        stdin=options.get("stdin"),
+        owner=options.get("owner"),
+        purpose=options.get("purpose"),
+    )
+    if "workspace" in options:
+        wanted = options["workspace"]
+        if isinstance(wanted, str):
+            wanted = values.Workspace(wanted)
+        spec.workspace.path = os.path.abspath(wanted.path)  # noqa: PTH100 - resolve() would follow links, too early
+        spec.workspace.mode = _MODES[wanted.mode]
+    if "memory_bytes" in options:
+        spec.limits.memory_bytes = options["memory_bytes"]
+    if "cpus" in options:
+        spec.limits.cpus = options["cpus"]
+    if "pids" in options:
+        spec.limits.pids = options["pids"]
+    if "terminal" in options:
+        spec.tty.rows, spec.tty.cols = options["terminal"]
+    path = options.get("definition_path", "")
+    return agents_pb2.LaunchRequest(
+        spec=spec,
+        definition_yaml=options.get("definition"),
+        definition_filename=path,
+        definition_directory=os.path.dirname(os.path.abspath(path)) if path else "",  # noqa: PTH100, PTH120 - as above
+        agent_id=options.get("agent_id"),
+        idempotency_key=options.get("idempotency_key"),
+    )
+
+
+def grant_request(
+    agent: str,
+    scope: str,
+    *,
+    ttl: float | timedelta | None = None,
+    max_uses: int | None = None,
+    reason: str = "",
+    grant_id: str = "",
+) -> grants_pb2.GrantRequest:
+    message = grants_pb2.GrantRequest(agent=agent, scope=scope, max_uses=max_uses, reason=reason, grant_id=grant_id)
+    if ttl is not None:
+        set_seconds(message.ttl, ttl)
+    return message
+
+
+def approve_request(
+    request_id: str,
+    *,
+    scope: str = "",
+    ttl: float | timedelta | None = None,
+    max_uses: int | None = None,
+    reason: str = "",
+) -> requests_pb2.ApproveRequest:
+    message = requests_pb2.ApproveRequest(request_id=request_id, scope=scope, max_uses=max_uses, reason=reason)
+    if ttl is not None:
+        set_seconds(message.ttl, ttl)
+    return message
+
+
+def query_request(
+    *, agent: str, verb: str, verdict: str, since: datetime | None, after_seq: int, page_token: str
+) -> actions_pb2.QueryActionsRequest:
+    message = actions_pb2.QueryActionsRequest(
+        agent=agent, verb=verb, verdict=verdict, after_seq=after_seq, page_token=page_token
+    )
+    if since is not None:
+        message.since.FromDatetime(since.astimezone(UTC))
+    return message

@@ -1,0 +1,355 @@
+"""The blocking client: `Stockade`, the `Agent`s it starts and finds, and the `Session`s it opens to them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
+
+import grpc
+
+from stockade.client import convert, methods
+from stockade.client.errors import Failed, from_rpc
+from stockade.client.session import Session
+from stockade.client.values import Completed, Selector
+from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, requests_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime, timedelta
+    from types import TracebackType
+
+    from stockade.client.convert import LaunchOptions
+    from stockade.client.methods import Method, Req, Res
+    from stockade.client.values import (
+        Action,
+        AgentInfo,
+        Grant,
+        Output,
+        Receipt,
+        Request,
+        State,
+        Verification,
+    )
+
+DEFAULT_SOCKET: Final = "/run/stockade/control.sock"
+CALL_SECONDS_MAX: Final = 60.0
+MESSAGE_BYTES_MAX: Final = 16 << 20
+EXEC_OUTPUT_BYTES_MAX: Final = 64 << 20
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.enable_http_proxy", 0),  # an operator's HTTP_PROXY is not on the way to a socket on this host
+)
+
+
+def default_target() -> str:
+    return "unix:" + os.environ.get("STOCKADE_SOCKET", DEFAULT_SOCKET)
+
+
+class Stockade:
+    """A connection to the daemon. What fails raises the StockadeError of its kind (stockade.client.errors)."""
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout_seconds: float = CALL_SECONDS_MAX,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.target = target or default_target()
+        self._timeout = timeout_seconds
+        self._channel = (
+            grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(self.target, credentials, CHANNEL_OPTIONS)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def call(self, method: Method[Req, Res], request: Req, *, timeout_seconds: float | None = None) -> Res:
+        """The answer to one RPC; with 0 seconds it may take for ever."""
+        act = self._channel.unary_unary(method.path, method.encode, method.decode)
+        limit = self._timeout if timeout_seconds is None else timeout_seconds
+        try:
+            answer: Res = act(request, timeout=limit or None)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        return answer
+
+    def stream(self, method: Method[Req, Res], request: Req) -> Iterator[Res]:
+        """The answers to one RPC as they come; closing the generator ends it."""
+        answers: Any = self._channel.unary_stream(method.path, method.encode, method.decode)(request)
+        try:
+            yield from answers
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        finally:
+            answers.cancel()
+
+    def open(self, method: Method[Any, Any], message: Callable[..., Any], start: object) -> Session:
+        """A program's stdio; `start` is the call's first message."""
+        return Session(self._channel, self.target, method, message, start)
+
+    def launch(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> Agent:
+        """An agent that runs: when this returns, its execve has happened."""
+        request = convert.launch_request(command, **options)
+        return Agent(self, convert.agent(self.call(methods.LAUNCH, request).agent))
+
+    def plan(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> str:
+        """What a launch would do, a line a step; nothing is started or recorded."""
+        request = convert.launch_request(command, **options)
+        request.dry_run = True
+        return self.call(methods.LAUNCH, request).plan_text
+
+    def agent(self, name: str) -> Agent:
+        """The agent of this name or id; of several with one name the live one, else the last."""
+        answer = self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name))
+        return Agent(self, convert.agent(answer.agent))
+
+    def agents(self, selector: Selector | None = None, *, include_ended: bool = False) -> list[Agent]:
+        """The agents that match; all live ones where no selector is given."""
+        request = agents_pb2.ListAgentsRequest(include_ended=include_ended)
+        if selector is not None:
+            request.selector.CopyFrom(convert.selector(selector))
+        found = []
+        while True:
+            answer = self.call(methods.LIST_AGENTS, request)
+            found += [Agent(self, convert.agent(message)) for message in answer.agents]
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
+
+    def kill_all(self, selector: Selector, reason: str = "") -> list[Receipt]:
+        """A receipt for each agent that matches."""
+        request = agents_pb2.KillRequest(selector=convert.selector(selector), reason=reason)
+        return [convert.receipt(message) for message in self.call(methods.KILL, request).receipts]
+
+    def freeze_all(self, selector: Selector, reason: str = "") -> list[AgentInfo]:
+        request = agents_pb2.FreezeRequest(selector=convert.selector(selector), reason=reason)
+        return [convert.agent(message) for message in self.call(methods.FREEZE, request).agents]
+
+    def thaw_all(self, selector: Selector, reason: str = "") -> list[AgentInfo]:
+        request = agents_pb2.ThawRequest(selector=convert.selector(selector), reason=reason)
+        return [convert.agent(message) for message in self.call(methods.THAW, request).agents]
+
+    def grant(
+        self,
+        agent: str,
+        scope: str,
+        *,
+        ttl: float | timedelta | None = None,
+        max_uses: int | None = None,
+        reason: str = "",
+        grant_id: str = "",
+    ) -> Grant:
+        """A grant that is in force. `ttl` in seconds; None: as long as the agent lives."""
+        request = convert.grant_request(agent, scope, ttl=ttl, max_uses=max_uses, reason=reason, grant_id=grant_id)
+        return convert.grant(self.call(methods.GRANT, request).grant)
+
+    def revoke(self, grant_id: str, reason: str = "") -> Grant:
+        """The grant as it ended; nothing passes on it any more, and connections that stood on it are reset."""
+        request = grants_pb2.RevokeRequest(grant_id=grant_id, reason=reason)
+        return convert.grant(self.call(methods.REVOKE, request).grant)
+
+    def grants(self, agent: str = "", *, include_ended: bool = False) -> list[Grant]:
+        request = grants_pb2.ListGrantsRequest(agent=agent, include_ended=include_ended)
+        found: list[Grant] = []
+        while True:
+            answer = self.call(methods.LIST_GRANTS, request)
+            found += map(convert.grant, answer.grants)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
+
+    def requests(self, agent: str = "", *, include_decided: bool = False) -> list[Request]:
+        """What agents asked for and nobody has answered yet."""
+        request = requests_pb2.ListRequestsRequest(agent=agent, include_decided=include_decided)
+        found: list[Request] = []
+        while True:
+            answer = self.call(methods.LIST_REQUESTS, request)
+            found += map(convert.request, answer.requests)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
+
+    def approve(
+        self,
+        request_id: str,
+        *,
+        scope: str = "",
+        ttl: float | timedelta | None = None,
+        max_uses: int | None = None,
+        reason: str = "",
+    ) -> Grant:
+        """The grant that answers the request. Give `scope` as you saw it: another one is then refused."""
+        request = convert.approve_request(request_id, scope=scope, ttl=ttl, max_uses=max_uses, reason=reason)
+        return convert.grant(self.call(methods.APPROVE, request).grant)
+
+    def deny(self, request_id: str, reason: str = "") -> Request:
+        request = requests_pb2.DenyRequest(request_id=request_id, reason=reason)
+        return convert.request(self.call(methods.DENY, request).request)
+
+    def actions(
+        self,
+        agent: str = "",
+        *,
+        verb: str = "",
+        verdict: str = "",
+        since: datetime | None = None,
+        after_seq: int = 0,
+        follow: bool = False,
+    ) -> Iterator[Action]:
+        """The log's entries in order; with `follow`, then each new one as it is written, without end."""
+        request = convert.query_request(
+            agent=agent, verb=verb, verdict=verdict, since=since, after_seq=after_seq, page_token=""
+        )
+        seen = after_seq
+        while True:
+            answer = self.call(methods.QUERY_ACTIONS, request)
+            for message in answer.actions:
+                seen = message.seq
+                yield convert.action(message)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                break
+        if follow:
+            tail = actions_pb2.TailActionsRequest(after_seq=seen, agent=agent, verb=verb, verdict=verdict)
+            for entry in self.stream(methods.TAIL_ACTIONS, tail):
+                yield convert.action(entry.action)
+
+    def verify_log(self) -> Verification:
+        """What a check of the whole log found."""
+        answer = self.call(methods.VERIFY_LOG, actions_pb2.VerifyLogRequest(), timeout_seconds=0)
+        return convert.verification(answer)
+
+    def checkpoint(self) -> str:
+        """The log's signed state, a C2SP tlog-checkpoint: keep it elsewhere, and a rollback is found out."""
+        return self.call(methods.CHECKPOINT, actions_pb2.CheckpointRequest()).note
+
+
+class Agent:
+    """One agent. What it knows of it is from the last answer; refresh() asks again."""
+
+    def __init__(self, stockade: Stockade, info: AgentInfo) -> None:
+        self._stockade = stockade
+        self.info = info
+
+    def __repr__(self) -> str:
+        return f"<Agent {self.name!r} {self.agent_id} {self.state}>"
+
+    @property
+    def agent_id(self) -> str:
+        return self.info.agent_id
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def state(self) -> State:
+        return self.info.state
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.info.exit_code
+
+    @property
+    def posture(self) -> Mapping[str, object]:
+        return self.info.posture
+
+    def refresh(self) -> Self:
+        self.info = self._stockade.agent(self.agent_id).info
+        return self
+
+    def wait(self, timeout_seconds: float | None = None) -> Self:
+        """The agent itself, when it has ended; raises TimeoutError where it lives on."""
+        request = agents_pb2.WaitRequest(agent=self.agent_id)
+        if timeout_seconds is not None:
+            convert.set_seconds(request.timeout, timeout_seconds)
+        answer = self._stockade.call(methods.WAIT, request, timeout_seconds=0)
+        self.info = convert.agent(answer.agent)
+        if not self.state.ended:
+            raise TimeoutError(f"agent {self.name} is still {self.state} after {timeout_seconds} s")
+        return self
+
+    def logs(self, *, follow: bool = False, stdout_offset: int = 0, stderr_offset: int = 0) -> Iterator[Output]:
+        """What it wrote, as bytes; with `follow`, until it ends."""
+        request = agents_pb2.LogsRequest(
+            agent=self.agent_id, follow=follow, stdout_offset=stdout_offset, stderr_offset=stderr_offset
+        )
+        for chunk in self._stockade.stream(methods.LOGS, request):
+            yield convert.output(chunk)
+
+    def kill(self, reason: str = "") -> Receipt:
+        """The receipt of its death; the same one again where it is dead already."""
+        receipts = self._stockade.kill_all(Selector(agents=(self.agent_id,)), reason)
+        return receipts[0]
+
+    def freeze(self, reason: str = "") -> Self:
+        self.info = self._stockade.freeze_all(Selector(agents=(self.agent_id,)), reason)[0]
+        return self
+
+    def thaw(self, reason: str = "") -> Self:
+        self.info = self._stockade.thaw_all(Selector(agents=(self.agent_id,)), reason)[0]
+        return self
+
+    def grant(
+        self, scope: str, *, ttl: float | timedelta | None = None, max_uses: int | None = None, reason: str = ""
+    ) -> Grant:
+        return self._stockade.grant(self.agent_id, scope, ttl=ttl, max_uses=max_uses, reason=reason)
+
+    def attach(self, *, stdout_offset: int = 0, stderr_offset: int = 0) -> Session:
+        """Its own stdio."""
+        start = agents_pb2.AttachStart(agent=self.agent_id, stdout_offset=stdout_offset, stderr_offset=stderr_offset)
+        return self._stockade.open(methods.ATTACH, agents_pb2.AttachRequest, start)
+
+    def open(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        terminal: tuple[int, int] | None = None,
+        stdin: bool = False,
+    ) -> Session:
+        """A further program in its sandbox, with its stdio."""
+        start = agents_pb2.ExecStart(
+            agent=self.agent_id, command=convert.arguments(command), env=env, cwd=cwd, stdin=stdin
+        )
+        if terminal is not None:
+            start.tty.rows, start.tty.cols = terminal
+        return self._stockade.open(methods.EXEC, agents_pb2.ExecRequest, start)
+
+    def exec(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        output_bytes_max: int = EXEC_OUTPUT_BYTES_MAX,
+    ) -> Completed:
+        """What a further program in its sandbox wrote and how it ended; raises Failed where it writes too much."""
+        parts: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        size = 0
+        with self.open(command, env=env, cwd=cwd, stdin=bool(stdin)) as session:
+            if stdin:
+                threading.Thread(target=session.feed, args=(stdin,), daemon=True).start()
+            for output in session:
+                size += len(output.data)
+                if size > output_bytes_max:
+                    raise Failed(
+                        f"cannot exec {command[0]!r} in {self.name}: it wrote more than {output_bytes_max} bytes",
+                        remedy="use open() and take its output piece by piece",
+                    )
+                parts[output.stream].append(output.data)
+        return Completed(session.status, b"".join(parts["stdout"]), b"".join(parts["stderr"]))

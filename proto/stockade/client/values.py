@@ -1,0 +1,249 @@
+"""What goes over the API, as plain values."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    Stream = Literal["stdout", "stderr"]
+    JsonObject = Mapping[str, object]
+
+SIGNAL_EXIT_BASE: Final = 128
+KILLED_EXIT_CODE: Final = 137
+
+
+class State(enum.StrEnum):
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    FROZEN = "FROZEN"
+    KILLING = "KILLING"
+    KILLED = "KILLED"
+    EXITED = "EXITED"
+    FAILED = "FAILED"
+
+    @property
+    def ended(self) -> bool:
+        return self in {State.KILLED, State.EXITED, State.FAILED}
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a program ended: one of `code` and `signal` is set, or neither where it never ran."""
+
+    code: int | None
+    signal: int | None
+    out_of_memory: bool = False
+
+    @property
+    def shell_code(self) -> int | None:
+        """As a shell tells it: 128 + n for signal n."""
+        return SIGNAL_EXIT_BASE + self.signal if self.signal is not None else self.code
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    input_tokens: int
+    output_tokens: int
+    cost_usd: float
+    estimated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A directory of the host that the agent finds at /workspace."""
+
+    path: str
+    mode: Literal["ro", "rw"] = "ro"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """An agent as it was at one moment."""
+
+    agent_id: str
+    name: str
+    state: State
+    policy: str
+    exit_code: int | None
+    started_at: datetime | None
+    memory_bytes: int | None
+    pids: int | None
+    posture: JsonObject
+    policy_digest: str
+    labels: Mapping[str, str]
+    exit_signal: int | None
+    out_of_memory: bool
+    ended_at: datetime | None
+    launched_by: str
+    owner: str
+    purpose: str
+    command: tuple[bytes, ...]
+    workspace: Workspace | None
+    spend: Spend
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Which agents: those named, with all these labels, of this policy or owner, or all that live."""
+
+    agents: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    policy: str = ""
+    owner: str = ""
+    all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The signed statement that a kill left nothing alive. Times count from the order."""
+
+    receipt_id: str
+    agent_id: str
+    name: str
+    verified_empty: bool
+    processes_killed: int
+    egress_cut_ms: float
+    dead_ms: float
+    reason: str
+    killed_by: str
+    time: datetime | None
+    already_dead: bool
+    left_pids: tuple[int, ...]
+    statement: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    grant_id: str
+    agent_id: str
+    agent_name: str
+    scope: str
+    state: str
+    granted_at: datetime | None
+    expires_at: datetime | None
+    uses_left: int | None
+    uses: int
+    granted_by: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An agent's question for a scope it lacks. `reason` is in its own words: escape it when you show it."""
+
+    request_id: str
+    agent_id: str
+    agent_name: str
+    scope: str
+    reason: str
+    state: str
+    asked_at: datetime | None
+    decided_at: datetime | None
+    decided_by: str
+    grant_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One entry of the action log."""
+
+    seq: int
+    time: datetime
+    agent_id: str
+    actor: str
+    verb: str
+    object: str
+    verdict: str
+    reason: str
+    details: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an agent wrote; `offset` is where it begins in its stream."""
+
+    stream: Stream
+    data: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A program that was run inside an agent's sandbox to its end."""
+
+    status: ExitStatus
+    stdout: bytes
+    stderr: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    ok: bool
+    size: int
+    root: bytes
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    name: str
+    version: int
+    digest: str
+    risk: str
+    extends: str
+    filename: str
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyProblem:
+    filename: str
+    line: int
+    column: int
+    key: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    allowed: bool
+    reason: str
+    grant_id: str
+    steps: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    control: str
+    present: bool
+    required: bool
+    how: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """That an entry is in the tree of a checkpoint (RFC 6962 §2.1.1)."""
+
+    entry: bytes
+    leaf_index: int
+    audit_path: tuple[bytes, ...]
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonVersion:
+    version: str
+    instance: str
+    kernel: str
+    python: str
+    started_at: datetime | None
