@@ -1,0 +1,176 @@
+"""The gateway's own HTTP API: one table of endpoints, each a question to a model or a list of them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from gateway_client.egress.request import Dialect
+from gateway_client.gateways.embedded.conversation import Begin, Done, RequestError, collect
+from gateway_client.gateways.embedded.dialects import MODULES, messages
+from gateway_client.gateways.embedded.dialects.fields import Json, compact
+from gateway_client.gateways.embedded.models.provider import ProviderModel
+from gateway_client.gateways.embedded.models.scripted import count_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from gateway_client.gateways.embedded.conversation import Ask, Delta, Usage
+    from gateway_client.gateways.embedded.http import Headers, Request, Responder
+    from gateway_client.gateways.embedded.routes import Route, Routes
+
+DIALECT_OF_PATH: Final = {
+    "/v1/chat/completions": Dialect.OPENAI_CHAT,
+    "/v1/responses": Dialect.OPENAI_RESPONSES,
+    "/v1/messages": Dialect.ANTHROPIC_MESSAGES,
+}
+COUNT_TOKENS_PATH: Final = "/v1/messages/count_tokens"
+MODELS_PATH: Final = "/v1/models"
+_JSON: Final = (b"content-type", b"application/json")
+_SSE: Final = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+# A date for models that have none: both SDKs demand the field.
+_CREATED_AT: Final = "2026-01-01T00:00:00Z"
+_CREATED: Final = 1_767_225_600
+
+_log = structlog.get_logger()
+
+
+class Api:
+    """Answers requests; knows nothing of sockets."""
+
+    def __init__(self, routes: Routes, *, now: Callable[[], float]) -> None:
+        self._routes = routes
+        self._now = now
+
+    async def handle(self, request: Request, respond: Responder, *, agent_id: str = "") -> None:
+        """Answer one request; every failure becomes an error in the shape of the request's dialect."""
+        try:
+            await self._dispatch(request, respond)
+        except RequestError as failure:
+            _log.info("refused", agent_id=agent_id, path=request.path, status=failure.status, reason=failure.message)
+            if respond.started:
+                raise
+            headers, body = error_response(request, failure)
+            await respond.whole(failure.status, headers, body)
+
+    async def _dispatch(self, request: Request, respond: Responder) -> None:
+        path = request.path.rstrip("/") or "/"
+        match request.method, path:
+            case "GET", "/v1/models":
+                await respond.whole(200, (_JSON,), compact(_listed(self._routes.names())))
+            case "GET", _ if path.startswith(MODELS_PATH + "/"):
+                name = path.removeprefix(MODELS_PATH + "/")
+                self._routes.find(name)
+                await respond.whole(200, (_JSON,), compact(_listed([name])["data"][0]))
+            case "GET", "/health":
+                await respond.whole(200, (_JSON,), b'{"status":"ok"}')
+            case "POST", "/v1/messages/count_tokens":
+                await self._count(request, respond)
+            case "POST", _ if path in DIALECT_OF_PATH:
+                await self._answer(DIALECT_OF_PATH[path], request, respond)
+            case _, _ if path in (*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH):
+                raise RequestError(f"cannot {request.method} {path}: the method is not known here", status=405)
+            case _:
+                served = ", ".join((*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH))
+                raise RequestError(f"cannot find {path}: this gateway serves {served}", status=404)
+
+    async def _count(self, request: Request, respond: Responder) -> None:
+        ask = messages.parse(read_json(request), counting=True)
+        route = self._routes.find(ask.model)
+        if isinstance(route.model, ProviderModel) and route.model.speaks(ask.dialect):
+            await route.model.relay(ask, request, respond, priced=lambda usage: usage)
+            return
+        await respond.whole(200, (_JSON,), compact({"input_tokens": count_tokens(ask)}))
+
+    async def _answer(self, dialect: Dialect, request: Request, respond: Responder) -> None:
+        ask = MODULES[dialect].parse(read_json(request))
+        route = self._routes.find(ask.model)
+
+        def priced(usage: Usage) -> Usage:
+            return self._routes.priced(usage, route, ask.model)
+
+        if isinstance(route.model, ProviderModel) and route.model.speaks(dialect):
+            await route.model.relay(ask, request, respond, priced=priced)
+        elif ask.stream:
+            await self._stream(ask, route, respond)
+        else:
+            answer = await collect(self._deltas(ask, route))
+            shown = MODULES[dialect].render(ask, answer, secrets.token_hex(12), int(self._now()))
+            await respond.whole(200, (_JSON, *cost_headers(answer.usage)), compact(shown))
+
+    async def _stream(self, ask: Ask, route: Route, respond: Responder) -> None:
+        renderer = MODULES[ask.dialect].Renderer(ask, secrets.token_hex(12), int(self._now()))
+        try:
+            async for delta in self._deltas(ask, route):
+                if isinstance(delta, Begin):  # only now is it certain that there is an answer: errors keep their status
+                    await respond.start(200, _SSE)
+                await respond.send(renderer.events(delta))
+        except RequestError as failure:
+            if not respond.started:
+                raise
+            await respond.send(renderer.failure(failure.message))
+        await respond.end()
+
+    async def _deltas(self, ask: Ask, route: Route) -> AsyncIterator[Delta]:
+        async for delta in route.model.answer(ask):
+            if isinstance(delta, Done):
+                yield Done(delta.stop, self._routes.priced(delta.usage, route, ask.model))
+            else:
+                yield delta
+
+
+def read_json(request: Request) -> Json:
+    try:
+        value: Any = json.loads(request.body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"cannot read body: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise RequestError("cannot read body: expected a JSON object", code="invalid_json")
+    return value
+
+
+def cost_headers(usage: Usage) -> Headers:
+    if usage.cost_usd is None:
+        return ()
+    return (
+        (b"x-stockade-cost-usd", f"{usage.cost_usd:.10f}".encode()),
+        (b"x-stockade-cost-estimated", b"true" if usage.cost_estimated else b"false"),
+    )
+
+
+def error_response(request: Request, failure: RequestError) -> tuple[Headers, bytes]:
+    """Render an error the way the SDK that asked will read it."""
+    anthropic = request.path.startswith("/v1/messages") or request.header(b"anthropic-version") is not None
+    dialect = Dialect.ANTHROPIC_MESSAGES if anthropic else Dialect.OPENAI_CHAT
+    return (_JSON,), compact(MODULES[dialect].error(failure))
+
+
+def malformed(status: int, message: str) -> tuple[Headers, bytes]:
+    """Render the answer to bytes that are no request, so of no dialect."""
+    return (_JSON,), compact(MODULES[Dialect.OPENAI_CHAT].error(RequestError(message, status=status)))
+
+
+def _listed(names: list[str]) -> Json:
+    """Return a list both SDKs read: the fields of OpenAI's and of Anthropic's side by side."""
+    data = [
+        {
+            "id": name,
+            "object": "model",
+            "created": _CREATED,
+            "owned_by": "stockade",
+            "type": "model",
+            "display_name": name,
+            "created_at": _CREATED_AT,
+        }
+        for name in names
+    ]
+    return {
+        "object": "list",
+        "data": data,
+        "has_more": False,
+        "first_id": names[0] if names else None,
+        "last_id": names[-1] if names else None,
+    }

@@ -1,0 +1,1 @@
+"""The models behind the embedded gateway: scripted, local, or another provider's."""
