@@ -28,11 +28,8 @@ Path = tuple[str | int, ...]
 
 _INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})", re.ASCII)
 _FLOAT: Final = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{1,15}", re.ASCII)
-_AMBIGUOUS: Final = re.compile(
-    r"[Yy]es|[Nn]o|[Oo]n|[Oo]ff|[Yy]|[Nn]|YES|NO|ON|OFF|[-+]?0[0-9]+|0[xo][0-9a-fA-F]+", re.ASCII
-)
+_AMBIGUOUS: Final = re.compile(r"[Yy]es|[Nn]o|[Oo]n|[Oo]ff|YES|NO|ON|OFF|[-+]?0[0-9]+|0[xo][0-9a-fA-F]+", re.ASCII)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_ALLOWED_TAGS: Final = frozenset({None, "!"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +165,7 @@ class _Composer:
         if event.anchor is not None:
             raise self.refuse(event, "YAML anchors are not accepted", "write the value out")
         tag = getattr(event, "tag", None)
-        if tag not in _ALLOWED_TAGS:
+        if tag is not None:
             raise self.refuse(event, f"the YAML tag {shown(str(tag))} is not accepted", "leave the tag out")
 
     def here(self) -> Path:

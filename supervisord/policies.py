@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from supervisord.config import GatewayConfig
-from supervisord.documents import DOCUMENT_BYTES_MAX, InvalidDocument, Problem
-from supervisord.errors import Conflict, InvalidInput, NotFound, StockadeError
+from supervisord.documents import DOCUMENT_BYTES_MAX, InvalidDocument, Problem, parse_document
+from supervisord.errors import InvalidInput, NotFound, StockadeError
 from supervisord.ids import shown
 from supervisord.policy import AgentSpec, Policy
 from supervisord.policy_reader import Schemas, parse_agent, parse_policy
@@ -61,8 +61,6 @@ class PolicyShelf:
             for path in _policy_files(directory):
                 files.setdefault(path.stem, path)
         loader = _Loader(files, self.schemas, self._gateway)
-        for name in sorted(files):
-            loader.get(name, depth=0)
         self._policies, self._broken = loader.policies, loader.broken
 
     def get(self, name: str) -> Policy:
@@ -95,7 +93,7 @@ class PolicyShelf:
 
 
 class _Loader:
-    """Reads each file once, parents first, whatever the order of the names."""
+    """Reads each file once, parents before children, so that what is wrong with one does not depend on names."""
 
     def __init__(self, files: dict[str, Path], schemas: Schemas, gateway: GatewayConfig) -> None:
         self.files = files
@@ -103,39 +101,58 @@ class _Loader:
         self.gateway = gateway
         self.policies: dict[str, Policy] = {}
         self.broken: dict[str, Broken] = {}
-        self.open: list[str] = []
-
-    def get(self, name: str, *, depth: int) -> Policy | None:
-        if name not in self.policies and name not in self.broken and name in self.files:
-            path = self.files[name]
-            self.open.append(name)
+        self.texts: dict[str, str] = {}
+        self.extends: dict[str, str | None] = {}
+        for name, path in files.items():
             try:
-                self.policies[name] = self.read(name, path, depth=depth)
+                self.texts[name] = read_text(path)
+                self.extends[name] = _extends(self.texts[name])
             except StockadeError as error:
                 self.broken[name] = Broken(name, str(path), error)
-            finally:
-                self.open.pop()
-        return self.policies.get(name)
+        for name in sorted(self.texts, key=lambda name: (len(self.ancestors(name)), name)):
+            try:
+                self.policies[name] = self.read(name)
+            except StockadeError as error:
+                self.broken[name] = Broken(name, str(files[name]), error)
 
-    def read(self, name: str, path: Path, *, depth: int) -> Policy:
+    def ancestors(self, name: str) -> tuple[str, ...]:
+        """Gives the names that a policy extends, nearest first; a circle or a tower is cut one beyond the limit."""
+        chain: list[str] = []
+        above = self.extends.get(name)
+        while above is not None and len(chain) <= EXTENDS_DEPTH_MAX:
+            chain.append(above)
+            above = self.extends.get(above)
+        return tuple(chain)
+
+    def read(self, name: str) -> Policy:
+        path, chain = self.files[name], self.ancestors(name)
+
         def parent(wanted: str) -> Policy:
-            if wanted in self.open:
-                raise Conflict(f"{' extends '.join((*self.open, wanted))}", remedy="break the circle")
-            if depth >= EXTENDS_DEPTH_MAX:
-                raise InvalidInput(f"more than {EXTENDS_DEPTH_MAX} policies extend one another", remedy="flatten them")
-            policy = self.get(wanted, depth=depth + 1)
-            if policy is not None:
-                return policy
+            if len(chain) > EXTENDS_DEPTH_MAX:
+                listed = " extends ".join((name, *chain))
+                raise InvalidInput(f"{listed}: more than {EXTENDS_DEPTH_MAX}", remedy="break the circle or flatten it")
             if wanted in self.broken:
                 raise InvalidInput(f"{self.broken[wanted].source} is broken", remedy="correct that file first")
-            raise NotFound("there is no such policy", remedy=f"choose one of {', '.join(sorted(self.files))}")
+            if wanted not in self.policies:
+                raise NotFound("there is no such policy", remedy=f"choose one of {', '.join(sorted(self.policies))}")
+            return self.policies[wanted]
 
-        policy = parse_policy(read_text(path), source=str(path), schemas=self.schemas, parent=parent)
+        policy = parse_policy(self.texts[name], source=str(path), schemas=self.schemas, parent=parent)
         if policy.name != name:
             problem = Problem(str(path), None, "name", f"is {policy.name}, but the file is {path.name}", "rename one")
             raise InvalidDocument("policy", [problem])
         check_scopes_reachable(policy.scopes, self.gateway)
         return policy
+
+
+def _extends(text: str) -> str | None:
+    """Gives what a text says it extends; what is wrong with the text is said when it is read as a policy."""
+    try:
+        value = parse_document(text, source="").value
+    except InvalidDocument:
+        return None
+    above = value.get("extends") if isinstance(value, dict) else None
+    return above if isinstance(above, str) else None
 
 
 def read_text(path: Path) -> str:

@@ -6,7 +6,7 @@ aside before an exchange and settled after it, so `max_uses` holds however many 
 
 import math
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -122,6 +122,7 @@ class GrantBook:
         self._live: dict[GrantId, Grant] = {}
         self._ids: dict[AgentId, dict[GrantId, None]] = {}
         self._ended: OrderedDict[GrantId, Grant] = OrderedDict()
+        self._lapsed: dict[AgentId, deque[GrantId]] = {}
         self._views: dict[AgentId, tuple[GrantView, ...]] = {}
 
     def add(
@@ -220,13 +221,14 @@ class GrantBook:
         self._put(grant)
         return grant
 
-    def settle(self, grant_id: GrantId, *, used: bool) -> Grant:
+    def settle(self, grant_id: GrantId, *, used: bool) -> Grant | None:
         """Turns a use that was set aside into a use, or gives it back when nothing left the host.
 
-        The last use ends the grant. What was set aside before the grant ended is counted afterwards too.
+        The last use ends the grant. What was set aside before the grant ended is counted afterwards too; None when the
+        grant ended so long ago that the book has forgotten it.
         """
-        grant = self.get(grant_id)
-        if grant.max_uses is None or grant.reserved == 0:
+        grant = self._find(grant_id)
+        if grant is None or grant.max_uses is None or grant.reserved == 0:
             return grant
         grant = replace(grant, reserved=grant.reserved - 1, uses=grant.uses + (1 if used else 0))
         if grant.ended:
@@ -255,11 +257,7 @@ class GrantBook:
         """
         view = self._views.get(agent_id)
         if view is None:
-            spent = [
-                grant
-                for grant in self._ended.values()
-                if grant.agent_id == agent_id and grant.ended in (Ended.EXPIRED, Ended.SPENT)
-            ]
+            lapsed = (self._ended.get(grant_id) for grant_id in self._lapsed.get(agent_id, ()))
             live = [self._live[grant_id] for grant_id in self._ids.get(agent_id, ())]
             view = tuple(
                 GrantView(
@@ -268,17 +266,18 @@ class GrantBook:
                     grant.expires_mono,
                     0 if grant.ended is Ended.SPENT else grant.uses_left,
                 )
-                for grant in (*spent[-ENDED_SHOWN_TO_AGENT_MAX:], *live)
+                for grant in (*(grant for grant in lapsed if grant), *live)
             )
-            self._views[agent_id] = view
+            if agent_id in self._ids:
+                self._views[agent_id] = view
         return view
 
     def end_agent(self, agent_id: AgentId) -> tuple[Grant, ...]:
         """Ends every grant of an agent that is no more and gives those."""
         grants = [self._live[grant_id] for grant_id in self._ids.get(agent_id, ())]
         ended = tuple(self._end(grant, Ended.AGENT_ENDED) for grant in grants)
-        self._ids.pop(agent_id, None)
-        self._views.pop(agent_id, None)
+        for by_agent in (self._ids, self._lapsed, self._views):
+            by_agent.pop(agent_id, None)
         return ended
 
     def restore(self, grant: Grant, *, remaining_seconds: float | None = None) -> Grant:
@@ -310,6 +309,8 @@ class GrantBook:
         self._live.pop(grant.grant_id, None)
         self._ids.get(grant.agent_id, {}).pop(grant.grant_id, None)
         grant = replace(grant, ended=why)
+        if why in (Ended.EXPIRED, Ended.SPENT):
+            self._lapsed.setdefault(grant.agent_id, deque(maxlen=ENDED_SHOWN_TO_AGENT_MAX)).append(grant.grant_id)
         self._keep(grant)
         return grant
 

@@ -80,7 +80,7 @@ class Findings:
     def add(self, key: str, message: str, remedy: str = "") -> None:
         if self._positions is None:
             self._positions = key_positions(self.text)
-        around = key
+        around = f"{key}[0]" if f"{key}[0]" in self._positions and key not in self._positions else key
         while around and around not in self._positions:
             around = around[: max(around.rfind("."), around.rfind("["), 0)]
         self.problems.append(Problem(self.source, self._positions.get(around), key, message, remedy))
