@@ -9,6 +9,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
+from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]  # not in typeshed
 from typing import Final
 
 from supervisord.actions.types import ENTRY_BYTES_MAX, FIELD_BYTES_MAX, JSON, Action
@@ -20,18 +22,24 @@ _FIRST_STRING: Final = 3
 _STRINGS: Final = 6
 _DETAILS: Final = 9
 _VARINT_BYTES_MAX: Final = 10
+_NINE_BYTES_SHIFT: Final = 56
 _LOW_BITS: Final = 0x7F
 _MORE: Final = 0x80
 _DELIMITED: Final = 2
 _TAGS: Final = tuple(bytes([number << 3 | _DELIMITED]) for number in range(_FIRST_STRING, _DETAILS + 1))
-# All one-byte varints: nearly every length is one of them, and this is the hot path of egress.
-_SHORT: Final = tuple(bytes([n]) for n in range(_MORE))
+REMEMBERED_FIELDS_MAX: Final = 4096
 
 DETAILS_BYTES_MAX: Final = ENTRY_BYTES_MAX - _STRINGS * (FIELD_BYTES_MAX + 4) - 32
 DETAIL_STRING_BYTES_MAX: Final = 2048
 _DETAILS_HEAD_CHARACTERS: Final = 1024
 
-_dump = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+# JSONEncoder.encode makes this object anew at each call, which costs more than the encoding of a few keys.
+_scan = (
+    c_make_encoder(None, _encoder.default, encode_basestring_ascii, None, ":", ",", True, False, False)
+    if c_make_encoder is not None
+    else None
+)
 
 
 class NotCanonical(ValueError):  # noqa: N818 - read at the raise
@@ -43,15 +51,20 @@ def encode(seq: int, time_ns: int, action: Action) -> tuple[bytes, Action]:
 
     Raises ValueError, TypeError or RecursionError where `details` are not JSON.
     """
-    action, fields = _bounded(action)
-    parts = [_SEQ, _varint(seq)]
-    if time_ns:
-        parts += (_TIME, _varint(time_ns))
-    for tag, value in zip(_TAGS, fields, strict=True):
-        if value:
-            size = len(value)
-            parts += (tag, _SHORT[size] if size < _MORE else _varint(size), value)
-    return b"".join(parts), action
+    try:
+        texts = _texts(action)
+    except (_TooLong, UnicodeEncodeError):
+        short = [cut(text, FIELD_BYTES_MAX) for text in _strings(action)]
+        action = _action(short, action.details)
+        texts = b"".join(_field(tag, to_bytes(text)) for tag, text in zip(_TAGS, short, strict=False))
+    details = b""
+    if action.details:
+        dumped = _dump(action.details)
+        if len(dumped) > DETAILS_BYTES_MAX:
+            action, dumped = _brief(action, dumped)
+        details = _field(_TAGS[_STRINGS], dumped.encode())
+    time = _TIME + _varint(time_ns) if time_ns else b""
+    return b"".join((_SEQ, _varint(seq), time, texts, details)), action
 
 
 def decode(data: bytes) -> tuple[int, int, Action]:
@@ -110,34 +123,40 @@ def cut(text: str, bytes_max: int) -> str:
     return to_text(data[: bytes_max - len(mark)] + mark)
 
 
-def _bounded(action: Action) -> tuple[Action, tuple[bytes, ...]]:
-    texts = (action.agent_id, action.actor, action.verb, action.object, action.verdict, action.reason)
-    try:
-        fields = tuple([text.encode() for text in texts])
-        fits = max(map(len, fields)) <= FIELD_BYTES_MAX
-    except UnicodeEncodeError:
-        fits = False
-    if not fits:
-        short = [cut(text, FIELD_BYTES_MAX) for text in texts]
-        fields = tuple([to_bytes(text) for text in short])
-        action = _action(short, action.details)
-    if not action.details:
-        return action, (*fields, b"")
-    details = _dump(action.details)
-    if len(details) > DETAILS_BYTES_MAX:
-        brief: dict[str, JSON] = {key: _cut_json(value) for key, value in action.details.items()}
-        details_short = _dump(brief)
-        if len(details_short) > DETAILS_BYTES_MAX:
-            brief = {
-                "cut": True,
-                "bytes": len(details),
-                "sha256": hashlib.sha256(details.encode()).hexdigest(),
-                "head": details[:_DETAILS_HEAD_CHARACTERS],
-            }
-            details_short = _dump(brief)
-        action = replace(action, details=brief)
-        details = details_short
-    return action, (*fields, details.encode())
+class _TooLong(Exception):  # noqa: N818 - goes no further than `encode`
+    pass
+
+
+def _texts(action: Action) -> bytes:
+    return b"".join(map(_remembered, _TAGS, _strings(action)))
+
+
+def _strings(action: Action) -> tuple[str, str, str, str, str, str]:
+    return action.agent_id, action.actor, action.verb, action.object, action.verdict, action.reason
+
+
+@lru_cache(maxsize=REMEMBERED_FIELDS_MAX)
+def _remembered(tag: bytes, text: str) -> bytes:
+    # Nearly all texts come again and again: ids, verbs, verdicts, the same few URLs.
+    data = text.encode()
+    if len(data) > FIELD_BYTES_MAX:
+        raise _TooLong
+    return _field(tag, data)
+
+
+def _field(tag: bytes, data: bytes) -> bytes:
+    return tag + _varint(len(data)) + data if data else b""
+
+
+def _brief(action: Action, dumped: str) -> tuple[Action, str]:
+    """The action with details that fit: strings cut, or where that does not do, a digest of all."""
+    brief: dict[str, JSON] = {key: _cut_json(value) for key, value in action.details.items()}
+    short = _dump(brief)
+    if len(short) > DETAILS_BYTES_MAX:
+        digest = hashlib.sha256(dumped.encode()).hexdigest()
+        brief = {"cut": True, "bytes": len(dumped), "sha256": digest, "head": dumped[:_DETAILS_HEAD_CHARACTERS]}
+        short = _dump(brief)
+    return replace(action, details=brief), short
 
 
 def _action(texts: list[str], details: Mapping[str, JSON]) -> Action:
@@ -157,7 +176,27 @@ def _cut_json(value: JSON) -> JSON:
             return value
 
 
+def _dump(value: JSON) -> str:
+    # Without the markers that find cycles, a cycle ends in RecursionError.
+    return _encoder.encode(value) if _scan is None else "".join(_scan(value, 0))
+
+
 def _varint(value: int) -> bytes:
+    if value >> _NINE_BYTES_SHIFT and not value >> 63:
+        # Times of this century: nine bytes.
+        return bytes(
+            (
+                value & 127 | 128,
+                value >> 7 & 127 | 128,
+                value >> 14 & 127 | 128,
+                value >> 21 & 127 | 128,
+                value >> 28 & 127 | 128,
+                value >> 35 & 127 | 128,
+                value >> 42 & 127 | 128,
+                value >> 49 & 127 | 128,
+                value >> 56,
+            )
+        )
     out = bytearray()
     while value > _LOW_BITS:
         out.append(value & _LOW_BITS | _MORE)

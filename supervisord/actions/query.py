@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -38,6 +39,13 @@ CREATE INDEX entries_verb ON entries (verb, seq);
 CREATE TABLE tiles (number INTEGER PRIMARY KEY, hash BLOB NOT NULL);
 PRAGMA user_version = {_VERSION};
 """
+
+# Rows go in many a statement: each statement lets go of Python's lock once, and with one for each row the threads that
+# record and the index's would hand it to and fro at every entry.
+INSERT_ROWS: Final = 128
+_VALUES: Final = "(?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT: Final = f"INSERT INTO entries VALUES {_VALUES}"  # noqa: S608 - question marks only
+_INSERT_MANY: Final = f"INSERT INTO entries VALUES {', '.join([_VALUES] * INSERT_ROWS)}"  # noqa: S608 - as above
 
 Row = tuple[int, int, bytes, bytes, bytes, int, int, bytes]
 T = TypeVar("T")
@@ -251,7 +259,10 @@ class Index:
         if database is None:
             raise CannotReadLog("cannot index the action log: its index is not open")
         database.execute("BEGIN")
-        database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        whole = len(rows) - len(rows) % INSERT_ROWS
+        for at in range(0, whole, INSERT_ROWS):
+            database.execute(_INSERT_MANY, list(chain.from_iterable(rows[at : at + INSERT_ROWS])))
+        database.executemany(_INSERT, rows[whole:])
         last = rows[-1][0]
         for number in range(self._indexed >> TILE_LEVEL, last >> TILE_LEVEL):
             database.execute("INSERT INTO tiles VALUES (?, ?)", (number, self.node(TILE_LEVEL, number)))

@@ -116,7 +116,7 @@ def _read(
     except segments.Damaged as error:
         # A segment gets its name when it is on the disk, so no crash does this.
         raise _refused(directory, f"{path.name}: {error.cause}") from error
-    checker = Checker(verifier, header.tree())
+    checker = Checker(verifier, header.tree(), shallow=True)
     end = header.length
     try:
         for frame in segments.frames(data, header.length):

@@ -8,7 +8,7 @@ answers all who waited with one call into their loop, signs checkpoints and begi
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -79,6 +79,7 @@ class Writer:
         self._waiting: list[_Waiter] = []  # written, not yet durable
         self._unsynced = 0
         self._dirty_since: float | None = None
+        self._urged = False  # the writer's thread knows that a sync is due
         self._sealed = opened.sealed
         self._sealed_at = settings.monotonic()
         self._note = ""
@@ -116,21 +117,31 @@ class Writer:
             self._wake.notify()
         return future
 
-    def append(self, action: Action) -> Entry | None:
-        """Write the action now; None while that would mean to wait for a disk. Raises CannotRecord."""
+    def append(self, actions: Sequence[Action]) -> list[Entry] | None:
+        """Write the actions now, in one go; None while that would mean to wait for a disk. Raises CannotRecord."""
+        entries: list[Entry] = []
         with self.lock:
             if self._rotating or self._settings.strict:
                 return None
-            self._admit(action)
-            entry, frame = self._make(action)
-            self._pending.append(_Pending(entry, frame, None))
+            count, told = len(self._pending), self._refused_told
+            try:
+                for action in actions:
+                    self._admit(action)
+                    entry, frame = self._make(action)
+                    self._pending.append(_Pending(entry, frame, None))
+                    entries.append(entry)
+            except CannotRecord:
+                del self._pending[count:]
+                self._refused_told = told
+                raise
             self._flush()
             if self._dirty_since is None:
                 self._dirty_since = self._settings.monotonic()
                 self._wake.notify()
-            elif self._unsynced == SYNC_ENTRIES:
+            elif self._unsynced >= SYNC_ENTRIES and not self._urged:
+                self._urged = True
                 self._wake.notify()
-            return entry
+        return entries
 
     def seal(self) -> str:
         """A checkpoint over everything taken before the call; waits for the disk. Raises CannotRecord."""
@@ -274,7 +285,7 @@ class Writer:
             with contextlib.suppress(CannotRecord):  # who waited has been told
                 self._flush()
             waiting, self._waiting = self._waiting, []
-            unsynced, self._unsynced, self._dirty_since = self._unsynced, 0, None
+            unsynced, self._unsynced, self._dirty_since, self._urged = self._unsynced, 0, None, False
             # From here until the new segment is there nobody else writes: `append` hands over to `submit`.
             self._rotating = self._segment.end >= self._rotate_at
             tree, segment = self._tree.copy(), self._segment
