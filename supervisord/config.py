@@ -48,7 +48,12 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """Where the embedded gateway sends a model's calls; prices are US dollars for a million tokens, None unknown."""
+    """Where the embedded gateway sends the calls to models whose name the glob `name` matches.
+
+    `listed` are the names shown by /models, `model` is the name the provider knows (empty: the same), `responses` says
+    whether an OpenAI-compatible provider has /responses, `path` and `context_tokens` are for kind local. Prices are US
+    dollars for a million tokens; None is unknown.
+    """
 
     name: str
     kind: ModelKind
@@ -56,6 +61,10 @@ class ModelRoute:
     model: str = ""
     key_file: Path | None = None
     script: Path | None = None
+    listed: tuple[str, ...] = ()
+    responses: bool = True
+    path: Path | None = None
+    context_tokens: int = 4096
     input_usd_per_mtok: float | None = None
     output_usd_per_mtok: float | None = None
 

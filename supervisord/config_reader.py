@@ -45,6 +45,15 @@ _HOST: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][
 _IDENTITY: Final = re.compile(
     r"cn:[^\x00-\x1f\x7f]{1,200}|spiffe://[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,16}"
 )
+_MODEL_KEYS: Final = {
+    "url": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
+    "model": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
+    "key_file": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
+    "responses": (ModelKind.OPENAI,),
+    "script": (ModelKind.SCRIPTED,),
+    "path": (ModelKind.LOCAL,),
+    "context_tokens": (ModelKind.LOCAL,),
+}
 
 
 def load_config(path: Path) -> Config:
@@ -88,6 +97,7 @@ def missing_files(config: Config) -> tuple[str, ...]:
     for index, route in enumerate(gateway.models):
         named.append((f"gateway.models[{index}].key_file", route.key_file))
         named.append((f"gateway.models[{index}].script", route.script))
+        named.append((f"gateway.models[{index}].path", route.path))
     if control.tcp_listen:
         named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
     return tuple(
@@ -188,6 +198,10 @@ def _model(table: Table) -> ModelRoute:
         model=table.matching("model", "", _MODEL_GLOB, "a model's name"),
         key_file=table.path("key_file", None),
         script=table.path("script", None),
+        listed=_listed(table),
+        responses=table.flag("responses", default=True),
+        path=table.path("path", None),
+        context_tokens=table.whole("context_tokens", 4096, 256, 10_000_000),
         input_usd_per_mtok=table.number("input_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
         output_usd_per_mtok=table.number("output_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
     )
@@ -195,10 +209,25 @@ def _model(table: Table) -> ModelRoute:
         table.problem("name", "is missing", 'add name = "MODEL-GLOB"')
     if not route.url and kind in (ModelKind.OPENAI, ModelKind.ANTHROPIC):
         table.problem("url", f"is missing, and kind {kind.value} needs it", "add the provider's base URL")
-    if route.script is not None and kind is not ModelKind.SCRIPTED:
-        table.problem("script", f"is for kind scripted, and kind is {kind.value}", "remove it")
+    for key, owners in _MODEL_KEYS.items():
+        if key in table.values and kind not in owners:
+            listed = " and ".join(owner.value for owner in owners)
+            table.problem(key, f"is for kind {listed}, and kind is {kind.value}", "remove it")
+    if (route.input_usd_per_mtok is None) != (route.output_usd_per_mtok is None):
+        table.problem("input_usd_per_mtok", "and output_usd_per_mtok go together", "give both or neither")
     table.end()
     return route
+
+
+def _listed(table: Table) -> tuple[str, ...]:
+    value = table.get("listed")
+    if value is None:
+        return ()
+    names = value if isinstance(value, list) and len(value) <= MODELS_MAX else [None]
+    if not all(isinstance(name, str) and _MODEL_GLOB.fullmatch(name) and "*" not in name for name in names):
+        table.problem("listed", "is not a list of models' names", 'write listed = ["gpt-x"]')
+        return ()
+    return tuple(str(name) for name in names)
 
 
 def _hosts(table: Table) -> Mapping[str, str]:

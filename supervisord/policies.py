@@ -17,6 +17,7 @@ from supervisord.policy_reader import Schemas, parse_agent, parse_policy
 from supervisord.scopes import check_scopes_reachable
 
 SHIPPED_DIR: Final = Path(__file__).resolve().parent.parent / "policies"
+SECCOMP_DIR: Final = SHIPPED_DIR / "seccomp"
 POLICY_FILES_MAX: Final = 1000
 EXTENDS_DEPTH_MAX: Final = 8
 
@@ -88,7 +89,7 @@ class PolicyShelf:
             self.get(agent.policy)
             return agent
         policy = parse_policy(text, source=source, schemas=self.schemas, parent=self.get)
-        check_scopes_reachable(policy.scopes, self._gateway)
+        _check_host(policy, self._gateway)
         return policy
 
 
@@ -141,8 +142,19 @@ class _Loader:
         if policy.name != name:
             problem = Problem(str(path), None, "name", f"is {policy.name}, but the file is {path.name}", "rename one")
             raise InvalidDocument("policy", [problem])
-        check_scopes_reachable(policy.scopes, self.gateway)
+        _check_host(policy, self.gateway)
         return policy
+
+
+def _check_host(policy: Policy, gateway: GatewayConfig) -> None:
+    """Raises InvalidInput for what a policy asks of this installation and does not get."""
+    check_scopes_reachable(policy.scopes, gateway)
+    if not (SECCOMP_DIR / f"{policy.seccomp}.json").is_file():
+        known = ", ".join(sorted(path.stem for path in SECCOMP_DIR.glob("*.json")))
+        raise InvalidInput(
+            f"cannot use policy {policy.name}: there is no seccomp profile {policy.seccomp}",
+            remedy=f"choose one of {known}",
+        )
 
 
 def _extends(text: str) -> str | None:

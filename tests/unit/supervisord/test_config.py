@@ -70,8 +70,15 @@ kind = "openai"
 url = "https://api.example.com/v1"
 model = "gpt-x"
 key_file = "/etc/stockade/key"
+listed = ["gpt-a", "gpt-b"]
+responses = false
 input_usd_per_mtok = 2
 output_usd_per_mtok = 8.5
+[[gateway.models]]
+name = "small"
+kind = "local"
+path = "/srv/small.gguf"
+context_tokens = 2048
 [[gateway.models]]
 name = "scripted"
 script = "/etc/stockade/script.yaml"
@@ -134,15 +141,17 @@ def test_every_key_arrives() -> None:
             kind=GatewayKind.EMBEDDED,
             models=(
                 ModelRoute(
-                    "gpt-*",
-                    ModelKind.OPENAI,
-                    "https://api.example.com/v1",
-                    "gpt-x",
-                    Path("/etc/stockade/key"),
-                    None,
-                    2,
-                    8.5,
+                    name="gpt-*",
+                    kind=ModelKind.OPENAI,
+                    url="https://api.example.com/v1",
+                    model="gpt-x",
+                    key_file=Path("/etc/stockade/key"),
+                    listed=("gpt-a", "gpt-b"),
+                    responses=False,
+                    input_usd_per_mtok=2,
+                    output_usd_per_mtok=8.5,
                 ),
+                ModelRoute("small", ModelKind.LOCAL, path=Path("/srv/small.gguf"), context_tokens=2048),
                 ModelRoute("scripted", ModelKind.SCRIPTED, script=Path("/etc/stockade/script.yaml")),
             ),
             hosts={"api.example.com": "10.1.0.5:8080", "plain": "10.1.0.6"},
@@ -150,14 +159,14 @@ def test_every_key_arrives() -> None:
         ),
         log=LogConfig(Durability.STRICT, 10, 5, Path("/srv/w")),
         control=ControlConfig(
-            "agents",
-            True,
-            "127.0.0.1:7443",
-            Path("/c"),
-            Path("/k"),
-            Path("/a"),
-            {"cn:ci": Role.OPERATOR, "spiffe://example.com/ns/ops": Role.ADMIN},
-        ),  # fmt: skip
+            group="agents",
+            read_only_others=True,
+            tcp_listen="127.0.0.1:7443",
+            tls_cert=Path("/c"),
+            tls_key=Path("/k"),
+            tls_client_ca=Path("/a"),
+            roles={"cn:ci": Role.OPERATOR, "spiffe://example.com/ns/ops": Role.ADMIN},
+        ),
         users=UsersConfig("sk-e", "sk-d", "sk-g"),
         agents=AgentsConfig(OnStop.KILL, 1879048192, 1879113727),
         pool_netns=0,
@@ -200,6 +209,12 @@ def test_every_key_arrives() -> None:
         ('[[gateway.models]]\nname="a"\n[[gateway.models]]\nnam="b"', "s.toml:4:1: gateway.models[1].nam: unknown key"),
         ('[[gateway.models]]\nkind="openai"\nname="a"', "s.toml:1:1: gateway.models[0].url: is missing"),
         ('[[gateway.models]]\nkind="local"\nname="a"\nscript="/x"', "gateway.models[0].script: is for kind scripted"),
+        ('[[gateway.models]]\nkind="anthropic"\nname="a"\nresponses=true', "responses: is for kind openai"),
+        ('[[gateway.models]]\nname="a"\nlisted=["a*"]', "gateway.models[0].listed: is not a list"),
+        (
+            '[[gateway.models]]\nname="a"\ninput_usd_per_mtok=1',
+            "input_usd_per_mtok: and output_usd_per_mtok go together",
+        ),
         ('[[gateway.models]]\nname="a b"', "gateway.models[0].name: 'a b' is not"),
         ('[[gateway.models]]\nname="a"\ninput_usd_per_mtok=-1', "gateway.models[0].input_usd_per_mtok"),
         ('[gateway.hosts]\n"a.b" = "x"', "s.toml:2:1: gateway.hosts.a.b: 'x' is neither IP nor IP:PORT"),

@@ -441,6 +441,11 @@ def test_scopes_that_no_exit_serves_are_an_error_at_check(tmp_path: Path) -> Non
     assert [broken.name for broken in PolicyShelf([tmp_path], gateway=CLOSED).broken()] == ["x"]
 
 
+def test_a_seccomp_profile_that_is_not_there_is_an_error_at_check() -> None:
+    with pytest.raises(InvalidInput, match=r"no seccomp profile strictest; choose one of .*default"):
+        PolicyShelf([], gateway=EMBEDDED).check("kind: Policy\nname: x\nseccomp: strictest\n", source="x.yaml")
+
+
 def test_check_judges_both_kinds(tmp_path: Path) -> None:
     shelf = PolicyShelf([tmp_path], gateway=EMBEDDED)
     assert isinstance(shelf.check("kind: Agent\nname: a\ncommand: [x]\n", source="a.yaml"), AgentSpec)
