@@ -18,6 +18,7 @@ import structlog
 from gateway_client.gateways.embedded import config as configs
 from gateway_client.gateways.embedded import forward, http_client, server
 from gateway_client.gateways.embedded.build import build_api
+from gateway_client.gateways.embedded.confinement import give_up_root
 from gateway_client.gateways.embedded.models.local import LocalModelError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def tell(descriptor: int, value: dict[str, object]) -> None:
         os.write(descriptor, json.dumps(value).encode() + b"\n")
 
 
-async def run(config: Config, api: Api, listener: socket.socket, life_line: int) -> None:
+async def run(config: Config, api: Api, listener: socket.socket, life_line: int, posture: tuple[str, ...]) -> None:
     """Serve until the life line ends."""
     rules = forward.Rules(config.hosts, config.allow_networks)
     gateway = server.Server(api, rules, forward.Resolver(), allowed_uid=config.allowed_uid)
@@ -62,7 +63,7 @@ async def run(config: Config, api: Api, listener: socket.socket, life_line: int)
 
     loop = asyncio.get_running_loop()
     loop.add_reader(life_line, readable)
-    tell(life_line, {"ready": True, "pid": os.getpid()})
+    tell(life_line, {"ready": True, "pid": os.getpid(), "posture": list(posture)})
     await ended.wait()
     loop.remove_reader(life_line)
     serving.close()
@@ -83,20 +84,14 @@ def main() -> int:
         listener = server.bind(config.socket_path, config.allowed_uid)
         http_client.tls_context()
         api = build_api(config.models, config.scripts)
-        drop(config.user)
+        # None only where the caller is not root to begin with, or in a test that looks at something else.
+        posture = give_up_root(config.user) if config.user is not None else ()
     except (OSError, ValueError, LocalModelError) as error:
         sys.stderr.write(f"cannot start the embedded gateway: {error}\n")
         tell(LIFE_LINE, {"ready": False, "error": str(error)})
         return 1
-    asyncio.run(run(config, api, listener, LIFE_LINE))
+    asyncio.run(run(config, api, listener, LIFE_LINE, posture))
     return 0
-
-
-def drop(user: str | None) -> None:
-    """Give up root for the gateway's own user; None only where the caller is not root to begin with."""
-    if user is None:
-        return
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
+import h11
 import structlog
 
 from gateway_client.egress.request import Dialect
@@ -53,8 +54,16 @@ class Api:
             _log.info("refused", agent_id=agent_id, path=request.path, status=failure.status, reason=failure.message)
             if respond.started:
                 raise
-            headers, body = error_response(request, failure)
-            await respond.whole(failure.status, headers, body)
+            await _fail(request, respond, failure)
+        except (OSError, TimeoutError, h11.LocalProtocolError):
+            raise  # whoever asked has gone away
+        except Exception:
+            _log.exception("broken", agent_id=agent_id, path=request.path)
+            if respond.started:
+                raise
+            await _fail(
+                request, respond, RequestError("cannot answer: a fault in the gateway; see its log", status=500)
+            )
 
     async def _dispatch(self, request: Request, respond: Responder) -> None:
         path = request.path.rstrip("/") or "/"
@@ -139,6 +148,11 @@ def cost_headers(usage: Usage) -> Headers:
         (b"x-stockade-cost-usd", f"{usage.cost_usd:.10f}".encode()),
         (b"x-stockade-cost-estimated", b"true" if usage.cost_estimated else b"false"),
     )
+
+
+async def _fail(request: Request, respond: Responder, failure: RequestError) -> None:
+    headers, body = error_response(request, failure)
+    await respond.whole(failure.status, headers, body)
 
 
 def error_response(request: Request, failure: RequestError) -> tuple[Headers, bytes]:

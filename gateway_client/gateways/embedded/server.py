@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import struct
@@ -35,9 +34,7 @@ _log = structlog.get_logger()
 
 def bind(path: Path, allowed_uid: int) -> socket.socket:
     """Return a listening unix socket that only `allowed_uid` (and root) can connect to; replaces a stale one."""
-    with contextlib.suppress(FileNotFoundError):
-        if not path.is_socket():
-            raise FileExistsError(f"cannot listen on {path}: it is there and is no socket")
+    if path.is_socket():
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

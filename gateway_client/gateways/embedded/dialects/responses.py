@@ -311,9 +311,9 @@ class Renderer:
         self._output.append(item)
         return ending + self._event("response.output_item.done", output_index=index, item=item)
 
-    def _event(self, name: str, **value: Any) -> bytes:
+    def _event(self, kind: str, /, **value: Any) -> bytes:
         sequence, self._sequence = self._sequence, self._sequence + 1
-        return sse.encode(compact({"type": name, "sequence_number": sequence, **value}), name=name)
+        return sse.encode(compact({"type": kind, "sequence_number": sequence, **value}), name=kind)
 
     def failure(self, message: str) -> bytes:
         failed = {**self._response, "status": "failed", "error": {"code": "server_error", "message": message}}

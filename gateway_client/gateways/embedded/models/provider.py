@@ -89,7 +89,7 @@ class ProviderModel:
             headers = tuple((name, value) for name, value in response.headers if name in _PASSED_DOWN)
             if (response.header(b"content-type") or b"").startswith(b"text/event-stream"):
                 await respond.start(response.status, headers)
-                await _relay_events(response, respond, ask.dialect, priced, merge_usage=merge_usage)
+                await _relay_events(response, respond, _Passing(ask.dialect, priced, merge_usage=merge_usage))
                 await respond.end()
                 return
             whole = await response.read(bytes_max=ANSWER_BYTES_MAX)
@@ -162,39 +162,43 @@ def usage_holder(value: Any, dialect: Dialect) -> Json | None:
             return None
 
 
-async def _relay_events(
-    response: http_client.Response,
-    respond: Responder,
-    dialect: Dialect,
-    priced: Callable[[Usage], Usage],
-    *,
-    merge_usage: bool,
-) -> None:
+class _Passing:
+    """Changes what must change in passing events: cost goes in, usage nobody asked for goes into the last chunk."""
+
+    def __init__(self, dialect: Dialect, priced: Callable[[Usage], Usage], *, merge_usage: bool) -> None:
+        self._dialect = dialect
+        self._priced = priced
+        self._merge_usage = merge_usage
+        self._held: Json | None = None  # the chunk that finishes, waiting for the usage that follows it
+
+    def event(self, event: sse.Event) -> bytes:
+        if event.cut:
+            raise RequestError("cannot pass on the answer: an event is too large", status=502)
+        value = _event_value(event)
+        if value is None:
+            return self.end() + event.raw
+        if self._merge_usage and _finishes(value) and not value.get("usage"):
+            before, self._held = self.end(), value
+            return before
+        changed = self._held is not None and value.get("choices") == []
+        if changed:
+            value, self._held = {**(self._held or {}), "usage": value.get("usage")}, None
+        _, data = _put_cost(value, self._dialect, self._priced, compact(value) if changed else b"")
+        return self.end() + (sse.encode(data, name=event.name) if data else event.raw)
+
+    def end(self) -> bytes:
+        held, self._held = self._held, None
+        return b"" if held is None else sse.encode(compact(held))
+
+
+async def _relay_events(response: http_client.Response, respond: Responder, passing: _Passing) -> None:
     splitter = sse.Splitter()
-    held: Json | None = None  # the chunk that finishes, waiting for the usage that follows it
     async for piece in response.pieces():
         for event in splitter.feed(piece):
-            if event.cut:
-                raise RequestError("cannot pass on the answer: an event is too large", status=502)
-            out = event.raw
-            value = _event_value(event)
-            if value is not None:
-                if merge_usage and value.get("choices") == [] and isinstance(value.get("usage"), dict):
-                    value, held = {**(held or value), "usage": value["usage"]}, None
-                    out = sse.encode(compact(value))
-                elif merge_usage and _finishes(value) and not value.get("usage"):
-                    held = value
-                    continue
-                _, data = _put_cost(value, dialect, priced, b"")
-                if data:
-                    out = sse.encode(data, name=event.name)
-            elif held is not None:
-                out, held = sse.encode(compact(held)) + out, None
-            await respond.send(out)
-    if held is not None:
-        await respond.send(sse.encode(compact(held)))
+            await respond.send(passing.event(event))
     for event in splitter.finish():
-        await respond.send(event.raw)
+        await respond.send(passing.event(event))
+    await respond.send(passing.end())
 
 
 def _event_value(event: sse.Event) -> Json | None:

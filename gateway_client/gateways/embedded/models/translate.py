@@ -217,26 +217,25 @@ class MessagesReader:
         self._stop = Stop.END
 
     def read(self, event: Event) -> list[Delta]:
-        if not event.data:
-            return []
-        match _object(event):
+        deltas: list[Delta] = []
+        match _object(event) if event.data else {}:
             case {"type": "message_start", "message": {"usage": dict(usage)}}:
                 self._take(usage)
-                return [Begin(self._input_tokens)]
+                deltas = [Begin(self._input_tokens)]
             case {"type": "content_block_start", "content_block": {"type": "tool_use", "id": call_id, "name": name}}:
-                return [CallStart(str(call_id), str(name))]
+                deltas = [CallStart(str(call_id), str(name))]
             case {"type": "content_block_delta", "delta": {"type": "text_delta", "text": str(text)}}:
-                return [TextDelta(text)]
+                deltas = [TextDelta(text)]
             case {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": str(text)}}:
-                return [CallDelta(text)] if text else []
+                deltas = [CallDelta(text)] if text else []
             case {"type": "message_delta", "delta": dict(delta), **rest}:
                 self._take(fields.mapping(rest.get("usage")))
                 self._stop = STOPPED.get(fields.string(delta.get("stop_reason")), self._stop)
-                return []
             case {"type": "error", "error": {"message": str(message)}}:
                 raise RequestError(f"cannot get an answer: {message[:500]}", status=502)
             case _:
-                return []
+                pass  # pings, ends of blocks, thoughts
+        return deltas
 
     def _take(self, usage: Json) -> None:
         cached = sum(usage.get(key) or 0 for key in ("cache_creation_input_tokens", "cache_read_input_tokens"))
