@@ -1,0 +1,299 @@
+"""Compile a seccomp profile (policies/seccomp/*.json) into the BPF programs that every agent is started under.
+
+Two programs, stacked in this order. The first is an allow-list from libseccomp. The second, written by hand, does what
+libseccomp cannot. It judges the request of an ioctl that is otherwise allowed (libseccomp silently drops a deny rule
+beside an unconditional ALLOW), by its low 32 bits as the kernel does (CVE-2019-10063). And it answers ENOSYS to calls
+newer than the profile, as libc expects before it falls back: where both refuse, the errno of the program installed last
+counts (seccomp(2)).
+
+Used in the daemon at its start; the launcher only ever sees the bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import struct
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pyseccomp  # type: ignore[import-untyped]  # ships no types
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALLOW: Final = "allow"
+PROFILE_BYTES_MAX: Final = 1 << 20
+INSTRUCTIONS_MAX: Final = 4096  # BPF_MAXINSNS
+ARGUMENT_MAX: Final = 5
+_U64_MAX: Final = 2**64 - 1
+
+# <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>: only what the second program uses.
+_LD_W_ABS, _JEQ_K, _JGE_K, _RET_K = 0x20, 0x15, 0x35, 0x06
+_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARG1_LOW = 0, 4, 24
+_RET_ALLOW: Final = 0x7FFF0000
+_RET_ERRNO: Final = 0x00050000
+_X32_BIT: Final = 0x40000000
+_AUDIT_ARCH: Final = {"X86_64": 0xC000003E, "AARCH64": 0xC00000B7}
+
+
+class InvalidProfile(ValueError):  # noqa: N818 - reads as what the profile is
+    """The profile cannot be compiled as written; the text names the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`argument & mask == equals`."""
+
+    argument: int
+    mask: int
+    equals: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Calls that share an answer and a reason; all its conditions hold. Groups for the same call are alternatives."""
+
+    name: str
+    reason: str
+    action: str
+    calls: tuple[str, ...]
+    when: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IoctlRefused:
+    name: str
+    request: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `policies/seccomp/NAME.json` says; errors are errno names."""
+
+    name: str
+    default: str
+    other_architectures: str
+    highest_number: int
+    above_highest: str
+    groups: tuple[Group, ...]
+    ioctl_refused: tuple[IoctlRefused, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """BPF programs in the order of installation; `unknown` are calls this libseccomp has no number for (refused)."""
+
+    digest: str
+    programs: tuple[bytes, ...]
+    unknown: tuple[str, ...] = ()
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Profile:
+    """Read a profile; raises `InvalidProfile` that names the file and the place in it."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidProfile(f"cannot read seccomp profile {path}: {error.strerror}") from error
+    if len(raw) > PROFILE_BYTES_MAX:
+        raise InvalidProfile(f"cannot read seccomp profile {path}: larger than {PROFILE_BYTES_MAX} bytes")
+    try:
+        return parse(json.loads(raw.decode("utf-8")))
+    except json.JSONDecodeError as error:
+        raise InvalidProfile(f"{path}:{error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidProfile(f"{path}: not UTF-8 at byte {error.start}") from error
+    except InvalidProfile as error:
+        raise InvalidProfile(f"{path}: {error}") from None
+
+
+def parse(document: object) -> Profile:
+    """Decode and check a profile; raises `InvalidProfile`."""
+    value = _object("profile", document, Profile)
+    profile = Profile(
+        name=_text("name", value["name"]),
+        default=_errno("default", value["default"]),
+        other_architectures=_errno("other_architectures", value["other_architectures"]),
+        highest_number=_number("highest_number", value["highest_number"], most=_X32_BIT - 1),
+        above_highest=_errno("above_highest", value["above_highest"]),
+        groups=tuple(_group(f"groups[{i}]", item) for i, item in enumerate(_list("groups", value["groups"]))),
+        ioctl_refused=tuple(
+            _ioctl(f"ioctl_refused[{i}]", item) for i, item in enumerate(_list("ioctl_refused", value["ioctl_refused"]))
+        ),
+    )
+    _check_unconditional(profile)
+    return profile
+
+
+def _check_unconditional(profile: Profile) -> None:
+    """Refuse a condition beside an unconditional rule for the same call: libseccomp drops one of them in silence."""
+    unconditional: dict[str, str] = {}
+    conditional: dict[str, str] = {}
+    for group in profile.groups:
+        for call in group.calls:
+            if call in unconditional or (not group.when and call in conditional):
+                other = unconditional.get(call) or conditional[call]
+                raise InvalidProfile(f"group {group.name}: {call} is in group {other} too, and one has no condition")
+            (conditional if group.when else unconditional)[call] = group.name
+
+
+def _group(where: str, document: object) -> Group:
+    value = _object(where, document, Group, optional=("when",))
+    action = _text(f"{where}.action", value["action"])
+    conditions = [
+        _condition(f"{where}.when[{i}]", item) for i, item in enumerate(_list(f"{where}.when", value.get("when", [])))
+    ]
+    calls = tuple(_text(f"{where}.calls", item) for item in _list(f"{where}.calls", value["calls"]))
+    if not calls or len(set(calls)) != len(calls):
+        raise InvalidProfile(f"{where}.calls: must name at least one call, and none twice")
+    return Group(
+        name=_text(f"{where}.name", value["name"]),
+        reason=_text(f"{where}.reason", value["reason"]),
+        action=action if action == ALLOW else _errno(f"{where}.action", action),
+        calls=calls,
+        when=tuple(conditions),
+    )
+
+
+def _condition(where: str, document: object) -> Condition:
+    value = _object(where, document, Condition)
+    condition = Condition(
+        argument=_number(f"{where}.argument", value["argument"], most=ARGUMENT_MAX),
+        mask=_number(f"{where}.mask", value["mask"], most=_U64_MAX),
+        equals=_number(f"{where}.equals", value["equals"], most=_U64_MAX),
+    )
+    if condition.equals & ~condition.mask:
+        raise InvalidProfile(f"{where}: can never hold, equals has bits outside of the mask")
+    return condition
+
+
+def _ioctl(where: str, document: object) -> IoctlRefused:
+    value = _object(where, document, IoctlRefused)
+    return IoctlRefused(
+        name=_text(f"{where}.name", value["name"]),
+        request=_number(f"{where}.request", value["request"], most=2**32 - 1),
+        reason=_text(f"{where}.reason", value["reason"]),
+    )
+
+
+def _object(where: str, document: object, kind: type, *, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise InvalidProfile(f"{where}: must be an object")
+    known = tuple(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    if unknown := sorted(set(document) - set(known)):
+        raise InvalidProfile(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    if missing := [name for name in known if name not in document and name not in optional]:
+        raise InvalidProfile(f"{where}: {missing[0]} is missing")
+    return document
+
+
+def _list(where: str, value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise InvalidProfile(f"{where}: must be a list")
+    return value
+
+
+def _text(where: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidProfile(f"{where}: must be a text that is not empty")
+    return value
+
+
+def _number(where: str, value: object, *, most: int) -> int:
+    """A number, or a text such as 0x5412 or 0o6000 (JSON has decimal numbers only)."""
+    try:
+        number = int(value, 0) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        raise InvalidProfile(f"{where}: must be a number from 0 to {most}, not {value!r}")
+    return number
+
+
+def _errno(where: str, value: object) -> str:
+    name = _text(where, value)
+    if not hasattr(errno, name):
+        raise InvalidProfile(f"{where}: {name} is no errno name (EPERM, ENOSYS, …), nor {ALLOW!r} where that may stand")
+    return name
+
+
+# --- compiling -----------------------------------------------------------------------------------------------------
+
+
+def compile(profile: Profile) -> Filters:  # noqa: A001 - always used as seccomp.compile
+    """The programs for this machine's architecture; raises `InvalidProfile` where there is none."""
+    main, unknown = _allow_list(profile)
+    programs = (main, _second(profile))
+    for program in programs:
+        if len(program) // 8 > INSTRUCTIONS_MAX:
+            raise InvalidProfile(f"profile {profile.name}: more than {INSTRUCTIONS_MAX} instructions")
+    digest = hashlib.sha256()
+    for program in programs:
+        digest.update(struct.pack("<I", len(program)) + program)
+    return Filters(f"sha256:{digest.hexdigest()}", programs, tuple(unknown))
+
+
+def _refuse(name: str) -> int:
+    return int(pyseccomp.ERRNO(getattr(errno, name)))
+
+
+def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
+    """The first program, and the calls that this libseccomp does not know, which stay refused."""
+    built = pyseccomp.SyscallFilter(_refuse(profile.default))
+    # Also the answer to x32 numbers and to int 0x80: only the native ABI is in the filter.
+    built.set_attr(pyseccomp.Attr.ACT_BADARCH, _refuse(profile.other_architectures))
+    unknown = []
+    for group in profile.groups:
+        action = int(pyseccomp.ALLOW) if group.action == ALLOW else _refuse(group.action)
+        if action == _refuse(profile.default):
+            continue
+        conditions = [pyseccomp.Arg(c.argument, pyseccomp.MASKED_EQ, c.mask, c.equals) for c in group.when]
+        for call in group.calls:
+            number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
+            if number == -1:  # __NR_SCMP_ERROR
+                unknown.append(call)
+            elif number >= 0:  # below -1: a call of other architectures only
+                built.add_rule(action, number, *conditions)
+    with tempfile.TemporaryFile() as file:
+        built.export_bpf(file)
+        file.seek(0)
+        return file.read(), unknown
+
+
+def _second(profile: Profile) -> bytes:
+    """The stacked program: architecture, numbers above the highest known one, refused ioctl requests."""
+    architecture = pyseccomp.system_arch()
+    names = {getattr(pyseccomp.Arch, name): number for name, number in _AUDIT_ARCH.items()}
+    if architecture not in names or sys.byteorder != "little":
+        raise InvalidProfile("cannot compile a seccomp filter for this architecture: x86_64 and aarch64 are supported")
+    ioctl = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, "ioctl")
+    # (code, where to go if true, if false, constant); "" is the next instruction. The four answers stand at the end.
+    body = [
+        (_LD_W_ABS, "", "", _OFFSET_ARCH),
+        (_JEQ_K, "", "other", names[architecture]),
+        (_LD_W_ABS, "", "", _OFFSET_NUMBER),
+        (_JGE_K, "other", "", _X32_BIT),
+        (_JGE_K, "above", "", profile.highest_number + 1),
+        (_JEQ_K, "", "allow", ioctl),
+        (_LD_W_ABS, "", "", _OFFSET_ARG1_LOW),
+        *((_JEQ_K, "refuse", "", item.request) for item in profile.ioctl_refused),
+    ]
+    answers = {
+        "allow": _RET_ALLOW,
+        "other": _RET_ERRNO | getattr(errno, profile.other_architectures),
+        "above": _RET_ERRNO | getattr(errno, profile.above_highest),
+        "refuse": _RET_ERRNO | errno.EPERM,
+    }
+    place = {label: len(body) + index for index, label in enumerate(answers)}
+    program = b""
+    for index, (code, true, false, constant) in enumerate(body):
+        jumps = [place[label] - index - 1 if label else 0 for label in (true, false)]
+        program += struct.pack("<HBBI", code, *jumps, constant)
+    return program + b"".join(struct.pack("<HBBI", _RET_K, 0, 0, answer) for answer in answers.values())
