@@ -61,10 +61,10 @@ class Leftover:
 def detect(root: Path = ROOT, parent: str | None = None) -> Layout:
     """The layout of this host's cgroups; raises `CannotConfine` where limits cannot be enforced.
 
-    `parent` is a group that was delegated to us, relative to the root of the v2 tree
+    `parent` is a group that was delegated to us, as a path below the root of the v2 tree or relative to it
     (`system.slice/stockade-agents.service/agents`); without one, groups are made at the root.
     """
-    inside = _relative(parent or "")
+    inside = _relative(root, parent or "")
     unified = root / "cgroup.controllers"
     if unified.exists():
         have = set(unified.read_text(encoding="ascii").split())
@@ -86,9 +86,9 @@ def detect(root: Path = ROOT, parent: str | None = None) -> Layout:
     return HybridLayout(root, inside)
 
 
-def _relative(parent: str) -> str:
-    """The parent group without slashes at its ends; every part of it is a plain name."""
-    parts = [part for part in parent.split("/") if part]
+def _relative(root: Path, parent: str) -> str:
+    """The parent group relative to the root; every part of it is a plain name."""
+    parts = [part for part in parent.removeprefix(f"{root}/").split("/") if part]
     for part in parts:
         if part in {".", ".."} or "\0" in part:
             raise CannotConfine(f"cannot use cgroup parent {parent!r}: it must be a path below the root, without '..'")

@@ -30,9 +30,10 @@ def test_controllers_in_the_v2_tree_make_it_v2(tmp_path: Path) -> None:
     assert layout.tops("t1") == (tmp_path / "stockade-t1",)
 
 
-def test_a_delegated_parent_is_where_groups_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["{0}", "/{0}/", "{1}/{0}", "{1}/{0}/"])
+def test_a_delegated_parent_is_where_groups_go(tmp_path: Path, form: str) -> None:
     (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
-    layout = detect(tmp_path, "/system.slice/stockade-agents.service/agents/")
+    layout = detect(tmp_path, form.format("system.slice/stockade-agents.service/agents", tmp_path))
     assert layout.tops("t1") == (tmp_path / "system.slice/stockade-agents.service/agents/stockade-t1",)
 
 
