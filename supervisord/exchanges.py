@@ -208,7 +208,7 @@ class Exchanges:
             await self._record(agent, ask, verdict)
         except CannotRecord as error:
             self._give_back(opened, used=False)
-            log.error("a request was refused since it cannot be recorded", cause=str(error))  # noqa: TRY400
+            log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
         if isinstance(verdict, messages.Allow):
             again = self._still(agent, opened)
@@ -349,7 +349,7 @@ class Exchanges:
         try:
             await self._actions.append(action)
         except CannotRecord as error:
-            log.error("an outcome is not in the action log", object=action.object, cause=str(error))  # noqa: TRY400
+            log.error("an outcome is not in the action log", object=action.object, cause=str(error))
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -46,6 +46,14 @@ def new_receipt_id(entropy: Entropy) -> ReceiptId:
     return ReceiptId(_new("rc", entropy))
 
 
+def new_hold_id(entropy: Entropy) -> str:
+    return _new("ho", entropy)
+
+
+def new_request_id(entropy: Entropy) -> str:
+    return _new("rq", entropy)
+
+
 def new_stream_id(entropy: Entropy) -> StreamId:
     return StreamId(_new("st", entropy))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import errno
 import itertools
 import json
 import os
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 SEND_BUFFER_BYTES: Final = 4 << 20
 REPLY_SECONDS_MAX: Final = 30.0
+STDIN_SECONDS_MAX: Final = 366 * 86400.0
 Message: TypeAlias = dict[str, object]
 
 _PEERCRED: Final = struct.Struct("3i")
@@ -38,12 +41,11 @@ class LauncherFailed(CannotLaunch):
 
     def __init__(self, error: Mapping[str, object]) -> None:
         message = str(error.get("message", "the launcher gave no reason"))
-        number = error.get("errno")
         super().__init__(
             message,
             remedy=str(error.get("remedy") or "see `stockadectl doctor`"),
             step=str(error.get("step", "launcher")),
-            errno=number if isinstance(number, int) else 0,
+            errno=getattr(errno, str(error.get("errno") or ""), 0),
         )
 
 
@@ -108,6 +110,11 @@ class LauncherLink:
             error_body = reply.body.get("error")
             raise LauncherFailed(error_body if isinstance(error_body, dict) else {})
         return reply
+
+    async def stdin(self, stream_id: str, data: bytes, *, eof: bool) -> None:
+        """Write to a program's standard input; returns when it is in the pipe. Waits as long as the program does."""
+        text = base64.b64encode(data).decode()
+        await self.call("stdin", stream_id=stream_id, data=text, eof=eof, seconds_max=STDIN_SECONDS_MAX)
 
     def close(self) -> None:
         if self._channel is not None:

@@ -1,7 +1,7 @@
 """What agents wrote, read back from the launcher's files: opaque bytes, in chunks, by offset.
 
-A stream is a file and, once that was full, the one before it (`NAME.1`); `NAME.base` says where the current file begins,
-counted from the first byte the agent wrote. Older output is gone, and an offset that jumps says so.
+A stream is a file and, once that was full, the one before it (`NAME.1`); `NAME.base` says where the current file
+begins, counted from the first byte the agent wrote. Older output is gone, and an offset that jumps says so.
 """
 
 from __future__ import annotations

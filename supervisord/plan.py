@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
 from sandbox import plan as sandbox_plan
-from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, EtcFile, IdRange, SandboxPlan, Scratch, Tty
+from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, IdRange, SandboxPlan, Scratch, Tty
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
@@ -159,28 +159,11 @@ def build(
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
         scratch=_scratch(limits),
-        etc=etc_files(inside, name),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
         tty=order.tty,
         stdin=order.stdin,
-    )
-
-
-def etc_files(inside: int, name: str) -> tuple[EtcFile, ...]:
-    """The files of the sandbox's /etc that are not the host's."""
-    root = "root:x:0:0:root:/root:/usr/sbin/nologin\n"
-    agent = "agent:x:1000:1000:agent:/home/agent:/bin/bash\n"
-    if inside == ROOT_INSIDE:
-        root = "root:x:0:0:root:/home/agent:/bin/bash\n"
-    return (
-        EtcFile("passwd", f"{root}{agent}nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
-        EtcFile("group", "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n"),
-        EtcFile("hosts", f"127.0.0.1 localhost\n127.0.1.1 {name}\n198.18.0.1 {GATEWAY_NAME}\n"),
-        EtcFile("hostname", f"{name}\n"),
-        EtcFile("nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files\nservices: files\n"),
-        EtcFile("gitconfig", "[safe]\n\tdirectory = *\n"),
     )
 
 

@@ -173,7 +173,7 @@ class Requests:
             value = json.loads(body)
             scope_text, reason = value["scope"], value.get("reason", "")
             if not isinstance(scope_text, str) or not isinstance(reason, str):
-                raise TypeError("scope and reason are strings")  # noqa: TRY301
+                raise TypeError("scope and reason are strings")
             request = await self._ask(agent, parse_scope(scope_text), reason)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return messages.Refuse(400, "bad_request", f'cannot read the request: {error}; send {{"scope", "reason"}}')

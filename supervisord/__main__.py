@@ -1,0 +1,148 @@
+"""stockaded: reads the configuration and runs the daemon in the foreground (systemd Type=notify)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import uvloop
+
+from sandbox import doctor
+from supervisord.config_reader import load_config
+from supervisord.daemon import Daemon
+from supervisord.errors import StockadeError
+
+if TYPE_CHECKING:
+    from supervisord.config import Config
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+LOGGED_TO_JOURNAL: Final = "JOURNAL_STREAM"
+
+
+def main() -> int:
+    """Run; the exit code is 0 after an orderly stop, 1 when it could not start, 2 for a wrong command line or file."""
+    options = _options()
+    _configure_logging(verbose=options.verbose)
+    try:
+        config = load_config(options.config)
+    except StockadeError as error:
+        return _fail(error, EXIT_USAGE)
+    if os.geteuid() != 0:
+        sys.stderr.write("stockaded: cannot start: it needs root to make sandboxes\n  run it as root, or by systemd\n")
+        return EXIT_FAILED
+    if options.check:
+        return _check(config)
+    os.umask(0o077)
+    try:
+        uvloop.run(_run(config))
+    except StockadeError as error:
+        return _fail(error, EXIT_FAILED)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="stockaded", description="Stockade's daemon: launches and governs AI agents.")
+    parser.add_argument("--config", type=Path, required=True, help="stockade.toml")
+    parser.add_argument("--check", action="store_true", help="judge configuration and host, and start nothing")
+    parser.add_argument("--verbose", action="store_true", help="also log what is of use when debugging")
+    return parser.parse_args()
+
+
+def _check(config: Config) -> int:
+    """Print what the host has and lacks; 1 where a required control is missing."""
+    missing = 0
+    for finding in doctor.probe():
+        mark = "ok     " if finding.present else ("MISSING" if finding.required else "absent ")
+        missing += finding.required and not finding.present
+        sys.stdout.write(f"{mark} {finding.control}: {finding.how}\n")
+        if not finding.present and finding.remedy:
+            sys.stdout.write(f"        {finding.remedy}\n")
+    sys.stdout.write(f"configuration {config.source}: ok\n")
+    return EXIT_FAILED if missing else 0
+
+
+async def _run(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    daemon = Daemon(config)
+    try:
+        await daemon.start()
+    except BaseException:
+        await daemon.abandon()
+        raise
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = loop.create_task(_reload(daemon))
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    notify("READY=1")
+    watchdog = loop.create_task(_watchdog())
+    await stop.wait()
+    notify("STOPPING=1")
+    watchdog.cancel()
+    await daemon.stop()
+
+
+async def _reload(daemon: Daemon) -> None:
+    try:
+        await daemon.reload()
+    except StockadeError as error:
+        structlog.get_logger().error("cannot reload", cause=str(error))
+
+
+async def _watchdog() -> None:
+    """Tell systemd that the loop turns, twice in each of its intervals (sd_watchdog_enabled(3))."""
+    microseconds = int(os.environ.pop("WATCHDOG_USEC", "0") or 0)
+    while microseconds:
+        await asyncio.sleep(microseconds / 2e6)
+        notify("WATCHDOG=1")
+
+
+def notify(text: str) -> None:
+    """Say something to systemd where it listens (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _configure_logging(*, verbose: bool) -> None:
+    """JSON lines on standard error; the journal stamps the time itself."""
+    stamp = [] if LOGGED_TO_JOURNAL in os.environ else [structlog.processors.TimeStamper(fmt="iso", utc=True)]
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            *stamp,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+    )
+
+
+def _fail(error: StockadeError, code: int) -> int:
+    sys.stderr.write(f"stockaded: {error.message}\n")
+    if error.remedy:
+        sys.stderr.write(f"  {error.remedy}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

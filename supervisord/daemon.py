@@ -1,0 +1,518 @@
+"""The daemon's parts put together and run: the only place that builds and wires objects (beside `__main__`)."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from stockade.v1 import (
+    actions_pb2_grpc,
+    agents_pb2_grpc,
+    grants_pb2_grpc,
+    policies_pb2_grpc,
+    requests_pb2_grpc,
+    system_pb2_grpc,
+)
+
+from sandbox import seccomp
+from sandbox.plan import IDS_PER_AGENT, pack_filters
+from supervisord.actions.log import ActionLog
+from supervisord.actions.types import Action
+from supervisord.acts import Acts
+from supervisord.agents import Agent, Agents
+from supervisord.callers import Access, CallerInterceptor
+from supervisord.channel import close_all
+from supervisord.config import Config, GatewayKind, OnStop
+from supervisord.door import FrontDoor, listening_socket
+from supervisord.egress_plane import EgressPlane
+from supervisord.errors import CannotRecord, InvalidInput, NotFound, StockadeError, Unavailable
+from supervisord.exchanges import Exchanges, Route
+from supervisord.gateway_process import GatewayProcess, user_id
+from supervisord.holds import Holds
+from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
+from supervisord.killswitch import KillSwitch
+from supervisord.launcher_link import LauncherLink, Message
+from supervisord.launching import Launching
+from supervisord.lifecycle import Event, can
+from supervisord.outlets import dialer_configuration, worker_configuration
+from supervisord.policies import SHIPPED_DIR, PolicyShelf
+from supervisord.policy import OnDeny
+from supervisord.receipts import Signing
+from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher
+from supervisord.requests import Requests
+from supervisord.rpc.agents import AgentService
+from supervisord.rpc.errors import ErrorInterceptor
+from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
+from supervisord.rpc.system import SystemService
+from supervisord.scopes import GrantBook
+from supervisord.slots import Slots
+from supervisord.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from supervisord.scopes import Grant
+
+log = structlog.get_logger()
+
+SLOTS_DIR_NAME: Final = "stockade-slots"
+LAUNCHER_PAUSE_SECONDS: Final = 0.2
+STOP_SECONDS: Final = 2.0
+MESSAGE_BYTES_MAX: Final = 4 << 20
+STREAMS_PER_CONNECTION_MAX: Final = 256
+
+
+class Daemon:
+    """One instance. `start` returns when everything is ready, `stop` when everything it should end has ended."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._policies = PolicyShelf(config.policy_dirs, gateway=config.gateway)
+        self._agents = Agents(now_ns=time.time_ns)
+        self._book = GrantBook(now=time.monotonic, wall=time.time, new_id=lambda: new_grant_id(os.urandom))
+        self._started_at_ns = time.time_ns()
+        self._background: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._frozen: set[str] = set()
+        self._live_ids: set[str] = set()
+
+    async def start(self) -> None:
+        """Start every part, in the order in which they need each other; raises StockadeError."""
+        config = self.config
+        _make_directories(config)
+        self._actions = await asyncio.to_thread(_open_log, config)
+        self._store = await Store.open(config.state_dir / "state.db")
+        await self._actions.record(
+            Action("", "daemon", "daemon.start", config.instance, "done", "", {"pid": os.getpid()})
+        )
+        self._launcher = LauncherLink(
+            path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
+        )
+        self._gateway = GatewayProcess(config) if config.gateway.kind is GatewayKind.EMBEDDED else None
+        if self._gateway is not None:
+            await self._gateway.start()
+        self._postures = await self._store.postures()
+        self._wire(Holds(await self._store.holds()))
+        await self._plane.start()
+        await self._reach_launcher()
+        await self._recover()
+        self._in_background(self._acts.expire_forever())
+        await self._serve()
+        log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
+
+    def _wire(self, holds: Holds) -> None:
+        config = self.config
+        users = config.users
+        for name in (users.egress, users.dialer, users.gateway):
+            user_id(name)
+        self._plane = EgressPlane(
+            users=users,
+            configure=worker_configuration(config),
+            dialer=dialer_configuration(config),
+            workers=config.egress_workers,
+            records=config.run_dir / "processes",
+        )
+        self._requests = Requests(
+            agents=self._agents,
+            actions=self._actions,
+            new_id=lambda: new_request_id(os.urandom),
+            now_ns=time.time_ns,
+        )
+        embedded = config.gateway.kind is GatewayKind.EMBEDDED
+        self._exchanges = Exchanges(
+            agents=self._agents,
+            book=self._book,
+            actions=self._actions,
+            plane=self._plane,
+            requests=self._requests,
+            route=Route(
+                preface=embedded,
+                forwarding=embedded or bool(config.gateway.forward_proxy),
+                allow_networks=config.gateway.allow_networks,
+            ),
+            on_deny=self._on_deny,
+            now=time.monotonic,
+        )
+        self._plane.judge = self._exchanges
+        ids = config.agents
+        self._slots = Slots(
+            config.run_dir.parent / SLOTS_DIR_NAME,
+            instance=config.instance,
+            count=(ids.uid_last + 1 - ids.uid_first) // IDS_PER_AGENT,
+        )
+        self._filters = _compile_filters()
+        self._launching = Launching(
+            config=config,
+            agents=self._agents,
+            policies=self._policies,
+            book=self._book,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            exchanges=self._exchanges,
+            slots=self._slots,
+            holds=holds,
+            filters={name: digest for name, (digest, _) in self._filters.items()},
+            entropy=os.urandom,
+            now_ns=time.time_ns,
+        )
+        self._holds = holds
+        self._acts = Acts(
+            config=config,
+            agents=self._agents,
+            policies=self._policies,
+            book=self._book,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            exchanges=self._exchanges,
+            requests=self._requests,
+            holds=holds,
+            store=self._store,
+            entropy=os.urandom,
+            now_ns=time.time_ns,
+        )
+        self._killswitch = KillSwitch(
+            agents=self._agents,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            sign=Signing(self._actions.signer).sign,
+            ended=self._gone,
+            new_id=lambda: new_receipt_id(os.urandom),
+            now_ns=time.time_ns,
+        )
+
+    # --- the API
+
+    async def _serve(self) -> None:
+        config = self.config
+        group = _group_id(config)
+        mode = 0o666 if config.control.read_only_others else 0o660
+        listener = listening_socket(config.run_dir / "control.sock", mode=mode, gid=group)
+        private = config.run_dir / "private" / "api.sock"
+        private.unlink(missing_ok=True)
+        self._door = FrontDoor(
+            listener,
+            private,
+            Access(
+                operator_gids=frozenset() if group < 0 else frozenset({group}),
+                everyone_reads=config.control.read_only_others,
+            ),
+        )
+        server = grpc.aio.server(
+            interceptors=[CallerInterceptor(self._door.peers), ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        agents_pb2_grpc.add_AgentServiceServicer_to_server(
+            AgentService(
+                agents=self._agents,
+                launching=self._launching,
+                killswitch=self._killswitch,
+                acts=self._acts,
+                holds=self._holds,
+                policies=self._policies,
+                launcher=self._launcher,
+                output_dir=config.run_dir / "agents",
+                entropy=os.urandom,
+                now_ns=time.time_ns,
+            ),
+            server,
+        )
+        grants_pb2_grpc.add_GrantServiceServicer_to_server(
+            GrantService(agents=self._agents, book=self._book, acts=self._acts), server
+        )
+        requests_pb2_grpc.add_RequestServiceServicer_to_server(
+            RequestService(agents=self._agents, requests=self._requests, acts=self._acts), server
+        )
+        actions_pb2_grpc.add_ActionServiceServicer_to_server(
+            ActionService(agents=self._agents, actions=self._actions), server
+        )
+        policies_pb2_grpc.add_PolicyServiceServicer_to_server(
+            PolicyService(config=config, policies=self._policies, agents=self._agents, book=self._book), server
+        )
+        system_pb2_grpc.add_SystemServiceServicer_to_server(
+            SystemService(instance=config.instance, started_at_ns=self._started_at_ns, health=self.health), server
+        )
+        self._health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # there, and not in its stubs
+        health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)
+        server.add_insecure_port(f"unix:{private}")
+        await server.start()
+        self._server = server
+        await self._health_service.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._door.start()
+
+    def health(self) -> dict[str, tuple[bool, str]]:
+        """Readiness of each part, and a word where it is not."""
+        parts = {"launcher": (self._launcher.connected, "" if self._launcher.connected else "is being reached")}
+        parts |= self._plane.health()
+        if self._gateway is not None:
+            parts["gateway"] = self._gateway.health()
+        return parts
+
+    # --- the launcher
+
+    async def _reach_launcher(self) -> None:
+        await reach_launcher(
+            self._launcher,
+            run_dir=self.config.run_dir,
+            instance=self.config.instance,
+            networks=self.config.pool_netns,
+            managed=bool(os.environ.get("INVOCATION_ID") and os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
+        )
+        self._recovery = Recovery(
+            agents=self._agents,
+            launching=self._launching,
+            launcher=self._launcher,
+            actions=self._actions,
+            slots=self._slots,
+            output_dir=self.config.run_dir / "agents",
+            postures=lambda agent_id: self._postures.get(agent_id, {}),
+        )
+        self._live_ids = set()
+        listed = await self._recovery.greet()
+        self._frozen = {str(entry["agent_id"]) for entry in listed if entry.get("state") == "FROZEN"}
+        for digest, programs in self._filters.values():
+            fd = os.memfd_create("filter", os.MFD_CLOEXEC)
+            try:
+                os.write(fd, pack_filters(programs))
+                await self._launcher.call("filter", (fd,), digest=digest)
+            finally:
+                os.close(fd)
+
+    async def _recover(self) -> None:
+        """Take up what an earlier daemon left; the adopt events have come with the greeting."""
+        for grant in await self._store.grants():
+            self._restore(grant)
+        ended = await self._recovery.find_ended(self._live_ids)
+        self._slots.reconcile(agent.what.slot for agent in self._agents.live())
+        for agent in self._agents.live():
+            for event in (Event.FREEZE,) if agent.agent_id in self._frozen else ():
+                self._agents.apply(agent, event)
+                self._plane.freeze(agent.agent_id)
+        if self._recovery.adopted or ended or self._recovery.half_built:
+            await self._actions.record(
+                Action(
+                    "",
+                    "daemon",
+                    "daemon.recover",
+                    self.config.instance,
+                    "done",
+                    "",
+                    {
+                        "adopted": list(self._recovery.adopted),
+                        "ended": [agent.agent_id for agent in ended],
+                        "undone": list(self._recovery.half_built),
+                    },
+                )
+            )
+
+    def _restore(self, grant: Grant) -> None:
+        """Put a grant back that an operator made or took back; those of the launch came with the agent itself."""
+        agent = self._agents.get(grant.agent_id)
+        if agent is None or not agent.live:
+            return
+        if grant.ended is not None:
+            try:
+                self._book.revoke(grant.grant_id)  # one of the launch that was taken back
+            except NotFound:
+                log.debug("an ended grant stays ended", grant=grant.grant_id)
+            return
+        self._book.restore(grant)
+
+    def _launcher_event(self, message: Message, fds: list[int]) -> None:
+        agent_id = str(message.get("agent_id"))
+        match message.get("ev"):
+            case "adopt":
+                meta = message.get("meta")
+                self._live_ids.add(agent_id)
+                self._recovery.adopt(agent_id, meta if isinstance(meta, dict) else {}, fds)
+                return
+            case "exited":
+                self._exited(agent_id, message)
+            case "exec_exited":
+                status = message.get("status")
+                self._acts.exec_ended(
+                    str(message.get("stream_id")), exit_of(status if isinstance(status, dict) else {})
+                )
+            case other:
+                log.warning("the launcher sent an unknown event", event=other)
+        close_all(fds)
+
+    def _exited(self, agent_id: str, message: Message) -> None:
+        """Pid 1 has ended, and nothing of the agent is left on the host."""
+        self._live_ids.discard(agent_id)
+        agent = self._agents.get(agent_id)
+        if agent is None or not agent.live:
+            return
+        status = message.get("status")
+        agent.exit = exit_of(status if isinstance(status, dict) else {}, oom=message.get("oom") is True)
+        if not can(agent.state, Event.EXITED):
+            return
+        self._agents.apply(agent, Event.EXITED)
+        if not agent.live:
+            self._gone(agent)
+            self._in_background(self._record_exit(agent))
+
+    async def _record_exit(self, agent: Agent) -> None:
+        try:
+            await self._actions.append(exit_action(agent))
+        except CannotRecord as error:
+            log.error("an exit is not in the action log", agent=agent.agent_id, cause=error.message)
+
+    def _gone(self, agent: Agent) -> None:
+        self._launching.forget(agent)
+        self._requests.end_agent(agent.agent_id)
+        self._in_background(self._keep_history(agent))
+
+    async def _keep_history(self, agent: Agent) -> None:
+        try:
+            await self._store.save_posture(agent.agent_id, agent.posture, live=agent.live)
+        except StockadeError as error:
+            log.error("cannot keep an agent's history", agent=agent.agent_id, cause=error.message)
+
+    def _launcher_lost(self) -> None:
+        if not self._stopping:
+            log.error("the launcher has gone: launches fail until it is back; agents run on, confined")
+            self._in_background(self._reconnect())
+
+    async def _reconnect(self) -> None:
+        while not self._stopping:
+            await asyncio.sleep(LAUNCHER_PAUSE_SECONDS)
+            try:
+                await self._reach_launcher()
+            except StockadeError as error:
+                log.error("no launcher", cause=error.message)
+                continue
+            self._settle_lost()
+            await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
+            return
+
+    def _settle_lost(self) -> None:
+        """Note the end of agents that a new launcher did not find alive."""
+        for agent in self._agents.live():
+            if agent.agent_id not in self._live_ids and agent.state.value != "STARTING":
+                agent.failure = agent.failure or "it ended while no launcher ran"
+                if can(agent.state, Event.LOST):
+                    self._agents.apply(agent, Event.LOST)
+                    self._gone(agent)
+                    self._in_background(self._record_exit(agent))
+
+    # --- end
+
+    async def stop(self) -> None:
+        """End in order. Agents run on, confined, unless `[agents] on_stop = "kill"`."""
+        self._stopping = True
+        await self._health_service.enter_graceful_shutdown()
+        if self.config.agents.on_stop is OnStop.KILL:
+            await self._killswitch.kill(self._agents.live(), actor="daemon", reason="the daemon stops")
+        left = [agent.agent_id for agent in self._agents.live()]
+        await self._door.close()
+        await self._server.stop(STOP_SECONDS)
+        for task in self._background:
+            task.cancel()
+        if not left:
+            await self._plane.stop()
+        if self._gateway is not None:
+            await self._gateway.stop()
+        self._launcher.close()
+        try:
+            await self._actions.record(
+                Action("", "daemon", "daemon.stop", self.config.instance, "done", "", {"agents_left": left})
+            )
+        except CannotRecord as error:
+            log.error("the stop is not in the action log", cause=error.message)
+        await self._actions.close()
+        await self._store.close()
+
+    async def abandon(self) -> None:
+        """End what a start that failed had started."""
+        self._stopping = True
+        for part in (getattr(self, name, None) for name in ("_plane", "_gateway")):
+            if part is not None:
+                await part.stop()
+        for task in self._background:
+            task.cancel()
+        for part in (getattr(self, name, None) for name in ("_actions", "_store")):
+            if part is not None:
+                await part.close()
+
+    async def reload(self) -> None:
+        """Read the policies anew (SIGHUP); running agents keep what they were launched with."""
+        await asyncio.to_thread(self._policies.load)
+        digests = {policy.name: policy.digest for policy in self._policies.list()}
+        await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", "", dict(digests)))
+
+    def _on_deny(self, agent: Agent) -> OnDeny:
+        try:
+            return self._policies.get(agent.what.policy).egress.on_deny
+        except StockadeError:
+            return OnDeny.DENY
+
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _make_directories(config: Config) -> None:
+    for path, mode in (
+        (config.state_dir, 0o700),
+        (config.state_dir / "log", 0o700),
+        (config.state_dir / "keys", 0o700),
+        (config.run_dir, 0o711),
+        (config.run_dir / "private", 0o700),
+        (config.run_dir / "processes", 0o700),
+        (config.run_dir / "agents", 0o700),
+    ):
+        try:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            path.chmod(mode)
+        except OSError as error:
+            raise Unavailable(
+                f"cannot use {path}: {error.strerror}", remedy="check state_dir and run_dir in the configuration"
+            ) from error
+
+
+def _open_log(config: Config) -> ActionLog:
+    return ActionLog.open(
+        config.state_dir / "log",
+        config.state_dir / "keys" / "log.key",
+        durability=config.log.durability.value,
+        now_ns=time.time_ns,
+        origin=f"stockade/{config.instance}/{os.uname().nodename}",
+        checkpoint_every_entries=config.log.checkpoint_entries,
+        checkpoint_seconds=config.log.checkpoint_seconds,
+        on_checkpoint=lambda note: log.info("checkpoint", note=note),
+    )
+
+
+def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
+    """Every shipped seccomp profile, compiled once: {name: (digest, programs)}."""
+    filters = {}
+    for path in sorted((SHIPPED_DIR / "seccomp").glob("*.json")):
+        compiled = seccomp.compile(seccomp.load(path))
+        filters[path.stem] = (compiled.digest, compiled.programs)
+    return filters
+
+
+def _group_id(config: Config) -> int:
+    if not config.control.group:
+        return -1
+    try:
+        return grp.getgrnam(config.control.group).gr_gid
+    except KeyError as error:
+        raise InvalidInput(
+            f"cannot serve the control socket: there is no group {config.control.group}",
+            remedy='run `./bootstrap setup`, or set control.group = "" to serve root alone',
+        ) from error

@@ -1,0 +1,173 @@
+"""The embedded gateway as a child process: its configuration goes down a descriptor that is its life line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pwd
+import socket
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from supervisord.config import ModelKind
+from supervisord.errors import InvalidInput, Unavailable
+from supervisord.processes import Child, end_leftover, python, spawn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from supervisord.config import Config, ModelRoute
+
+log = structlog.get_logger()
+
+READY_SECONDS_MAX: Final = 30.0
+RESTART_SECONDS: Final = 0.5
+ANSWER_BYTES_MAX: Final = 64 * 1024
+SECRET_BYTES_MAX: Final = 16 * 1024
+SCRIPT_BYTES_MAX: Final = 1 << 20
+LIFE_LINE_FD: Final = 3
+
+
+def socket_path(config: Config) -> Path:
+    return config.run_dir / "gateway" / "gateway.sock"
+
+
+class GatewayProcess:
+    """Keeps the embedded gateway running; while it is not there agents get 502."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._record = config.run_dir / "processes" / "gateway.json"
+        self._child: Child | None = None
+        self._life_line: socket.socket | None = None
+        self._ready = asyncio.Event()
+        self._stopping = False
+        self._restart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start it and wait until it serves; raises Unavailable with what it said."""
+        end_leftover(self._record)
+        directory = socket_path(self._config).parent
+        directory.mkdir(mode=0o711, exist_ok=True)
+        document = gateway_document(self._config)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._child = spawn(
+                "embedded gateway",
+                python("gateway_client.gateways.embedded"),
+                fds={LIFE_LINE_FD: theirs.fileno()},
+                on_exit=self._exited,
+                new_session=True,
+                record=self._record,
+            )
+        ours.setblocking(False)
+        self._life_line = ours
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(READY_SECONDS_MAX):
+                await loop.sock_sendall(ours, json.dumps(document).encode() + b"\n")
+                answer = json.loads(await loop.sock_recv(ours, ANSWER_BYTES_MAX) or b"{}")
+        except (TimeoutError, OSError, ValueError) as error:
+            answer = {"error": str(error) or "it did not answer in time"}
+        if answer.get("ready") is not True:
+            raise Unavailable(
+                f"cannot start the embedded gateway: {answer.get('error', 'it ended')}",
+                remedy="correct [gateway] in the configuration; its messages are in the daemon's journal",
+            )
+        self._ready.set()
+
+    def health(self) -> tuple[bool, str]:
+        return self._ready.is_set(), "" if self._ready.is_set() else "is being started"
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._life_line is not None:
+            self._life_line.close()
+        if self._child is not None:
+            await self._child.end()
+        self._record.unlink(missing_ok=True)
+
+    def _exited(self, code: int) -> None:
+        self._ready.clear()
+        if self._life_line is not None:
+            self._life_line.close()
+        if not self._stopping:
+            log.error("the embedded gateway died", code=code)
+            self._restart = asyncio.get_running_loop().create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        await asyncio.sleep(RESTART_SECONDS)
+        try:
+            await self.start()
+        except Unavailable as error:
+            log.error("no gateway", cause=error.message)
+
+
+def gateway_document(config: Config) -> dict[str, object]:
+    """The embedded gateway's configuration; keys of providers are read here and are nowhere else."""
+    gateway = config.gateway
+    scripts = {str(route.script): _script(route.script) for route in gateway.models if route.script is not None}
+    return {
+        "socket_path": str(socket_path(config)),
+        "allowed_uid": user_id(config.users.dialer),
+        "user": config.users.gateway,
+        "models": [_model(route) for route in gateway.models],
+        "scripted": scripts,
+        "hosts": dict(gateway.hosts),
+        "allow_networks": [str(network) for network in gateway.allow_networks],
+    }
+
+
+def _model(route: ModelRoute) -> dict[str, object]:
+    model: dict[str, object] = {"name": route.name, "kind": route.kind.value}
+    if "*" not in route.name and "?" not in route.name:
+        model["listed"] = [route.name]
+    if route.script is not None:
+        model["script"] = str(route.script)
+    if route.kind in (ModelKind.OPENAI, ModelKind.ANTHROPIC):
+        model["url"] = route.url
+        model["model"] = route.model
+        if route.key_file is not None:
+            model["key"] = read_secret(route.key_file)
+    if route.input_usd_per_mtok is not None and route.output_usd_per_mtok is not None:
+        model["price"] = {
+            "input_usd_per_mtok": route.input_usd_per_mtok,
+            "output_usd_per_mtok": route.output_usd_per_mtok,
+        }
+    return model
+
+
+def _script(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return json.loads(file.read(SCRIPT_BYTES_MAX))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read script {path}: {error}", remedy="correct gateway.models.script") from error
+
+
+def read_secret(path: Path) -> str:
+    """The one line of a key file; raises InvalidInput where others than its owner can read it."""
+    try:
+        with path.open("rb") as file:
+            mode = path.stat().st_mode
+            text = file.read(SECRET_BYTES_MAX).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read key file {path}: {error}", remedy="put the key into it, one line") from error
+    if mode & 0o077:
+        raise InvalidInput(
+            f"cannot use key file {path}: others than its owner may open it (mode {mode & 0o777:o})",
+            remedy=f"chmod 600 {path}",
+        )
+    return text
+
+
+def user_id(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError as error:
+        raise Unavailable(
+            f"cannot start: there is no system user {name}", remedy="run `./bootstrap setup`, or see [users]"
+        ) from error

@@ -1,0 +1,205 @@
+"""What a daemon finds when it starts: a launcher or none, agents that live on, agents that ended meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+import structlog
+
+import sandbox
+from supervisord.actions.types import Action
+from supervisord.agents import Agent, Description, Exit
+from supervisord.channel import close_all
+from supervisord.errors import StockadeError, Unavailable
+from supervisord.lifecycle import Event, State
+from supervisord.processes import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from supervisord.actions.log import ActionLog
+    from supervisord.agents import Agents
+    from supervisord.launcher_link import LauncherLink
+    from supervisord.launching import Launching
+    from supervisord.slots import Slots
+
+log = structlog.get_logger()
+
+CONNECT_SECONDS_MAX: Final = 15.0
+CONNECT_PAUSE_SECONDS: Final = 0.02
+LINGER_SECONDS: Final = 10
+STATE_BYTES_MAX: Final = 4 << 20
+LAUNCHER: Final = Path(sandbox.__file__ or "").resolve().parent / "launcher.py"
+
+
+async def reach_launcher(link: LauncherLink, *, run_dir: Path, instance: str, networks: int, managed: bool) -> None:
+    """Connect to the launcher; where nobody answers and no service manager keeps one (`managed`), start it.
+
+    It is started in a session of its own and outlives this daemon. Raises Unavailable.
+    """
+    started = managed
+    deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS_MAX
+    while True:
+        try:
+            link.connect()
+        except PermissionError as error:
+            raise Unavailable(f"cannot reach the launcher: {error}", remedy="check who owns the run_dir") from error
+        except OSError as error:
+            if not started:
+                started = True
+                program = str(LAUNCHER)
+                argv = [sys.executable, "-I", "-S", "-E", program, "--run-dir", str(run_dir), "--instance", instance]
+                argv += ["--linger-seconds", str(LINGER_SECONDS), "--networks", str(networks)]
+                spawn("launcher", argv, fds={}, new_session=True)
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(
+                    f"cannot reach the launcher at {run_dir}/launcher.sock: {error.strerror}",
+                    remedy="see its messages in the journal; under systemd: systemctl status stockade-launcher",
+                ) from error
+            await asyncio.sleep(CONNECT_PAUSE_SECONDS)
+        else:
+            return
+
+
+class Recovery:
+    """Takes up what an earlier daemon left, and what an earlier launcher left to this one."""
+
+    def __init__(
+        self,
+        *,
+        agents: Agents,
+        launching: Launching,
+        launcher: LauncherLink,
+        actions: ActionLog,
+        slots: Slots,
+        output_dir: Path,
+        postures: Callable[[str], dict[str, object]],
+    ) -> None:
+        self._agents = agents
+        self._launching = launching
+        self._launcher = launcher
+        self._actions = actions
+        self._slots = slots
+        self._output_dir = output_dir
+        self._postures = postures
+        self.adopted: list[str] = []
+        self.half_built: list[str] = []
+
+    async def greet(self) -> list[dict[str, object]]:
+        """Say hello; the agents that live come back as `adopt` events. Gives the launcher's list of them."""
+        reply = await self._launcher.call("hello")
+        listed = reply.body.get("agents")
+        agents = cast("list[dict[str, object]]", listed) if isinstance(listed, list) else []
+        for entry in agents:
+            if entry.get("state") in ("BUILDING", "BUILT"):
+                # Its daemon died between the plan and the exec: nobody was answered, so nothing may come of it.
+                self.half_built.append(str(entry["agent_id"]))
+                await self._abort(str(entry["agent_id"]))
+        return agents
+
+    def adopt(self, agent_id: str, meta: dict[str, object], fds: list[int]) -> Agent | None:
+        """Take a living agent up, or give this launcher's descriptors to one that we have already."""
+        if agent_id in self.half_built:
+            close_all(fds)
+            return None
+        pidfd, listener = fds[0], fds[1] if len(fds) > 1 else None
+        known = self._agents.get(agent_id)
+        if known is not None:
+            close_all([pidfd])
+            if listener is not None:
+                close_all([listener])
+            elif known.listener is not None:
+                self._give_back(known)
+            return known
+        try:
+            agent = Agent(Description.from_json(meta))
+        except (TypeError, KeyError) as error:
+            log.error(
+                "an agent of another version is left alone: kill it by its cgroup", agent=agent_id, cause=str(error)
+            )
+            close_all(fds)
+            return None
+        agent.pidfd, agent.listener = pidfd, listener
+        agent.posture = self._postures(agent_id)
+        self._agents.add(agent)
+        self._agents.apply(agent, Event.EXEC_OK)
+        agent.started_at_ns = agent.what.launched_at_ns
+        self._launching.give_egress(agent)
+        self.adopted.append(agent_id)
+        return agent
+
+    def _give_back(self, agent: Agent) -> None:
+        async def give() -> None:
+            if agent.listener is None:
+                return
+            try:
+                await self._launcher.call("adopt", (agent.listener,), agent_id=agent.agent_id)
+            except StockadeError as error:
+                log.warning("cannot give a listener back", agent=agent.agent_id, cause=error.message)
+
+        self._giving = asyncio.get_running_loop().create_task(give())
+
+    async def _abort(self, agent_id: str) -> None:
+        try:
+            await self._launcher.call("abort", agent_id=agent_id)
+        except StockadeError as error:
+            log.warning("cannot abort a half-built agent", agent=agent_id, cause=error.message)
+
+    async def find_ended(self, live: Iterable[str]) -> list[Agent]:
+        """Agents that ended while no daemon ran: from the files that the launcher left of them."""
+        alive = set(live)
+        found = []
+        for directory in sorted(self._output_dir.iterdir()) if self._output_dir.is_dir() else []:
+            if directory.name in alive or self._agents.get(directory.name) is not None:
+                continue
+            agent = self._ended_agent(directory)
+            if agent is None:
+                continue
+            self._agents.add(agent)
+            self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
+            agent.posture = self._postures(agent.agent_id)
+            found.append(agent)
+            await self._actions.append(exit_action(agent))
+        return found
+
+    def _ended_agent(self, directory: Path) -> Agent | None:
+        try:
+            with (directory / "state.json").open("rb") as file:
+                state = json.loads(file.read(STATE_BYTES_MAX))
+            agent = Agent(Description.from_json(state["meta"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("cannot read what is left of an agent", directory=str(directory), cause=str(error))
+            return None
+        try:
+            status = json.loads((directory / "exit").read_text())
+            agent.exit = exit_of(status)
+        except (OSError, ValueError):
+            agent.failure = "it ended while no daemon ran, and its exit status is not known"
+        return agent
+
+
+def exit_of(status: dict[str, object], *, oom: bool = False) -> Exit:
+    code, number = status.get("code"), status.get("signal")
+    return Exit(
+        code if isinstance(code, int) else None,
+        number if isinstance(number, int) else None,
+        oom or status.get("oom") is True,
+    )
+
+
+def exit_action(agent: Agent) -> Action:
+    """The entry that says how an agent ended."""
+    ended = agent.exit or Exit(None, None)
+    return Action(
+        agent.agent_id,
+        f"agent:{agent.agent_id}",
+        "agent.exit",
+        agent.name,
+        "done" if agent.state is State.EXITED else "failed",
+        "out of memory" if ended.out_of_memory else agent.failure,
+        {"code": ended.code, "signal": ended.signal, "out_of_memory": ended.out_of_memory},
+    )

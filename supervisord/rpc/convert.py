@@ -1,0 +1,352 @@
+"""Between protobuf messages and our values: beside the services, the only importer of *_pb2 in the daemon."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
+from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+
+from gateway_client.egress.scope import format_scope
+from sandbox.plan import Tty
+from supervisord import agents as core
+from supervisord.budgets import parse_budget
+from supervisord.errors import InvalidInput
+from supervisord.ids import LABELS_MAX, agent_name, label, policy_name
+from supervisord.lifecycle import State
+from supervisord.plan import LaunchOrder
+from supervisord.policy import AgentSpec, LimitsWanted, Policy, Workspace
+from supervisord.requests import Request, RequestState
+from supervisord.scopes import Ended, Grant, read_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from google.protobuf.duration_pb2 import Duration
+    from sandbox.doctor import Finding
+
+    from supervisord.actions.types import Entry, Report
+    from supervisord.explain import Explanation
+    from supervisord.holds import Hold
+    from supervisord.killswitch import Receipt
+
+PAGE_SIZE_DEFAULT: Final = 500
+PAGE_SIZE_MAX: Final = 5000
+TEXT_CHARACTERS_MAX: Final = 500
+TTL_SECONDS_MAX: Final = 366 * 86400
+
+T = TypeVar("T")
+
+_STATES: Final = {state: f"AGENT_STATE_{state.name}" for state in State}
+_GRANT_STATES: Final = {
+    None: grants_pb2.GRANT_STATE_ACTIVE,
+    Ended.REVOKED: grants_pb2.GRANT_STATE_REVOKED,
+    Ended.EXPIRED: grants_pb2.GRANT_STATE_EXPIRED,
+    Ended.SPENT: grants_pb2.GRANT_STATE_USED_UP,
+    Ended.AGENT_ENDED: grants_pb2.GRANT_STATE_REVOKED,
+}
+_REQUEST_STATES: Final = {
+    RequestState.PENDING: requests_pb2.REQUEST_STATE_PENDING,
+    RequestState.APPROVED: requests_pb2.REQUEST_STATE_APPROVED,
+    RequestState.DENIED: requests_pb2.REQUEST_STATE_DENIED,
+    RequestState.EXPIRED: requests_pb2.REQUEST_STATE_EXPIRED,
+}
+STREAMS: Final = {
+    "stdout": agents_pb2.OUTPUT_STREAM_STDOUT,
+    "stderr": agents_pb2.OUTPUT_STREAM_STDERR,
+}
+
+
+# --- from callers
+
+
+def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> LaunchOrder:
+    """The order of a request; what the request sets goes before what the definition says. Raises InvalidInput."""
+    base = definition or AgentSpec(name="")
+    labels = dict(label(key, value) for key, value in spec.labels.items())
+    limits = spec.limits
+    wanted = base.limits
+    return LaunchOrder(
+        command=tuple(part.decode("utf-8", "surrogateescape") for part in spec.command) or base.command,
+        name=agent_name(spec.name) if spec.name else base.name,
+        policy=policy_name(spec.policy) if spec.policy else (base.policy or "default"),
+        workspace=_workspace(spec) if spec.HasField("workspace") else base.workspace,
+        scopes=(*base.scopes, *(read_scope(text) for text in spec.scopes)),
+        labels=_few_labels({**base.labels, **labels}),
+        limits=LimitsWanted(
+            memory_bytes=limits.memory_bytes if limits.HasField("memory_bytes") else wanted.memory_bytes,
+            cpus=limits.cpus if limits.HasField("cpus") else wanted.cpus,
+            pids=limits.pids if limits.HasField("pids") else wanted.pids,
+            disk_bytes=wanted.disk_bytes,
+            open_files=wanted.open_files,
+            output_bytes=wanted.output_bytes,
+        ),
+        budget=parse_budget(dict(spec.budget)).tightest(base.budget),
+        env={**base.env, **dict(spec.env)},
+        tty=terminal(spec.tty) if spec.HasField("tty") else None,
+        stdin=spec.stdin,
+        owner=text("owner", spec.owner or base.owner),
+        purpose=text("purpose", spec.purpose or base.purpose),
+    )
+
+
+def _workspace(spec: agents_pb2.LaunchSpec) -> Workspace:
+    mode = spec.workspace.mode
+    if mode == agents_pb2.WORKSPACE_MODE_UNSPECIFIED:
+        raise InvalidInput("cannot launch: the workspace has no mode", remedy="say read-only or read-write")
+    path = PurePosixPath(spec.workspace.path)
+    if not path.is_absolute():
+        raise InvalidInput(f"cannot launch: workspace {path} is not absolute", remedy="write it in full")
+    return Workspace(path, writable=mode == agents_pb2.WORKSPACE_MODE_READ_WRITE)
+
+
+def _few_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    if len(labels) > LABELS_MAX:
+        raise InvalidInput(f"cannot launch with {len(labels)} labels: {LABELS_MAX} at most", remedy="use fewer")
+    return labels
+
+
+def terminal(size: agents_pb2.TerminalSize) -> Tty:
+    return Tty(rows=min(max(size.rows, 1), 65535), cols=min(max(size.cols, 1), 65535))
+
+
+def text(what: str, value: str) -> str:
+    """A line from a caller: bounded, and no control characters; raises InvalidInput."""
+    if len(value) > TEXT_CHARACTERS_MAX or any(ord(c) < ord(" ") or ord(c) == 0x7F for c in value):  # noqa: PLR2004
+        raise InvalidInput(
+            f"cannot take the {what}: it is longer than {TEXT_CHARACTERS_MAX} characters or has control characters",
+            remedy="shorten it to one line",
+        )
+    return value
+
+
+def selector(message: agents_pb2.Selector) -> core.Selector:
+    return core.Selector(
+        agents=tuple(message.agents),
+        labels=tuple(sorted(message.labels.items())),
+        policy=message.policy,
+        owner=message.owner,
+        all=message.all,
+    )
+
+
+def ttl_seconds(message: grants_pb2.GrantRequest | requests_pb2.ApproveRequest) -> float | None:
+    if not message.HasField("ttl"):
+        return None
+    return seconds(message.ttl)
+
+
+def seconds(duration: Duration) -> float:
+    value = duration.seconds + duration.nanos / 1e9
+    return value if math.isfinite(value) else TTL_SECONDS_MAX
+
+
+def page(items: Sequence[T], *, size: int, token: str, key: Callable[[T], str]) -> tuple[Sequence[T], str]:
+    """One page of `items` and the token of the next; tokens are the key of the last item shown. Raises InvalidInput."""
+    start = 0
+    if token:
+        keys = [key(item) for item in items]
+        if token not in keys:
+            raise InvalidInput("cannot go on with this page token: it is not of this list", remedy="list anew")
+        start = keys.index(token) + 1
+    count = min(size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+    if count < 0:
+        raise InvalidInput("cannot list: page_size is negative", remedy="leave it out")
+    chosen = items[start : start + count]
+    more = start + count < len(items)
+    return chosen, key(chosen[-1]) if more and chosen else ""
+
+
+# --- to callers
+
+
+def timestamp(nanoseconds: int | None) -> Timestamp | None:
+    if nanoseconds is None:
+        return None
+    return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+
+
+def agent(value: core.Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
+    what = value.what
+    message = agents_pb2.Agent(
+        agent_id=value.agent_id,
+        name=value.name,
+        state=_STATES[value.state],
+        policy=what.policy,
+        policy_digest=what.policy_digest,
+        labels=what.labels,
+        started_at=timestamp(value.started_at_ns),
+        ended_at=timestamp(value.ended_at_ns),
+        launched_by=what.launched_by,
+        failure=value.failure,
+        owner=what.owner,
+        purpose=what.purpose,
+        command=[part.encode("utf-8", "surrogateescape") for part in what.command],
+        spend=agents_pb2.Spend(
+            input_tokens=value.spend.input_tokens,
+            output_tokens=value.spend.output_tokens,
+            cost_usd=value.spend.cost_usd,
+            estimated=value.spend.estimated,
+        ),
+        limits=agents_pb2.Limits(memory_bytes=what.memory_bytes, cpus=what.cpus, pids=what.pids),
+    )
+    json_format.ParseDict(value.posture, message.posture)
+    if what.workspace:
+        mode = (
+            agents_pb2.WORKSPACE_MODE_READ_WRITE if what.workspace_mode == "rw" else agents_pb2.WORKSPACE_MODE_READ_ONLY
+        )
+        message.workspace.CopyFrom(agents_pb2.Workspace(path=what.workspace, mode=mode))
+    if value.exit is not None:
+        if value.exit.code is not None:
+            message.exit_code = value.exit.code
+        if value.exit.signal is not None:
+            message.exit_signal = value.exit.signal
+        message.out_of_memory = value.exit.out_of_memory
+    if usage is not None:
+        message.memory_bytes = max(int(usage.get("memory_bytes", 0)), 0)
+        message.pids = max(int(usage.get("pids", 0)), 0)
+    return message
+
+
+def exit_status(value: core.Exit | None) -> agents_pb2.ExitStatus:
+    message = agents_pb2.ExitStatus()
+    if value is None:
+        message.signal = 9
+        return message
+    if value.code is not None:
+        message.code = value.code
+    if value.signal is not None:
+        message.signal = value.signal
+    message.out_of_memory = value.out_of_memory
+    return message
+
+
+def receipt(value: Receipt) -> agents_pb2.Receipt:
+    return agents_pb2.Receipt(
+        receipt_id=value.receipt_id,
+        agent_id=value.agent_id,
+        name=value.name,
+        verified_empty=value.verified_empty,
+        processes_killed=value.processes_killed,
+        egress_cut_ms=value.egress_cut_ms,
+        dead_ms=value.dead_ms,
+        reason=value.reason,
+        killed_by=value.killed_by,
+        time=timestamp(value.time_ns),
+        already_dead=value.already_dead,
+        left_pids=value.left_pids,
+        statement=value.statement,
+        signature=value.signature,
+    )
+
+
+def hold(value: Hold) -> agents_pb2.HoldOrder:
+    target = agents_pb2.HoldTarget()
+    setattr(target, value.kind, value.subject)
+    return agents_pb2.HoldOrder(
+        hold_id=value.hold_id,
+        target=target,
+        reason=value.reason,
+        held_by=value.held_by,
+        held_at=timestamp(value.held_at_ns),
+    )
+
+
+def grant(value: Grant, agent_name_: str) -> grants_pb2.ScopeGrant:
+    message = grants_pb2.ScopeGrant(
+        grant_id=value.grant_id,
+        agent_id=value.agent_id,
+        agent_name=agent_name_,
+        scope=format_scope(value.scope),
+        state=_GRANT_STATES[value.ended],
+        granted_at=timestamp(int(value.created_at * 1e9)),
+        expires_at=None if value.expires_at is None else timestamp(int(value.expires_at * 1e9)),
+        uses=value.uses + value.reserved,
+        granted_by=value.by,
+        reason=value.reason,
+    )
+    if value.uses_left is not None:
+        message.uses_left = value.uses_left
+    return message
+
+
+def request(value: Request) -> requests_pb2.ScopeRequest:
+    return requests_pb2.ScopeRequest(
+        request_id=value.request_id,
+        agent_id=value.agent_id,
+        agent_name=value.agent_name,
+        scope=format_scope(value.scope),
+        reason=value.reason,
+        state=_REQUEST_STATES[value.state],
+        asked_at=timestamp(value.asked_at_ns),
+        decided_at=timestamp(value.decided_at_ns),
+        decided_by=value.decided_by,
+        grant_id=value.grant_id,
+    )
+
+
+def action(entry: Entry) -> actions_pb2.Action:
+    what = entry.action
+    return actions_pb2.Action(
+        seq=entry.seq,
+        time_unix_nanos=entry.time_ns,
+        agent_id=printable(what.agent_id),
+        actor=printable(what.actor),
+        verb=printable(what.verb),
+        object=printable(what.object),
+        verdict=printable(what.verdict),
+        reason=printable(what.reason),
+        details_json=json.dumps(what.details, separators=(",", ":"), sort_keys=True).encode(),
+    )
+
+
+def printable(value: str) -> str:
+    """The text as protobuf takes it: bytes that were no UTF-8 are shown as escapes."""
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+def report(value: Report, root: bytes) -> actions_pb2.VerifyLogResponse:
+    return actions_pb2.VerifyLogResponse(ok=value.ok, size=value.size, root=root, problem=value.problem)
+
+
+def policy(value: Policy) -> policies_pb2.Policy:
+    return policies_pb2.Policy(
+        name=value.name,
+        version=value.version,
+        digest=value.digest,
+        risk=value.risk.value,
+        extends=value.extends or "",
+        filename=value.source,
+        scopes=[format_scope(scope) for scope in value.scopes],
+    )
+
+
+def explanation(value: Explanation) -> policies_pb2.ExplainResponse:
+    return policies_pb2.ExplainResponse(
+        allowed=value.allowed,
+        reason=value.because,
+        grant_id=value.grant_id or "",
+        steps=value.steps,
+        remedy=value.remedy,
+    )
+
+
+def findings(values: Iterable[Finding]) -> system_pb2.DoctorResponse:
+    listed = list(values)
+    return system_pb2.DoctorResponse(
+        ok=all(finding.present or not finding.required for finding in listed),
+        findings=[
+            system_pb2.Finding(
+                control=finding.control,
+                present=finding.present,
+                how=finding.how,
+                remedy=finding.remedy,
+                required=finding.required,
+            )
+            for finding in listed
+        ],
+    )

@@ -1,0 +1,273 @@
+"""GrantService, RequestService, ActionService and PolicyService: decode, call, encode."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from stockade.v1 import (
+    actions_pb2,
+    actions_pb2_grpc,
+    grants_pb2,
+    grants_pb2_grpc,
+    policies_pb2,
+    policies_pb2_grpc,
+    requests_pb2,
+    requests_pb2_grpc,
+)
+
+from supervisord.callers import current_caller
+from supervisord.documents import InvalidDocument
+from supervisord.errors import InvalidInput, NotFound, StockadeError
+from supervisord.explain import explain
+from supervisord.ids import grant_id as parse_grant_id
+from supervisord.policy import Policy, policy_yaml
+from supervisord.rpc import convert
+from supervisord.scopes import read_scope
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from supervisord import scopes
+    from supervisord.actions.log import ActionLog
+    from supervisord.actions.types import Entry
+    from supervisord.acts import Acts
+    from supervisord.agents import Agents
+    from supervisord.config import Config
+    from supervisord.policies import PolicyShelf
+    from supervisord.requests import Requests
+    from supervisord.scopes import GrantBook
+
+ACTIONS_PAGE_MAX: Final = 5000
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class GrantService(grants_pb2_grpc.GrantServiceServicer):
+    def __init__(self, *, agents: Agents, book: GrantBook, acts: Acts) -> None:
+        self._agents = agents
+        self._book = book
+        self._acts = acts
+
+    async def Grant(self, request: grants_pb2.GrantRequest, _context: Context) -> grants_pb2.GrantResponse:
+        grant = await self._acts.grant(
+            self._agents.find_live(request.agent),
+            read_scope(request.scope),
+            actor=current_caller().actor,
+            reason=convert.text("reason", request.reason),
+            ttl_seconds=convert.ttl_seconds(request),
+            max_uses=request.max_uses if request.HasField("max_uses") else None,
+            grant_id=parse_grant_id(request.grant_id) if request.grant_id else "",
+        )
+        return grants_pb2.GrantResponse(grant=self._encode(grant))
+
+    async def Revoke(self, request: grants_pb2.RevokeRequest, _context: Context) -> grants_pb2.RevokeResponse:
+        grant, cut = await self._acts.revoke(
+            parse_grant_id(request.grant_id),
+            actor=current_caller().actor,
+            reason=convert.text("reason", request.reason),
+        )
+        return grants_pb2.RevokeResponse(grant=self._encode(grant), relays_cut=cut)
+
+    async def ListGrants(
+        self, request: grants_pb2.ListGrantsRequest, _context: Context
+    ) -> grants_pb2.ListGrantsResponse:
+        grants = self._book.all(include_ended=request.include_ended)
+        if request.agent:
+            agent = self._agents.find(request.agent)
+            grants = tuple(grant for grant in grants if grant.agent_id == agent.agent_id)
+        shown, token = convert.page(
+            grants, size=request.page_size, token=request.page_token, key=lambda grant: grant.grant_id
+        )
+        return grants_pb2.ListGrantsResponse(grants=[self._encode(grant) for grant in shown], next_page_token=token)
+
+    def _encode(self, grant: scopes.Grant) -> grants_pb2.ScopeGrant:
+        agent = self._agents.get(grant.agent_id)
+        return convert.grant(grant, agent.name if agent else "")
+
+
+class RequestService(requests_pb2_grpc.RequestServiceServicer):
+    def __init__(self, *, agents: Agents, requests: Requests, acts: Acts) -> None:
+        self._agents = agents
+        self._requests = requests
+        self._acts = acts
+
+    async def ListRequests(
+        self, request: requests_pb2.ListRequestsRequest, _context: Context
+    ) -> requests_pb2.ListRequestsResponse:
+        found = [r for r in self._requests.all() if request.include_decided or r.state.value == "pending"]
+        if request.agent:
+            agent = self._agents.find(request.agent)
+            found = [r for r in found if r.agent_id == agent.agent_id]
+        shown, token = convert.page(
+            found, size=request.page_size, token=request.page_token, key=lambda each: each.request_id
+        )
+        return requests_pb2.ListRequestsResponse(
+            requests=[convert.request(each) for each in shown], next_page_token=token
+        )
+
+    async def Approve(self, request: requests_pb2.ApproveRequest, _context: Context) -> requests_pb2.ApproveResponse:
+        approved, grant = await self._acts.approve(
+            request.request_id,
+            actor=current_caller().actor,
+            shown_scope=request.scope,
+            ttl_seconds=convert.ttl_seconds(request),
+            max_uses=request.max_uses if request.HasField("max_uses") else None,
+        )
+        return requests_pb2.ApproveResponse(
+            request=convert.request(approved), grant=convert.grant(grant, approved.agent_name)
+        )
+
+    async def Deny(self, request: requests_pb2.DenyRequest, _context: Context) -> requests_pb2.DenyResponse:
+        reason = convert.text("reason", request.reason)
+        denied = await self._requests.deny(request.request_id, actor=current_caller().actor, reason=reason)
+        return requests_pb2.DenyResponse(request=convert.request(denied))
+
+    async def WatchRequests(
+        self, request: requests_pb2.WatchRequestsRequest, _context: Context
+    ) -> AsyncIterator[requests_pb2.WatchRequestsResponse]:
+        version = int(request.resume_token) if request.resume_token.isdecimal() else 0
+        seen: dict[str, str] = {}
+        while True:
+            for each in self._requests.all():
+                if seen.get(each.request_id) != each.state.value:
+                    news = each.request_id in seen or each.state.value == "pending"
+                    seen[each.request_id] = each.state.value
+                    if news:
+                        yield requests_pb2.WatchRequestsResponse(
+                            request=convert.request(each), resume_token=str(self._requests.version)
+                        )
+            version = await self._requests.wait_changed(max(version, self._requests.version))
+
+
+class ActionService(actions_pb2_grpc.ActionServiceServicer):
+    def __init__(self, *, agents: Agents, actions: ActionLog) -> None:
+        self._agents = agents
+        self._actions = actions
+
+    async def QueryActions(
+        self, request: actions_pb2.QueryActionsRequest, _context: Context
+    ) -> actions_pb2.QueryActionsResponse:
+        size = min(request.page_size or convert.PAGE_SIZE_DEFAULT, ACTIONS_PAGE_MAX)
+        if request.page_token and not request.page_token.isdecimal():
+            raise InvalidInput("cannot go on with this page token: it is not of this list", remedy="list anew")
+        found = await self._actions.query(
+            agent_id=self._agent_id(request.agent),
+            verb=request.verb or None,
+            verdict=request.verdict or None,
+            since_ns=request.since.ToNanoseconds() if request.HasField("since") else None,
+            after_seq=max(request.after_seq, int(request.page_token or 0)),
+            limit=size + 1,
+        )
+        token = str(found[size - 1].seq) if len(found) > size else ""
+        return actions_pb2.QueryActionsResponse(
+            actions=[convert.action(entry) for entry in found[:size]], next_page_token=token
+        )
+
+    async def TailActions(
+        self, request: actions_pb2.TailActionsRequest, _context: Context
+    ) -> AsyncIterator[actions_pb2.TailActionsResponse]:
+        agent_id = self._agent_id(request.agent)
+        after = request.after_seq if request.HasField("after_seq") else self._actions.size
+        async for entry in self._actions.subscribe(after):
+            if _wanted(entry, agent_id, request.verb, request.verdict):
+                yield actions_pb2.TailActionsResponse(action=convert.action(entry))
+
+    async def VerifyLog(
+        self, _request: actions_pb2.VerifyLogRequest, _context: Context
+    ) -> actions_pb2.VerifyLogResponse:
+        report = await self._actions.verify()
+        return convert.report(report, base64.b64decode(report.root))
+
+    async def Checkpoint(
+        self, _request: actions_pb2.CheckpointRequest, _context: Context
+    ) -> actions_pb2.CheckpointResponse:
+        return actions_pb2.CheckpointResponse(note=await self._actions.checkpoint())
+
+    async def Prove(self, request: actions_pb2.ProveRequest, _context: Context) -> actions_pb2.ProveResponse:
+        if not 1 <= request.seq <= self._actions.size:
+            raise NotFound(f"cannot prove entry {request.seq}: there is none", remedy="see `stockadectl actions`")
+        checkpoint = await self._actions.checkpoint()
+        proof = await self._actions.proof(request.seq)
+        return actions_pb2.ProveResponse(
+            entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=checkpoint
+        )
+
+    def _agent_id(self, name: str) -> str | None:
+        if not name:
+            return None
+        if name.startswith("ag_"):
+            return name  # also one that the daemon has forgotten: the log has not
+        return self._agents.find(name).agent_id
+
+
+class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
+    def __init__(self, *, config: Config, policies: PolicyShelf, agents: Agents, book: GrantBook) -> None:
+        self._config = config
+        self._policies = policies
+        self._agents = agents
+        self._book = book
+
+    async def ListPolicies(
+        self, request: policies_pb2.ListPoliciesRequest, _context: Context
+    ) -> policies_pb2.ListPoliciesResponse:
+        shown, token = convert.page(
+            self._policies.list(), size=request.page_size, token=request.page_token, key=lambda each: each.name
+        )
+        return policies_pb2.ListPoliciesResponse(
+            policies=[convert.policy(each) for each in shown], next_page_token=token
+        )
+
+    async def GetPolicy(
+        self, request: policies_pb2.GetPolicyRequest, _context: Context
+    ) -> policies_pb2.GetPolicyResponse:
+        policy = self._policies.get(request.name)
+        return policies_pb2.GetPolicyResponse(policy=convert.policy(policy), content_yaml=policy_yaml(policy).encode())
+
+    async def CheckPolicy(
+        self, request: policies_pb2.CheckPolicyRequest, _context: Context
+    ) -> policies_pb2.CheckPolicyResponse:
+        source = convert.text("file name", request.filename) or "policy"
+        try:
+            found = self._policies.check(request.content.decode(), source=source)
+        except InvalidDocument as error:
+            problems = [
+                policies_pb2.PolicyProblem(
+                    filename=source,
+                    line=problem.position.line if problem.position else 0,
+                    column=problem.position.column if problem.position else 0,
+                    key=problem.key,
+                    message=problem.message,
+                    remedy=problem.remedy,
+                )
+                for problem in error.problems
+            ]
+            return policies_pb2.CheckPolicyResponse(ok=False, problems=problems)
+        except UnicodeDecodeError:
+            problem = policies_pb2.PolicyProblem(filename=source, message="it is not UTF-8", remedy="save it as UTF-8")
+            return policies_pb2.CheckPolicyResponse(ok=False, problems=[problem])
+        except StockadeError as error:
+            problem = policies_pb2.PolicyProblem(filename=source, message=error.message, remedy=error.remedy)
+            return policies_pb2.CheckPolicyResponse(ok=False, problems=[problem])
+        policy = convert.policy(found) if isinstance(found, Policy) else None
+        return policies_pb2.CheckPolicyResponse(ok=True, policy=policy)
+
+    async def Explain(self, request: policies_pb2.ExplainRequest, _context: Context) -> policies_pb2.ExplainResponse:
+        scope = read_scope(request.scope)
+        gateway = self._config.gateway
+        try:
+            agent = self._agents.find(request.name)
+        except NotFound:
+            policy = self._policies.get(request.name)
+            return convert.explanation(explain(policy, (), scope, gateway=gateway))
+        policy = self._policies.get(agent.what.policy)
+        grants = self._book.for_agent(agent.agent_id)
+        return convert.explanation(explain(policy, grants, scope, gateway=gateway, agent=agent.name))
+
+
+def _wanted(entry: Entry, agent_id: str | None, verb: str, verdict: str) -> bool:
+    action = entry.action
+    verb_fits = action.verb.startswith(verb) if verb.endswith(".") else verb in ("", action.verb)
+    return agent_id in (None, action.agent_id) and verb_fits and verdict in ("", action.verdict)
