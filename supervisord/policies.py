@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from supervisord.config import GatewayConfig
@@ -84,7 +84,8 @@ class PolicyShelf:
     def check(self, text: str, *, source: str) -> Policy | AgentSpec:
         """Judges a file's text, of either kind, against what is loaded; changes nothing; raises InvalidInput."""
         if _kind(text) == "Agent":
-            agent = parse_agent(text, source=source, schemas=self.schemas)
+            # Nothing of the agent is used, so any directory stands for the one that its file will be launched from.
+            agent = parse_agent(text, source=source, schemas=self.schemas, directory=PurePosixPath("/"))
             check_scopes_reachable(agent.scopes, self._gateway)
             self.get(agent.policy)
             return agent

@@ -121,6 +121,15 @@ class _Reader:
                 self.problem((*path, index), str(error))
         return tuple(scopes)
 
+    def workspace(self, directory: PurePosixPath | None) -> Workspace | None:
+        text = self.get(("workspace", "path"))
+        if not isinstance(text, str):
+            return None
+        path = PurePosixPath(text) if directory is None else directory / text
+        if not path.is_absolute():
+            self.problem(("workspace", "path"), "is relative, and nothing says to what", "write an absolute path")
+        return Workspace(path, writable=self.get(("workspace", "mode")) == "rw")
+
     def paths(self, key: str) -> tuple[PurePosixPath, ...] | None:
         value = self.get((key,))
         return tuple(PurePosixPath(str(path)) for path in value) if isinstance(value, list) else None
@@ -159,12 +168,15 @@ def parse_policy(text: str, *, source: str, schemas: Schemas, parent: Callable[[
     return replace(policy, digest=digest(effect(policy)))
 
 
-def parse_agent(text: str, *, source: str, schemas: Schemas) -> AgentSpec:
-    """Gives the agent of a YAML text; raises InvalidDocument with every problem."""
+def parse_agent(text: str, *, source: str, schemas: Schemas, directory: PurePosixPath | None = None) -> AgentSpec:
+    """Gives the agent of a YAML text; raises InvalidDocument with every problem.
+
+    `directory` is the absolute one that a relative `workspace.path` is relative to; None refuses relative ones.
+    """
     document = parse_document(text, source=source, what="agent")
     read = _Reader(document, check_schema(document, schemas.agent, what="agent"))
     command = read.get(("command",))
-    workspace = read.get(("workspace", "path"))
+    workspace = read.workspace(directory)
     agent = AgentSpec(
         name=read.text("name", ""),
         version=read.whole(("version",), 1),
@@ -172,9 +184,7 @@ def parse_agent(text: str, *, source: str, schemas: Schemas) -> AgentSpec:
         purpose=read.text("purpose", ""),
         policy=read.text("policy", "default"),
         command=tuple(str(part) for part in command) if isinstance(command, list) else (),
-        workspace=Workspace(PurePosixPath(workspace), read.get(("workspace", "mode")) == "rw")
-        if isinstance(workspace, str)
-        else None,
+        workspace=workspace,
         labels=read.texts("labels"),
         limits=read.limits(),
         budget=read.budget(),

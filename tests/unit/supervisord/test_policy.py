@@ -291,6 +291,22 @@ limits: {memory: 512MiB}
     assert spec.labels == {"team": "observability"}
 
 
+def test_a_relative_workspace_is_relative_to_the_directory_of_the_file() -> None:
+    def workspace(path: str, directory: PurePosixPath | None) -> PurePosixPath | None:
+        text = f"kind: Agent\nname: a\ncommand: [x]\nworkspace: {{path: {path}}}\n"
+        found = parse_agent(text, source="f.yaml", schemas=SCHEMAS, directory=directory).workspace
+        return found.path if found else None
+
+    assert workspace("logs", PurePosixPath("/srv")) == PurePosixPath("/srv/logs")
+    assert workspace(".", PurePosixPath("/srv")) == PurePosixPath("/srv")
+    assert workspace("/abs", PurePosixPath("/srv")) == PurePosixPath("/abs")
+    with pytest.raises(InvalidDocument, match="is relative"):
+        workspace("logs", None)
+    for bad in ("../x", "a/../../etc", "a//b", "''"):
+        with pytest.raises(InvalidDocument, match=r"workspace\.path"):
+            workspace(bad, PurePosixPath("/srv"))
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
