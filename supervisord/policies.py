@@ -81,11 +81,13 @@ class PolicyShelf:
     def broken(self) -> tuple[Broken, ...]:
         return tuple(self._broken[name] for name in sorted(self._broken))
 
-    def check(self, text: str, *, source: str) -> Policy | AgentSpec:
-        """Judges a file's text, of either kind, against what is loaded; changes nothing; raises InvalidInput."""
+    def check(self, text: str, *, source: str, directory: PurePosixPath | None = None) -> Policy | AgentSpec:
+        """Judges a file's text, of either kind, against what is loaded; changes nothing; raises InvalidInput.
+
+        `directory` is what a relative workspace of an agent is relative to; None refuses one.
+        """
         if _kind(text) == "Agent":
-            # Nothing of the agent is used, so any directory stands for the one that its file will be launched from.
-            agent = parse_agent(text, source=source, schemas=self.schemas, directory=PurePosixPath("/"))
+            agent = parse_agent(text, source=source, schemas=self.schemas, directory=directory)
             check_scopes_reachable(agent.scopes, self._gateway)
             self.get(agent.policy)
             return agent

@@ -468,6 +468,10 @@ def test_check_judges_both_kinds(tmp_path: Path) -> None:
     assert isinstance(shelf.check("kind: Policy\nname: p\nextends: default\n", source="p.yaml"), Policy)
     with pytest.raises(NotFound):
         shelf.check("kind: Agent\nname: a\ncommand: [x]\npolicy: nowhere\n", source="a.yaml")
+    relative = "kind: Agent\nname: a\ncommand: [x]\nworkspace: {path: logs}\n"
+    assert shelf.check(relative, source="a.yaml", directory=PurePosixPath("/srv"))
+    with pytest.raises(InvalidDocument, match="is relative"):
+        shelf.check(relative, source="a.yaml")
 
 
 @pytest.mark.parametrize("name", ["default", "coding-agent", "python-agent", "claude-code", "codex", "high-risk"])
