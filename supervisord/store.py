@@ -1,0 +1,289 @@
+"""What must outlive the daemon: grants, holds, the history of agents, the next uid slot; in SQLite, in one thread.
+
+Write-ahead log with synchronous=FULL: a call that returned is on the disk. What lives (processes, descriptors) is the
+launcher's to know; what happened is the action log's.
+"""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Final, Literal, TypeVar, cast
+
+from supervisord.errors import ErrorCode, StockadeError
+from supervisord.holds import Hold
+from supervisord.ids import GrantId
+from supervisord.scopes import Ended, Grant, JsonValue
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+AGENTS_KEPT_MAX: Final = 100_000
+ENDED_GRANTS_KEPT_MAX: Final = 100_000
+LIST_ROWS_MAX: Final = 10_000
+BUSY_SECONDS: Final = 5.0
+_FILE_MODE: Final = 0o600
+
+# One step for each version; a step that was released is never changed. `user_version` counts the steps done.
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE grants (
+        grant_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL, ended TEXT, uses INTEGER NOT NULL,
+        boot_id TEXT NOT NULL, record TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX grants_agent ON grants (agent_id);
+    CREATE TABLE holds (
+        hold_id TEXT PRIMARY KEY, kind TEXT NOT NULL, subject TEXT NOT NULL, reason TEXT NOT NULL,
+        held_by TEXT NOT NULL, held_at_ns INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE agents (
+        agent_id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, started_at_ns INTEGER,
+        ended_at_ns INTEGER, record TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX agents_name ON agents (name);
+    CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+    """,
+)
+
+T = TypeVar("T")
+_HoldRow = tuple[str, Literal["name", "label", "policy"], str, str, str, int]
+
+
+class CannotStore(StockadeError):  # noqa: N818 - read at the raise, as in supervisord.errors
+    """The state database did not take or give a record."""
+
+    code: ClassVar[ErrorCode] = ErrorCode.UNAVAILABLE
+
+
+@dataclass(frozen=True, slots=True)
+class KeptGrant:
+    """A grant as it was saved. Its monotonic expiry means something only in the boot it was saved in."""
+
+    grant: Grant
+    same_boot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """One agent's history; `record` is JSON of its owner's making (description, exit, posture, spend)."""
+
+    agent_id: str
+    name: str
+    state: str
+    started_at_ns: int | None
+    ended_at_ns: int | None
+    record: Mapping[str, object] = field(default_factory=dict)
+
+
+class Store:
+    """The state database; every call runs in its thread, in the order of the calls. All raise CannotStore."""
+
+    def __init__(self, path: Path, database: sqlite3.Connection, executor: ThreadPoolExecutor, boot_id: str) -> None:
+        """Use `open`."""
+        self._path = path
+        self._database = database
+        self._executor = executor
+        self._boot_id = boot_id
+        self._closed = False
+
+    @classmethod
+    async def open(cls, path: Path, *, boot_id: str | None = None) -> "Store":
+        """The database at `path`, made or brought to this version; `boot_id` is the kernel's unless given."""
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        loop = asyncio.get_running_loop()
+        try:
+            database = await loop.run_in_executor(executor, _open, path)
+            boot = boot_id if boot_id is not None else BOOT_ID.read_text(encoding="ascii").strip()
+        except (sqlite3.Error, OSError, _TooNew) as error:
+            executor.shutdown(wait=False)
+            raise CannotStore(
+                f"cannot open the state database {path}: {error}",
+                remedy="check the disk; where the file is damaged, bring back a backup or move it away",
+            ) from error
+        return cls(path, database, executor, boot)
+
+    async def close(self) -> None:
+        if not self._closed:
+            await self._run("close", self._database.close)
+            self._closed = True
+            self._executor.shutdown(wait=False)
+
+    # --- grants
+
+    async def save_grant(self, grant: Grant) -> None:
+        """Insert or replace."""
+        values = (
+            grant.grant_id,
+            grant.agent_id,
+            grant.ended.value if grant.ended else None,
+            grant.uses,
+            self._boot_id,
+            json.dumps(grant.to_json()),
+        )
+        await self._write("save a grant", "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?, ?, ?)", [values])
+
+    async def update_uses(self, uses: Mapping[GrantId, int]) -> None:
+        """Keep how often grants were used, in one transaction."""
+        values = [(count, grant_id) for grant_id, count in uses.items()]
+        await self._write("count uses of grants", "UPDATE grants SET uses = max(uses, ?) WHERE grant_id = ?", values)
+
+    async def revoke(self, grant_id: GrantId, why: Ended = Ended.REVOKED) -> None:
+        """End a grant; one that ended before keeps its reason."""
+        sql = "UPDATE grants SET ended = ? WHERE grant_id = ? AND ended IS NULL"
+        await self._write("end a grant", sql, [(why.value, grant_id)])
+
+    async def grants(self, *, ended: bool = False) -> list[KeptGrant]:
+        """The live grants, or those that ended (the newest first, at most LIST_ROWS_MAX)."""
+        sql = "SELECT record, uses, ended, boot_id FROM grants WHERE ended IS NULL ORDER BY rowid"
+        if ended:
+            sql = f"SELECT record, uses, ended, boot_id FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT {LIST_ROWS_MAX}"  # noqa: S608, E501 - a constant
+        found = []
+        for record, uses, why, boot_id in await self._read("list grants", sql):
+            fields = cast("dict[str, JsonValue]", {**_record("grant", record), "uses": uses, "ended": why})
+            found.append(KeptGrant(Grant.from_json(fields), same_boot=boot_id == self._boot_id))
+        return found
+
+    # --- holds
+
+    async def save_hold(self, hold: Hold) -> None:
+        values = (hold.hold_id, hold.kind, hold.subject, hold.reason, hold.held_by, hold.held_at_ns)
+        await self._write("save a hold", "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?)", [values])
+
+    async def release_hold(self, hold_id: str) -> None:
+        await self._write("release a hold", "DELETE FROM holds WHERE hold_id = ?", [(hold_id,)])
+
+    async def holds(self) -> list[Hold]:
+        sql = "SELECT hold_id, kind, subject, reason, held_by, held_at_ns FROM holds ORDER BY held_at_ns, hold_id"
+        rows = cast("list[_HoldRow]", await self._read("list holds", sql))
+        return [Hold(*row) for row in rows]
+
+    # --- agents
+
+    async def save_agent(self, row: AgentRow) -> None:
+        """Insert or replace."""
+        values = (row.agent_id, row.name, row.state, row.started_at_ns, row.ended_at_ns, json.dumps(dict(row.record)))
+        await self._write("save an agent", "INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?, ?)", [values])
+
+    async def agents(self, *, limit: int = 2048) -> list[AgentRow]:
+        """The agents saved last, oldest first."""
+        sql = f"SELECT * FROM (SELECT rowid AS r, {_AGENT} FROM agents ORDER BY r DESC LIMIT ?) ORDER BY r"  # noqa: S608 - a constant
+        rows = await self._read("list agents", sql, min(limit, LIST_ROWS_MAX))
+        return [_agent_row(row[1:]) for row in rows]
+
+    async def agent(self, agent_id: str) -> AgentRow | None:
+        sql = f"SELECT {_AGENT} FROM agents WHERE agent_id = ?"  # noqa: S608 - a constant
+        rows = await self._read("find an agent", sql, agent_id)
+        return _agent_row(rows[0]) if rows else None
+
+    # --- the rest
+
+    async def next_slot(self, count: int) -> int:
+        """The next uid slot below `count`, round and round, so that a range rests long before it is used again."""
+        sql = """INSERT INTO counters VALUES ('slot', 0)
+                 ON CONFLICT (name) DO UPDATE SET value = (value + 1) % ? RETURNING value"""
+
+        def take() -> int:
+            with self._database:
+                (value,) = self._database.execute(sql, (count,)).fetchone()
+            return int(value) % count
+
+        return await self._run("take a uid slot", take)
+
+    async def backup(self, target: Path) -> None:
+        """A consistent copy in `target`, which must not exist."""
+
+        def copy() -> None:
+            target.touch(mode=_FILE_MODE, exist_ok=False)
+            other = sqlite3.connect(target)
+            try:
+                self._database.backup(other)
+            finally:
+                other.close()
+
+        await self._run(f"back up to {target}", copy)
+
+    async def prune(self) -> None:
+        """Drop the oldest history beyond what is kept; live grants and agents stay."""
+
+        def drop() -> None:
+            with self._database:
+                self._database.execute(
+                    "DELETE FROM grants WHERE ended IS NOT NULL AND rowid NOT IN "
+                    "(SELECT rowid FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
+                    (ENDED_GRANTS_KEPT_MAX,),
+                )
+                self._database.execute(
+                    "DELETE FROM agents WHERE ended_at_ns IS NOT NULL AND rowid NOT IN "
+                    "(SELECT rowid FROM agents WHERE ended_at_ns IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
+                    (AGENTS_KEPT_MAX,),
+                )
+
+        await self._run("drop old history", drop)
+
+    async def _write(self, what: str, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
+        def write() -> None:
+            with self._database:
+                self._database.executemany(sql, rows)
+
+        await self._run(what, write)
+
+    async def _read(self, what: str, sql: str, *values: str | int) -> list[tuple[object, ...]]:
+        return await self._run(what, lambda: self._database.execute(sql, values).fetchall())
+
+    async def _run(self, what: str, job: Callable[[], T]) -> T:
+        if self._closed:
+            raise CannotStore(f"cannot {what}: the state database is closed")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+        except (sqlite3.Error, OSError) as error:
+            raise CannotStore(
+                f"cannot {what} in the state database: {error}", remedy=f"look after the disk of {self._path}"
+            ) from error
+
+
+class _TooNew(Exception):  # noqa: N818 - becomes CannotStore
+    pass
+
+
+_AGENT: Final = "agent_id, name, state, started_at_ns, ended_at_ns, record"
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.touch(mode=_FILE_MODE)
+    database = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise _TooNew(f"it is of version {version}, this program knows {len(MIGRATIONS)}")
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            # One transaction, so that a crash leaves the old version or the new one.
+            database.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _agent_row(row: tuple[object, ...]) -> AgentRow:
+    agent_id, name, state, started, ended, record = row
+    return AgentRow(
+        str(agent_id),
+        str(name),
+        str(state),
+        started if isinstance(started, int) else None,
+        ended if isinstance(ended, int) else None,
+        _record("agent", record),
+    )
+
+
+def _record(what: str, text: object) -> dict[str, object]:
+    try:
+        value = json.loads(str(text))
+    except ValueError as error:
+        raise CannotStore(f"cannot read the {what} in the state database: {error}") from error
+    if not isinstance(value, dict):
+        raise CannotStore(f"cannot read the {what} in the state database: it is not an object")
+    return value
