@@ -82,6 +82,8 @@ class UsageMeter:
         self._bytes += len(data)
         if self._dialect is None or self._dialect in _FREE:
             return
+        if self._splitter is not None and self._bytes == len(data) and data.lstrip()[:1] == b"{":
+            self._splitter = None  # asked to stream, it answered with one object: an error
         if self._splitter is None:
             if len(self._body) <= BODY_BYTES_MAX:
                 self._body += data[: BODY_BYTES_MAX + 1 - len(self._body)]
@@ -138,6 +140,8 @@ class UsageMeter:
             self._model = model[:MODEL_CHARS_MAX]
         usage = inner.get("usage") or inner.get("usageMetadata") or value.get("usage")
         if not isinstance(usage, dict):
+            if inner.get("error") and not self._text_bytes:
+                self._input, self._output, self._cost = self._input or 0, self._output or 0, 0.0
             return
         given, taken = tokens_in(usage)
         # The messages dialect says the input at the start and may leave it out of the end.
