@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stockade.client.convert import LaunchOptions
     from stockade.client.methods import Method, Req, Res
-    from stockade.client.values import Action, AgentInfo, Grant, Output, Receipt, Request, State, Verification
+    from stockade.client.values import Action, AgentInfo, Grant, Hold, Output, Receipt, Request, State, Verification
 
 
 class AsyncStockade:
@@ -117,6 +117,26 @@ class AsyncStockade:
     async def thaw_all(self, selector: Selector, reason: str = "") -> list[AgentInfo]:
         request = agents_pb2.ThawRequest(selector=convert.selector(selector), reason=reason)
         return [convert.agent(message) for message in (await self.call(methods.THAW, request)).agents]
+
+    async def hold(self, *, name: str = "", label: str = "", policy: str = "", reason: str = "") -> Hold:
+        """The order that nothing of this name, label (`key=value`) or policy may run; give exactly one."""
+        target = agents_pb2.HoldTarget(name=name or None, label=label or None, policy=policy or None)
+        request = agents_pb2.HoldRequest(target=target, reason=reason)
+        return convert.hold((await self.call(methods.HOLD, request)).hold)
+
+    async def release(self, hold_id: str, reason: str = "") -> Hold:
+        request = agents_pb2.ReleaseRequest(hold_id=hold_id, reason=reason)
+        return convert.hold((await self.call(methods.RELEASE, request)).hold)
+
+    async def holds(self) -> list[Hold]:
+        request = agents_pb2.ListHoldsRequest()
+        found: list[Hold] = []
+        while True:
+            answer = await self.call(methods.LIST_HOLDS, request)
+            found += map(convert.hold, answer.holds)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
 
     async def grant(
         self,

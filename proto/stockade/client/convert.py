@@ -104,6 +104,18 @@ def receipt(message: agents_pb2.Receipt) -> values.Receipt:
     )
 
 
+def hold(message: agents_pb2.HoldOrder) -> values.Hold:
+    kind = message.target.WhichOneof("target")
+    return values.Hold(
+        hold_id=message.hold_id,
+        kind=kind or "name",
+        value=getattr(message.target, kind) if kind else "",
+        reason=message.reason,
+        held_by=message.held_by,
+        held_at=time_of(message, "held_at"),
+    )
+
+
 def grant(message: grants_pb2.ScopeGrant) -> values.Grant:
     return values.Grant(
         grant_id=message.grant_id,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 DOMAIN: Final = "stockade"
@@ -15,14 +18,18 @@ GREETING_SECONDS_MAX: Final = 0.3
 class StockadeError(Exception):
     """A call that failed. The message reads "cannot VERB OBJECT: cause"; `remedy` says what to do next, or is empty.
 
-    `reason` is a stable code in upper case: `COMMAND_NOT_FOUND`, `ROLE_TOO_LOW`.
+    `reason` is a stable code in upper case: `NOT_FOUND`, `ROLE_TOO_LOW`; `facts` go with it: the step of a launch and
+    its errno with `CANNOT_LAUNCH`.
     """
 
-    def __init__(self, message: str, *, remedy: str = "", reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, remedy: str = "", reason: str = "", facts: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
         self.reason = reason
+        self.facts = dict(facts or {})
 
 
 class NotFound(StockadeError):  # noqa: N818 - read at the except: `except NotFound`
@@ -59,7 +66,6 @@ _KINDS: Final[dict[grpc.StatusCode, type[StockadeError]]] = {
     grpc.StatusCode.UNAUTHENTICATED: NotPermitted,
     grpc.StatusCode.ALREADY_EXISTS: Conflict,
     grpc.StatusCode.FAILED_PRECONDITION: Conflict,
-    grpc.StatusCode.ABORTED: Conflict,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
@@ -70,33 +76,33 @@ def from_rpc(error: grpc.RpcError, target: str) -> StockadeError:
     """The exception for a failed RPC. May try the socket once more, to say why nobody answers."""
     code: grpc.StatusCode = error.code()
     message: str = error.details() or code.name
-    reason, remedy = _details(error)
+    reason, remedy, facts = _details(error)
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         return _diagnose(target, message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failed("the daemon did not answer in time", remedy="try again, or look at its log", reason="DEADLINE")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Failed(f"this daemon does not know the call: {message}", remedy="bring daemon and client to one version")
-    return _KINDS.get(code, Failed)(message, remedy=remedy, reason=reason)
+    return _KINDS.get(code, Failed)(message, remedy=remedy, reason=reason, facts=facts)
 
 
-def _details(error: grpc.RpcError) -> tuple[str, str]:
-    """(reason, remedy) out of the google.rpc.Status trailer; empty where there is none."""
+def _details(error: grpc.RpcError) -> tuple[str, str, dict[str, str]]:
+    """(reason, remedy, facts) out of the google.rpc.Status trailer; empty where there is none."""
     metadata: Any = error.trailing_metadata()  # typed wrongly in the stubs
     trailer = {key: value for key, value in metadata or () if key == DETAILS_KEY}
     if not trailer:
-        return "", ""
+        return "", "", {}
     # Imported here: only a failure has use for them.
     from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    reason = remedy = ""
+    reason, remedy, facts = "", "", {}
     for packed in status_pb2.Status.FromString(trailer[DETAILS_KEY]).details:
         info, text = error_details_pb2.ErrorInfo(), error_details_pb2.LocalizedMessage()
         if packed.Unpack(info) and info.domain == DOMAIN:
-            reason = info.reason
+            reason, facts = info.reason, dict(info.metadata)
         elif packed.Unpack(text):
             remedy = text.message
-    return reason, remedy
+    return reason, remedy, facts
 
 
 def _diagnose(target: str, message: str) -> StockadeError:

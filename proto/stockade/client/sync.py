@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Action,
         AgentInfo,
         Grant,
+        Hold,
         Output,
         Receipt,
         Request,
@@ -140,6 +141,26 @@ class Stockade:
     def thaw_all(self, selector: Selector, reason: str = "") -> list[AgentInfo]:
         request = agents_pb2.ThawRequest(selector=convert.selector(selector), reason=reason)
         return [convert.agent(message) for message in self.call(methods.THAW, request).agents]
+
+    def hold(self, *, name: str = "", label: str = "", policy: str = "", reason: str = "") -> Hold:
+        """The order that nothing of this name, label (`key=value`) or policy may run; give exactly one."""
+        target = agents_pb2.HoldTarget(name=name or None, label=label or None, policy=policy or None)
+        request = agents_pb2.HoldRequest(target=target, reason=reason)
+        return convert.hold(self.call(methods.HOLD, request).hold)
+
+    def release(self, hold_id: str, reason: str = "") -> Hold:
+        request = agents_pb2.ReleaseRequest(hold_id=hold_id, reason=reason)
+        return convert.hold(self.call(methods.RELEASE, request).hold)
+
+    def holds(self) -> list[Hold]:
+        request = agents_pb2.ListHoldsRequest()
+        found: list[Hold] = []
+        while True:
+            answer = self.call(methods.LIST_HOLDS, request)
+            found += map(convert.hold, answer.holds)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
 
     def grant(
         self,

@@ -100,6 +100,18 @@ class Selector:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """A durable order that nothing of this name, label (`key=value`) or policy may run."""
+
+    hold_id: str
+    kind: Literal["name", "label", "policy"]
+    value: str
+    reason: str
+    held_by: str
+    held_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """The signed statement that a kill left nothing alive. Times count from the order."""
 

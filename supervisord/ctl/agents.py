@@ -1,0 +1,232 @@
+"""Verbs on agents as wholes: launch, status, inspect, wait, top, kill, freeze, thaw, hold, release, holds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from stockade.client.values import AgentInfo, Selector
+
+from supervisord.ctl.command import FAILED, OK, Usage
+from supervisord.ctl.launching import launch_options
+from supervisord.ctl.output import (
+    complain,
+    escape,
+    moment,
+    plain,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    size,
+    text,
+)
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from stockade.client.sync import Stockade
+    from stockade.client.values import Hold
+
+DEFINITION_BYTES_MAX: Final = 1 << 20
+CLEAR_SCREEN: Final = "\x1b[H\x1b[2J"
+
+
+def launch(stockade: Stockade, options: Namespace) -> int:
+    if not options.command and not options.file:
+        raise Usage(
+            "there is nothing to launch: give a command after --, or a file with -f", "stockadectl launch --help"
+        )
+    wanted = launch_options(options)
+    if options.file:
+        wanted["definition"] = read_file(options.file)
+        wanted["definition_path"] = options.file
+    if options.dry_run:
+        return show_plan(stockade.plan(options.command, **wanted), options)
+    agent = stockade.launch(options.command, **wanted)
+    if options.wait:
+        agent.wait()
+    if options.output == "json":
+        print_json(agent_document(agent.info))
+    else:
+        say(agent.agent_id)
+    return OK
+
+
+def show_plan(plan: str, options: Namespace) -> int:
+    if options.output == "json":
+        print_json({"plan": plan.splitlines()})
+    else:
+        for line in plan.splitlines():
+            say(line)
+    return OK
+
+
+def read_file(name: str) -> bytes:
+    """The file's bytes (`-` is stdin); raises Usage where it cannot be read or is too long to be meant."""
+    try:
+        if name == "-":
+            content = sys.stdin.buffer.read(DEFINITION_BYTES_MAX + 1)
+        else:
+            with Path(name).open("rb") as file:
+                content = file.read(DEFINITION_BYTES_MAX + 1)
+    except OSError as error:
+        raise Usage(f"cannot read {name}: {error.strerror}") from error
+    if len(content) > DEFINITION_BYTES_MAX:
+        raise Usage(f"cannot read {name}: it is longer than {DEFINITION_BYTES_MAX} bytes")
+    return content
+
+
+def agent_document(info: AgentInfo) -> dict[str, Any]:
+    """The agent in JSON: all of its fields; its command as text, which is what people wrote."""
+    document: dict[str, Any] = plain(info)
+    document["command"] = [argument.decode("utf-8", "backslashreplace") for argument in info.command]
+    return document
+
+
+def status(stockade: Stockade, options: Namespace) -> int:
+    selector = Selector(agents=tuple(options.subject)) if options.subject else None
+    found = [agent.info for agent in stockade.agents(selector, include_ended=not options.live)]
+    show_agents(found, options)
+    return OK
+
+
+def show_agents(found: Sequence[AgentInfo], options: Namespace) -> None:
+    if options.output == "json":
+        print_json([agent_document(info) for info in found])
+        return
+    head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "AGENT_ID")
+    print_table(head, [agent_row(info) for info in found])
+
+
+def how_it_ended(info: AgentInfo) -> str | None:
+    return text(info.exit_code) if info.exit_signal is None else f"signal {info.exit_signal}"
+
+
+def agent_row(info: AgentInfo) -> tuple[str | None, ...]:
+    return (
+        info.name,
+        info.state.value,
+        info.policy,
+        how_it_ended(info),
+        moment(info.started_at),
+        size(info.memory_bytes),
+        text(info.pids),
+        info.agent_id,
+    )
+
+
+def inspect(stockade: Stockade, options: Namespace) -> int:
+    document = agent_document(stockade.agent(options.subject).info)
+    if options.output == "json":
+        print_json(document)
+    else:
+        print_facts(document)
+    return OK
+
+
+def wait(stockade: Stockade, options: Namespace) -> int:
+    agent = stockade.agent(options.subject)
+    try:
+        agent.wait(options.timeout)
+    except TimeoutError as error:
+        complain(f"stockadectl: cannot wait {options.subject}: {error}")
+        return FAILED
+    if options.output == "json":
+        print_json(agent_document(agent.info))
+    else:
+        say(how_it_ended(agent.info) or agent.state.value)
+    return OK
+
+
+def top(stockade: Stockade, options: Namespace) -> int:
+    shown = 0
+    while True:
+        found = sorted((agent.info for agent in stockade.agents()), key=lambda info: -(info.memory_bytes or 0))
+        if sys.stdout.isatty() and options.output == "table":
+            sys.stdout.write(CLEAR_SCREEN)
+        show_agents(found, options)
+        shown += 1
+        if options.count and shown >= options.count:
+            return OK
+        time.sleep(options.delay)
+
+
+def selected(options: Namespace) -> Selector:
+    """Whom the command line means; raises Usage where it means nobody."""
+    if not (options.subject or options.labels or options.policy or options.owner or options.all):
+        raise Usage(
+            "nobody is selected: give names, --label, --policy, --owner or --all", f"stockadectl {options.verb} --help"
+        )
+    return Selector(
+        agents=tuple(options.subject),
+        labels=dict(options.labels),
+        policy=options.policy,
+        owner=options.owner,
+        all=options.all,
+    )
+
+
+def kill(stockade: Stockade, options: Namespace) -> int:
+    receipts = stockade.kill_all(selected(options), options.reason)
+    if options.output == "json":
+        print_json(receipts)
+    else:
+        head = ("NAME", "EMPTY", "PROCESSES", "EGRESS CUT", "DEAD", "AGENT_ID", "RECEIPT")
+        rows = [
+            (
+                receipt.name,
+                "verified" if receipt.verified_empty else "NO",
+                text(receipt.processes_killed),
+                f"{receipt.egress_cut_ms:.1f} ms",
+                f"{receipt.dead_ms:.1f} ms",
+                receipt.agent_id,
+                receipt.receipt_id,
+            )
+            for receipt in receipts
+        ]
+        print_table(head, rows)
+    survivors = [receipt for receipt in receipts if not receipt.verified_empty]
+    for receipt in survivors:
+        complain(f"stockadectl: cannot kill {receipt.name}: processes {list(receipt.left_pids)} are still there")
+    return FAILED if survivors else OK
+
+
+def freeze(stockade: Stockade, options: Namespace) -> int:
+    show_agents(stockade.freeze_all(selected(options), options.reason), options)
+    return OK
+
+
+def thaw(stockade: Stockade, options: Namespace) -> int:
+    show_agents(stockade.thaw_all(selected(options), options.reason), options)
+    return OK
+
+
+def hold(stockade: Stockade, options: Namespace) -> int:
+    made = stockade.hold(name=options.subject, label=options.label, policy=options.policy, reason=options.reason)
+    show_holds([made], options, one=True)
+    return OK
+
+
+def release(stockade: Stockade, options: Namespace) -> int:
+    show_holds([stockade.release(options.subject, options.reason)], options, one=True)
+    return OK
+
+
+def holds(stockade: Stockade, options: Namespace) -> int:
+    show_holds(stockade.holds(), options)
+    return OK
+
+
+def show_holds(found: Sequence[Hold], options: Namespace, *, one: bool = False) -> None:
+    if options.output == "json":
+        print_json(found[0] if one else found)
+    elif one:
+        say(f"{found[0].hold_id}: {found[0].kind} {escape(found[0].value)}")
+    else:
+        head = ("HOLD", "KIND", "VALUE", "BY", "SINCE", "REASON")
+        rows = [(h.hold_id, h.kind, h.value, h.held_by, moment(h.held_at), h.reason) for h in found]
+        print_table(head, rows)

@@ -1,0 +1,182 @@
+"""Verbs on what agents may do and did: grant, revoke, grants, requests, actions, log."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from stockade.client import convert, methods
+from stockade.v1 import actions_pb2
+
+from supervisord.ctl.command import FAILED, OK, Usage
+from supervisord.ctl.output import (
+    CELL_CHARACTERS_MAX,
+    complain,
+    escape,
+    moment,
+    plain,
+    print_json,
+    print_table,
+    say,
+    text,
+)
+from supervisord.ctl.words import WrongWord
+from supervisord.ctl.words import moment as parse_moment
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterable, Sequence
+
+    from stockade.client.sync import Stockade
+    from stockade.client.values import Action, Grant
+
+
+def grant(stockade: Stockade, options: Namespace) -> int:
+    made = stockade.grant(
+        options.subject, options.scope, ttl=options.ttl, max_uses=options.max_uses, reason=options.reason
+    )
+    show_grant(made, options)
+    return OK
+
+
+def revoke(stockade: Stockade, options: Namespace) -> int:
+    show_grant(stockade.revoke(options.subject, options.reason), options)
+    return OK
+
+
+def grants(stockade: Stockade, options: Namespace) -> int:
+    found = stockade.grants(options.subject, include_ended=options.ended)
+    if options.output == "json":
+        print_json(found)
+        return OK
+    head = ("GRANT", "AGENT", "SCOPE", "STATE", "EXPIRES", "USES LEFT", "USED", "BY", "REASON")
+    print_table(head, [_grant_row(item) for item in found])
+    return OK
+
+
+def show_grant(item: Grant, options: Namespace) -> None:
+    if options.output == "json":
+        print_json(item)
+        return
+    until = f" until {moment(item.expires_at)}" if item.expires_at else ""
+    uses = f", {item.uses_left} uses left" if item.uses_left is not None else ""
+    say(f"{item.grant_id}: {item.state.lower()} for {item.agent_name or item.agent_id}: {item.scope}{until}{uses}")
+
+
+def _grant_row(item: Grant) -> tuple[str | None, ...]:
+    return (
+        item.grant_id,
+        item.agent_name,
+        item.scope,
+        item.state,
+        moment(item.expires_at),
+        text(item.uses_left),
+        text(item.uses),
+        item.granted_by,
+        item.reason,
+    )
+
+
+def requests(stockade: Stockade, options: Namespace) -> int:
+    if options.deed != "list" and not options.subject:
+        raise Usage(f"`requests {options.deed}` needs the ID of a request", "stockadectl requests --help")
+    match options.deed:
+        case "approve":
+            made = stockade.approve(
+                options.subject,
+                scope=options.scope,
+                ttl=options.ttl,
+                max_uses=options.max_uses,
+                reason=options.reason,
+            )
+            show_grant(made, options)
+        case "deny":
+            denied = stockade.deny(options.subject, options.reason)
+            if options.output == "json":
+                print_json(denied)
+            else:
+                say(f"{denied.request_id}: denied to {denied.agent_name}: {denied.scope}")
+        case _:
+            found = stockade.requests(options.subject, include_decided=options.decided)
+            if options.output == "json":
+                print_json(found)
+                return OK
+            head = ("REQUEST", "AGENT", "SCOPE", "STATE", "ASKED", "REASON (the agent's words)")
+            rows = [(r.request_id, r.agent_name, r.scope, r.state, moment(r.asked_at), r.reason) for r in found]
+            print_table(head, rows)
+    return OK
+
+
+def actions(stockade: Stockade, options: Namespace) -> int:
+    since = parse_moment(options.since, datetime.now(UTC)) if options.since else None
+    entries = stockade.actions(
+        options.subject,
+        verb=options.wanted_verb,
+        verdict=options.verdict,
+        since=since,
+        after_seq=options.after_seq,
+        follow=options.follow,
+    )
+    show_actions(entries, as_json=options.output == "json")
+    return OK
+
+
+def show_actions(entries: Iterable[Action], *, as_json: bool) -> None:
+    """A line an entry, as they come."""
+    if as_json:
+        for entry in entries:
+            print_json(entry)
+        return
+    say(_line(("SEQ", "TIME", "VERDICT", "VERB", "OBJECT", "ACTOR", "AGENT", "REASON")))
+    for entry in entries:
+        cells = (
+            str(entry.seq),
+            moment(entry.time) or "-",
+            entry.verdict,
+            entry.verb,
+            entry.object or "-",
+            entry.actor,
+            entry.agent_id or "-",
+            entry.reason,
+        )
+        sys.stdout.write(_line([escape(cell, characters_max=CELL_CHARACTERS_MAX) for cell in cells]) + "\n")
+        sys.stdout.flush()
+
+
+def _line(cells: Sequence[str]) -> str:
+    # A stream has no last line to measure columns by: widths that suit most, and more where needed.
+    widths = (6, 20, 7, 15, 40, 12, 29, 0)
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def log(stockade: Stockade, options: Namespace) -> int:
+    match options.deed:
+        case "verify":
+            found = stockade.verify_log()
+            if options.output == "json":
+                print_json(found)
+            elif found.ok:
+                say(f"good: {found.size} entries, root {plain(found.root)}")
+            if not found.ok:
+                complain(f"stockadectl: cannot verify the log: {found.problem}")
+                complain(
+                    "keep the files as they are; what differs from a checkpoint kept elsewhere tells what was altered"
+                )
+            return OK if found.ok else FAILED
+        case "checkpoint":
+            note = stockade.checkpoint()
+            if options.output == "json":
+                print_json({"checkpoint": note})
+            else:
+                sys.stdout.write(note)
+        case "prove":
+            try:
+                seq = int(options.subject)
+            except ValueError:
+                raise WrongWord("`log prove` needs the SEQ of an entry, as `actions` shows it") from None
+            proof = convert.proof(stockade.call(methods.PROVE, actions_pb2.ProveRequest(seq=seq)))
+            print_json(proof)
+        case _:
+            show_actions(stockade.actions(), as_json=True)
+    return OK

@@ -1,0 +1,243 @@
+"""The verbs as a table: what each is for, its arguments, and where it is done."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentTypeError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from supervisord.ctl import words
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Callable
+
+    from stockade.client.errors import StockadeError
+
+STOCKADE_FAILED: Final = 125
+NOT_EXECUTABLE: Final = 126
+NOT_FOUND: Final = 127
+ENOENT: Final = "2"
+
+
+@dataclass(frozen=True)
+class Verb:
+    summary: str
+    module: str
+    function: str
+    arguments: Callable[[ArgumentParser], None]
+    command: bool = False  # it takes one, after --
+    failure_code: Callable[[StockadeError], int | None] | None = None
+
+
+def command_failure(error: StockadeError) -> int | None:
+    """As a shell: 127 for no such program, 126 for one that cannot be executed; None for any other failure."""
+    if error.reason == "CANNOT_LAUNCH" and error.facts.get("step") == "exec":
+        return NOT_FOUND if error.facts.get("errno") == ENOENT else NOT_EXECUTABLE
+    return None
+
+
+def run_failure(error: StockadeError) -> int:
+    """125 for everything that is not the command's: the codes below may be the agent's own."""
+    return command_failure(error) or STOCKADE_FAILED
+
+
+def _word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which prints the name of a type and not what was wrong unless it is told."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except words.WrongWord as error:
+            raise ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _nothing(_: ArgumentParser) -> None:
+    return
+
+
+def _launch(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    # SUPPRESS: what was not given is not in the namespace, and so is not sent either.
+    add("--name", default=SUPPRESS, help="unique among the live ones; made up where not given")
+    add("--policy", default=SUPPRESS, help="default: `default`")
+    add("--workspace", metavar="DIR[:ro|:rw]", type=_word(words.workspace), default=SUPPRESS)
+    add("--scope", action="append", dest="scopes", metavar="S", default=SUPPRESS, help="may be given many times")
+    add("--label", action="append", dest="labels", metavar="K=V", type=_word(words.pair), default=SUPPRESS)
+    add("--memory", dest="memory_bytes", metavar="512MiB", type=_word(words.size), default=SUPPRESS)
+    add("--cpus", type=float, default=SUPPRESS)
+    add("--pids", type=int, default=SUPPRESS)
+    add("--budget", action="append", metavar="tokens=N", type=_word(words.amount), default=SUPPRESS)
+    add("--env", action="append", metavar="K=V", help="K alone: from here", default=SUPPRESS)
+    add("--owner", default=SUPPRESS)
+    add("--purpose", default=SUPPRESS)
+    add("--dry-run", action="store_true", help="print what would be done, and do nothing")
+
+
+def _run(parser: ArgumentParser) -> None:
+    _launch(parser)
+    parser.add_argument("-i", dest="interactive", action="store_true", help="pass stdin on")
+    parser.add_argument("-t", dest="terminal", action="store_true", help="give it a terminal")
+    parser.usage = "%(prog)s [options] -- CMD…"
+
+
+def _background(parser: ArgumentParser) -> None:
+    _launch(parser)
+    parser.add_argument("-f", dest="file", metavar="agent.yaml", help="a file of kind Agent")
+    parser.add_argument("--wait", action="store_true", help="answer when it has ended")
+    parser.usage = "%(prog)s [options] -- CMD… | %(prog)s -f agent.yaml [options]"
+
+
+def _selection(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME", nargs="*", help="a name or an agent_id")
+    parser.add_argument("--label", action="append", dest="labels", metavar="K=V", type=_word(words.pair), default=[])
+    parser.add_argument("--policy", default="")
+    parser.add_argument("--owner", default="")
+    parser.add_argument("--all", action="store_true", help="every live agent")
+    parser.add_argument("--reason", default="")
+
+
+def _status(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME", nargs="*")
+    parser.add_argument("--live", action="store_true", help="leave out those that have ended")
+
+
+def _one(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME", help="a name or an agent_id")
+
+
+def _logs(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="until it ends")
+    parser.add_argument("--raw", action="store_true", help="write control characters to a terminal as they are")
+
+
+def _wait(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("--timeout", metavar="10m", type=_word(words.duration))
+
+
+def _exec(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("-i", dest="interactive", action="store_true", help="pass stdin on")
+    parser.add_argument("-t", dest="terminal", action="store_true", help="give it a terminal")
+    parser.add_argument("--env", action="append", metavar="K=V", default=[])
+    parser.add_argument("--cwd", default="")
+    parser.usage = "%(prog)s [options] NAME -- CMD…"
+
+
+def _top(parser: ArgumentParser) -> None:
+    parser.add_argument("-d", dest="delay", metavar="2s", type=_word(words.duration), default=2.0)
+    parser.add_argument("-n", dest="count", type=int, default=0, help="this many times; 0: until interrupted")
+
+
+def _hold(parser: ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("subject", metavar="NAME", nargs="?", default="", help="agents of this name")
+    group.add_argument("--label", metavar="K=V", default="", help="agents with this label")
+    group.add_argument("--policy", default="", help="agents of this policy")
+    parser.add_argument("--reason", default="")
+
+
+def _release(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="HOLD", help="as `holds` shows it")
+    parser.add_argument("--reason", default="")
+
+
+def _terms(parser: ArgumentParser) -> None:
+    parser.add_argument("--ttl", metavar="10m", type=_word(words.duration))
+    parser.add_argument("--max-uses", type=int)
+    parser.add_argument("--reason", default="")
+
+
+def _grant(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("scope", metavar="SCOPE")
+    _terms(parser)
+
+
+def _revoke(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="GRANT", help="as `grants` shows it")
+    parser.add_argument("--reason", default="")
+
+
+def _grants(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME", nargs="?", default="")
+    parser.add_argument("--ended", action="store_true", help="also those that are no longer in force")
+
+
+def _requests(parser: ArgumentParser) -> None:
+    parser.add_argument("deed", choices=("list", "approve", "deny"), nargs="?", default="list")
+    parser.add_argument("subject", metavar="ID", nargs="?", default="", help="as `requests list` shows it")
+    parser.add_argument("--decided", action="store_true", help="list: also those that were answered")
+    parser.add_argument("--scope", default="", help="approve: the scope as you saw it; another one is then refused")
+    _terms(parser)
+
+
+def _actions(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME", nargs="?", default="")
+    parser.add_argument("-f", "--follow", action="store_true")
+    parser.add_argument("--verb", dest="wanted_verb", metavar="V", default="")
+    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed"), default="")
+    parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
+    parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=int, default=0)
+
+
+def _log(parser: ArgumentParser) -> None:
+    parser.add_argument("deed", choices=("verify", "checkpoint", "prove", "export"))
+    parser.add_argument("subject", metavar="SEQ", nargs="?", default="", help="prove: which entry")
+
+
+def _policy(parser: ArgumentParser) -> None:
+    parser.add_argument("deed", choices=("list", "check", "show", "explain"))
+    parser.add_argument("subject", metavar="FILE|POLICY|NAME", nargs="?", default="")
+    parser.add_argument("scope", metavar="SCOPE", nargs="?", default="", help="explain: which scope")
+
+
+_AGENTS, _INSIDE, _RULES, _SYSTEM = "agents", "inside", "rules", "system"
+
+VERBS: Final[dict[str, Verb]] = {
+    "run": Verb(
+        "start an agent, stream its stdio, exit with its code",
+        _INSIDE,
+        "run",
+        _run,
+        command=True,
+        failure_code=run_failure,
+    ),
+    "launch": Verb("start an agent in the background", _AGENTS, "launch", _background, command=True),
+    "status": Verb("agents and how they are (also: ps)", _AGENTS, "status", _status),
+    "inspect": Verb("all there is to know of an agent", _AGENTS, "inspect", _one),
+    "logs": Verb("what an agent wrote", _INSIDE, "logs", _logs),
+    "wait": Verb("wait for an agent's end; print its exit code", _AGENTS, "wait", _wait),
+    "exec": Verb(
+        "run a further program in an agent's sandbox",
+        _INSIDE,
+        "execute",
+        _exec,
+        command=True,
+        failure_code=command_failure,
+    ),
+    "top": Verb("agents by memory, again and again", _AGENTS, "top", _top),
+    "kill": Verb("end agents, and prove it", _AGENTS, "kill", _selection),
+    "freeze": Verb("stop agents where they are, and close their gate", _AGENTS, "freeze", _selection),
+    "thaw": Verb("let frozen agents go on", _AGENTS, "thaw", _selection),
+    "hold": Verb("forbid a name, label or policy to run until somebody else releases it", _AGENTS, "hold", _hold),
+    "release": Verb("take a hold back", _AGENTS, "release", _release),
+    "holds": Verb("what is held", _AGENTS, "holds", _nothing),
+    "grant": Verb("give an agent a scope", _RULES, "grant", _grant),
+    "revoke": Verb("take a grant back", _RULES, "revoke", _revoke),
+    "grants": Verb("grants in force", _RULES, "grants", _grants),
+    "requests": Verb("what agents ask for: list, approve, deny", _RULES, "requests", _requests),
+    "actions": Verb("what agents and operators did or tried", _RULES, "actions", _actions),
+    "log": Verb("the action log: verify, checkpoint, prove, export", _RULES, "log", _log),
+    "policy": Verb("policies: list, check, show, explain", _SYSTEM, "policy", _policy),
+    "doctor": Verb("which controls this host has", _SYSTEM, "doctor", _nothing),
+    "shell": Verb("many commands, one prompt", _SYSTEM, "shell", _nothing),
+    "version": Verb("of this program and of the daemon", _SYSTEM, "version", _nothing),
+}
+ALIASES: Final = {"ps": "status"}
+# Those that are nouns: "cannot show status", not "cannot status".
+SHOWN: Final = frozenset({"status", "logs", "top", "holds", "grants", "actions", "doctor", "version"})
