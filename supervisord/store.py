@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar, cast
 
@@ -19,8 +19,8 @@ from supervisord.ids import GrantId
 from supervisord.scopes import Ended, Grant, JsonValue
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-AGENTS_KEPT_MAX: Final = 100_000
-ENDED_GRANTS_KEPT_MAX: Final = 100_000
+AGENTS_KEPT_MAX: Final = 10_000
+ENDED_GRANTS_KEPT_MAX: Final = 10_000
 LIST_ROWS_MAX: Final = 10_000
 BUSY_SECONDS: Final = 5.0
 _FILE_MODE: Final = 0o600
@@ -42,6 +42,7 @@ MIGRATIONS: Final = (
         ended_at_ns INTEGER, record TEXT NOT NULL
     ) STRICT;
     CREATE INDEX agents_name ON agents (name);
+    CREATE TABLE postures (agent_id TEXT PRIMARY KEY, live INTEGER NOT NULL, posture TEXT NOT NULL) STRICT;
     CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
     """,
 )
@@ -54,14 +55,6 @@ class CannotStore(StockadeError):  # noqa: N818 - read at the raise, as in super
     """The state database did not take or give a record."""
 
     code: ClassVar[ErrorCode] = ErrorCode.UNAVAILABLE
-
-
-@dataclass(frozen=True, slots=True)
-class KeptGrant:
-    """A grant as it was saved. Its monotonic expiry means something only in the boot it was saved in."""
-
-    grant: Grant
-    same_boot: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +94,9 @@ class Store:
                 f"cannot open the state database {path}: {error}",
                 remedy="check the disk; where the file is damaged, bring back a backup or move it away",
             ) from error
-        return cls(path, database, executor, boot)
+        store = cls(path, database, executor, boot)
+        await store.prune()
+        return store
 
     async def close(self) -> None:
         if not self._closed:
@@ -133,15 +128,20 @@ class Store:
         sql = "UPDATE grants SET ended = ? WHERE grant_id = ? AND ended IS NULL"
         await self._write("end a grant", sql, [(why.value, grant_id)])
 
-    async def grants(self, *, ended: bool = False) -> list[KeptGrant]:
-        """The live grants, or those that ended (the newest first, at most LIST_ROWS_MAX)."""
-        sql = "SELECT record, uses, ended, boot_id FROM grants WHERE ended IS NULL ORDER BY rowid"
-        if ended:
-            sql = f"SELECT record, uses, ended, boot_id FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT {LIST_ROWS_MAX}"  # noqa: S608, E501 - a constant
+    async def grants(self) -> list[Grant]:
+        """Every grant that is kept, ended ones too, in the order of saving.
+
+        An expiry on the monotonic clock means nothing after a reboot, and no agent survives one: a grant with an expiry
+        that was saved in another boot comes back as ended with its agent.
+        """
         found = []
+        sql = "SELECT record, uses, ended, boot_id FROM grants ORDER BY rowid"
         for record, uses, why, boot_id in await self._read("list grants", sql):
             fields = cast("dict[str, JsonValue]", {**_record("grant", record), "uses": uses, "ended": why})
-            found.append(KeptGrant(Grant.from_json(fields), same_boot=boot_id == self._boot_id))
+            grant = Grant.from_json(fields)
+            if boot_id != self._boot_id and grant.ended is None and grant.expires_mono is not None:
+                grant = replace(grant, ended=Ended.AGENT_ENDED)
+            found.append(grant)
         return found
 
     # --- holds
@@ -176,6 +176,19 @@ class Store:
         rows = await self._read("find an agent", sql, agent_id)
         return _agent_row(rows[0]) if rows else None
 
+    # --- postures: which controls were in force when an agent was launched
+
+    async def save_posture(self, agent_id: str, posture: Mapping[str, object], *, live: bool) -> None:
+        """Insert or replace."""
+        values = (agent_id, int(live), json.dumps(dict(posture)))
+        await self._write("save a posture", "INSERT OR REPLACE INTO postures VALUES (?, ?, ?)", [values])
+
+    async def postures(self) -> dict[str, dict[str, object]]:
+        """The postures of live agents and of those that ended last, by agent id."""
+        sql = "SELECT agent_id, posture FROM postures ORDER BY live DESC, rowid DESC LIMIT ?"
+        rows = await self._read("list postures", sql, LIST_ROWS_MAX)
+        return {str(agent_id): _record("posture", text) for agent_id, text in rows}
+
     # --- the rest
 
     async def next_slot(self, count: int) -> int:
@@ -208,16 +221,8 @@ class Store:
 
         def drop() -> None:
             with self._database:
-                self._database.execute(
-                    "DELETE FROM grants WHERE ended IS NOT NULL AND rowid NOT IN "
-                    "(SELECT rowid FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
-                    (ENDED_GRANTS_KEPT_MAX,),
-                )
-                self._database.execute(
-                    "DELETE FROM agents WHERE ended_at_ns IS NOT NULL AND rowid NOT IN "
-                    "(SELECT rowid FROM agents WHERE ended_at_ns IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
-                    (AGENTS_KEPT_MAX,),
-                )
+                for sql, kept in _PRUNE:
+                    self._database.execute(sql, (kept,))
 
         await self._run("drop old history", drop)
 
@@ -246,6 +251,23 @@ class _TooNew(Exception):  # noqa: N818 - becomes CannotStore
     pass
 
 
+_PRUNE: Final = (
+    (
+        """DELETE FROM grants WHERE ended IS NOT NULL AND rowid NOT IN
+           (SELECT rowid FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT ?)""",
+        ENDED_GRANTS_KEPT_MAX,
+    ),
+    (
+        """DELETE FROM agents WHERE ended_at_ns IS NOT NULL AND rowid NOT IN
+           (SELECT rowid FROM agents WHERE ended_at_ns IS NOT NULL ORDER BY rowid DESC LIMIT ?)""",
+        AGENTS_KEPT_MAX,
+    ),
+    (
+        """DELETE FROM postures WHERE live = 0 AND rowid NOT IN
+           (SELECT rowid FROM postures WHERE live = 0 ORDER BY rowid DESC LIMIT ?)""",
+        AGENTS_KEPT_MAX,
+    ),
+)
 _AGENT: Final = "agent_id, name, state, started_at_ns, ended_at_ns, record"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisord.actions import merkle
-from supervisord.actions.checkpoint import Signer
+from supervisord.actions.checkpoint import Signer, open_checkpoint
 from supervisord.actions.files import load_signer, read_checkpoint
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
@@ -174,14 +174,23 @@ class ActionLog:
         return await asyncio.to_thread(self._verify, kept)
 
     async def proof(self, seq: int, size: int | None = None) -> Proof:
-        """The inclusion proof of entry `seq` in the tree of `size` entries (default: all). Raises ValueError."""
-        index, total = self._index, self._writer.size if size is None else size
-        if not 1 <= seq <= total <= self._writer.size:
-            raise ValueError(f"cannot prove entry {seq} in a tree of {total}: the log has {self._writer.size} entries")
+        """The inclusion proof of entry `seq` in the tree of `size` entries.
+
+        Without a size it is that of a new checkpoint, which comes with the proof. Raises ValueError for an entry or
+        tree that is not there.
+        """
+        note = ""
+        if size is None:
+            note = await self.checkpoint()
+            size = open_checkpoint(note, self._signer.verifier).size
+        if not 1 <= seq <= size <= self._writer.size:
+            raise ValueError(f"cannot prove entry {seq} in a tree of {size}: the log has {self._writer.size} entries")
+        index, total = self._index, size
 
         def prove() -> Proof:
             path = merkle.inclusion_path(seq - 1, total, index.node)
-            return Proof(seq, total, index.node(0, seq - 1), merkle.range_root(0, total, index.node), path)
+            root = merkle.range_root(0, total, index.node)
+            return Proof(seq, total, index.payload(seq), index.node(0, seq - 1), root, path, note)
 
         return await asyncio.wrap_future(index.run(prove))
 

@@ -26,6 +26,8 @@ QUEUE_ROWS_MAX: Final = 100_000  # beyond it rows are read from the segments aga
 BATCH_ROWS_MAX: Final = 5_000
 GATHER_SECONDS: Final = 0.02
 OPEN_FILES_MAX: Final = 16
+READ_BYTES: Final = 1024  # most entries fit
+FRAME_BYTES_MAX: Final = segments.FRAME_HEADER_BYTES + segments.PAYLOAD_BYTES_MAX
 # Roots of complete subtrees of 2**TILE_LEVEL leaves are stored, so that a proof reads few leaves.
 TILE_LEVEL: Final = 8
 _VERSION: Final = 1
@@ -151,6 +153,12 @@ class Index:
     def entries(self, query: Query) -> list[Entry]:
         sql, values = query.sql()
         return [self._read(*row) for row in self._sql(sql, values)]
+
+    def payload(self, seq: int) -> bytes:
+        """An entry's canonical bytes."""
+        (row,) = self._sql("SELECT segment, offset, 0 FROM entries WHERE seq = ?", [seq])
+        self._read(seq, row[0], row[1])
+        return self._frame(row[0], row[1]).payload
 
     def node(self, level: int, index: int) -> bytes:
         """The root of a complete subtree, for `merkle`."""
@@ -301,17 +309,19 @@ class Index:
             raise CannotReadLog(f"cannot index entry {wanted}: it is not in {path.name}", remedy="run log verify")
         self._insert(rows)
 
-    def _read(self, seq: int, segment: int, offset: int) -> Entry:
+    def _frame(self, segment: int, offset: int) -> segments.Frame:
         fd = self._file(segment)
-        data = os.pread(fd, segments.FRAME_HEADER_BYTES + 1024, offset)
+        data = os.pread(fd, READ_BYTES, offset)
         try:
-            try:
-                frame = segments.frame_at(data, 0, base=offset)
-            except segments.Damaged as error:
-                if not error.torn:
-                    raise
-                data = os.pread(fd, segments.FRAME_HEADER_BYTES + segments.PAYLOAD_BYTES_MAX, offset)
-                frame = segments.frame_at(data, 0, base=offset)
+            return segments.frame_at(data, 0, base=offset)
+        except segments.Damaged as error:
+            if not error.torn or len(data) < READ_BYTES:
+                raise
+        return segments.frame_at(os.pread(fd, FRAME_BYTES_MAX, offset), 0, base=offset)
+
+    def _read(self, seq: int, segment: int, offset: int) -> Entry:
+        try:
+            frame = self._frame(segment, offset)
             found, time_ns, action = encoding.decode(frame.payload)
         except (segments.Damaged, encoding.NotCanonical) as error:
             raise CannotReadLog(f"cannot read entry {seq}: {error}", remedy="run `stockadectl log verify`") from error

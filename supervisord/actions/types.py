@@ -74,9 +74,11 @@ class Proof:
 
     seq: int
     size: int
+    entry: bytes  # its canonical bytes, which `leaf_hash` is over
     leaf_hash: bytes
     root: bytes
     path: tuple[bytes, ...]
+    checkpoint: str = ""  # a signed one of this size and root, where the caller named no size
 
 
 class CannotOpenLog(StockadeError):  # noqa: N818 - read at the raise, as in supervisord.errors
