@@ -282,7 +282,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         with step("take standard streams"):
             confine.take_stdio(*streams)
-        confine.give_up(agent.plan, filters=agent.filters, terminal=order.tty is not None)
+        confine.give_up(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)
     except StepError as error:

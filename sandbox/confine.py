@@ -56,10 +56,12 @@ def resize(terminal: int, tty: Tty) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", tty.rows, tty.cols, 0, 0))
 
 
-def give_up(plan: SandboxPlan, *, filters: bytes, terminal: bool) -> None:
+def give_up(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> None:
     """Become the agent: session, limits, ids, capabilities, Landlock, and seccomp last. Raises `StepError`.
 
-    Called with standard streams in place, inside all namespaces of the sandbox, the user namespace joined.
+    Called with standard streams in place, inside all namespaces of the sandbox, the user namespace joined. Landlock is
+    for the first process and all its descendants. A process that exec starts later cannot join that domain, and from a
+    domain of its own it could not see the agent in /proc; it has the same mounts. The agent may not look into it either.
     """
     weak = frozenset(plan.weaken)
     with step("start session"):
@@ -80,7 +82,7 @@ def give_up(plan: SandboxPlan, *, filters: bytes, terminal: bool) -> None:
     if "new_privileges" not in weak:
         with step("set no_new_privs"):
             syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    if plan.landlock != "off" and "landlock" not in weak and landlock.ABI:
+    if first and plan.landlock != "off" and "landlock" not in weak and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
     install(filters, plan)

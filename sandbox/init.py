@@ -129,9 +129,9 @@ def _build(control: socket.socket) -> None:
     with step("make mounts private"):
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     clock.mark("private")
-    rootfs = fds[plan.rootfs.fd] if plan.rootfs.fd is not None else os.open("/", os.O_PATH | os.O_CLOEXEC)
-    mounts.make_root(message["base"], plan, rootfs, clock.mark)
-    degraded = mounts.attach_binds(plan, fds, [fds[index] for index in given["maps"]])
+    tree = given["rootfs"]
+    mounts.make_root(message["base"], plan, None if tree is None else fds[tree], clock.mark)
+    mounts.attach_binds(plan, [fds[index] for index in given["binds"]])
     mounts.hide(plan.hide)
     clock.mark("binds")
     with step("enter root"):
@@ -150,7 +150,7 @@ def _build(control: socket.socket) -> None:
     with step("start agent process"):
         pid, pidfd = syscalls.clone3(0)
     if pid == 0:
-        _agent(control, plan, streams, filters, clock, degraded)
+        _agent(control, plan, streams, filters, clock)
     send(control, {"forked": True, "terminal": master is not None}, [pidfd] + ([master] if master is not None else []))
     _reap(plan, filters, pid, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
 
@@ -191,15 +191,14 @@ def _agent(
     streams: tuple[int, int, int],
     filters: bytes,
     clock: Clock,
-    degraded: list[str],
 ) -> NoReturn:
     try:
         with step("take standard streams"):
             confine.take_stdio(*streams)
         clock.mark("fork")
-        confine.give_up(plan, filters=filters, terminal=plan.tty is not None)
+        confine.give_up(plan, filters=filters, terminal=plan.tty is not None, first=True)
         clock.mark("confine")
-        send(control, {"ready": True, "timings_us": clock.steps, "degraded": degraded})
+        send(control, {"ready": True, "timings_us": clock.steps})
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run

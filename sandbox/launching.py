@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import init, landlock, sync, syscalls
+from sandbox import init, landlock, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import CannotConfine, Layout
 from sandbox.loop import READ, Loop
@@ -126,7 +126,7 @@ def _gather(
     """Return the message for the child and its descriptors; what is only for it goes onto `mine`."""
     plan, net = agent.plan, agent.net
     assert net is not None  # noqa: S101 - just taken
-    given = list(fds[: plan.fds_needed()])
+    given: list[int] = []
 
     def add(fd: int, *, own: bool = True) -> int:
         if own:
@@ -139,17 +139,11 @@ def _gather(
         host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
         if "user_namespace" in plan.weaken:
             host_uid, host_gid = plan.uid, plan.gid
-        made: dict[tuple[int, int], int] = {}
-        maps = []
-        for bind in plan.binds:
-            owner = (bind.owner_uid, bind.owner_gid)
-            if owner not in made:
-                made[owner] = add(
-                    workshop.holders.for_mount(
-                        disk_uid=owner[0], disk_gid=owner[1], host_uid=host_uid, host_gid=host_gid
-                    )
-                )
-            maps.append(made[owner])
+    rootfs = None
+    if plan.rootfs.fd is not None:
+        with step("show root file system"):
+            rootfs = add(mounts.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
+    binds = _binds(workshop, agent, fds, (host_uid, host_gid), add)
     with step("make directory of the agent"):
         os.mkdir(agent.directory, 0o700)
         undo.callback(remove_directory, agent.directory)
@@ -168,13 +162,38 @@ def _gather(
         "fds": {
             "network": add(net.agent_ns, own=False),
             "users": users,
-            "maps": maps,
+            "rootfs": rootfs,
+            "binds": binds,
             "exit": add(agent.exit_fd, own=False),
             "stdio": stdio,
             "keep": keep,
             "filter": filters,
         },
     }, given
+
+
+def _binds(
+    workshop: Workshop, agent: Agent, fds: list[int], host: tuple[int, int], add: Callable[..., int]
+) -> list[int]:
+    """Clone what the plan binds, each owner on disk mapped to the agent by one user namespace."""
+    namespaces: dict[tuple[int, int], int] = {}
+    binds = []
+    try:
+        for bind in agent.plan.binds:
+            with step(f"bind {bind.target}"):
+                owner = (bind.owner_uid, bind.owner_gid)
+                if owner not in namespaces:
+                    namespaces[owner] = workshop.holders.for_mount(
+                        disk_uid=owner[0], disk_gid=owner[1], host_uid=host[0], host_gid=host[1]
+                    )
+                tree, degraded = mounts.clone_bind(
+                    bind, fds[bind.fd], namespaces[owner], safe="mount_flags" not in agent.plan.weaken
+                )
+            agent.degraded += degraded
+            binds.append(add(tree))
+    finally:
+        sync.close_all(list(namespaces.values()))
+    return binds
 
 
 def _stdio(
@@ -270,7 +289,6 @@ class Follow:
             self._forked = True
             self._perhaps_built()
         elif message.get("ready"):
-            agent.degraded = list(message["degraded"])
             agent.timings_us |= {f"child.{name}": value for name, value in message["timings_us"].items()}
             self._ready = True
             self._perhaps_built()
@@ -321,7 +339,7 @@ class Follow:
         agent = self._agent
         agent.loop.cancel(self._deadline)
         # The answer waits until everything is undone: who hears "failed" may launch again with the same ids.
-        agent.gone.insert(0, lambda _agent: self._answer(error))
+        agent.gone.append(lambda _agent: self._answer(error))
         agent.end()
 
     def _answer(self, error: StepError | None) -> None:

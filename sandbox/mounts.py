@@ -50,14 +50,18 @@ _TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
-def make_root(base: str, plan: SandboxPlan, rootfs: int, mark: Callable[[str], None]) -> None:
+def make_root(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> None:
     """Build the root at `base` (an existing directory) up to the workspace; the working directory is the root then.
 
-    `rootfs` is an O_PATH descriptor of the directory that stands for `/`: the host's own, or that of the plan.
+    `tree` is a detached mount of the directory that stands for `/`; None for the host's own.
     """
     weak = frozenset(plan.weaken)
     flags = 0 if "mount_flags" in weak else _MS_SAFE
     with step("make root"):
+        if tree is not None:
+            # Under the root to be, which covers it: it goes with the old root.
+            syscalls.move_mount(tree, "", syscalls.AT_FDCWD, base, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        rootfs = os.open("/" if tree is None else base, os.O_PATH | os.O_CLOEXEC)
         _tmpfs(base, flags, plan.scratch.root_bytes, mode=0o755, inodes=4096)
         os.chdir(base)
     with step("show root file system"):
@@ -237,12 +241,13 @@ def _make_proc(weak: frozenset[str]) -> None:
         os.close(null)
 
 
-def _mask_file(null: int, target: str) -> None:
-    """Cover a file with a null device on a nodev mount: it opens for nobody."""
+def _mask_file(null: int, target: str, *, at: int = syscalls.AT_FDCWD) -> None:
+    """Cover a file (`at` alone, where the path is empty) with a null device on a nodev mount: it opens for nobody."""
     tree = syscalls.open_tree(null, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH)
     try:
         syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=_RO | _SAFE | syscalls.MOUNT_ATTR_NOEXEC)
-        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | (0 if target else syscalls.MOVE_MOUNT_T_EMPTY_PATH)
+        syscalls.move_mount(tree, "", at, target, flags)
     finally:
         os.close(tree)
 
@@ -269,22 +274,14 @@ def _make_scratch(plan: SandboxPlan, flags: int) -> None:
 # --- binds ---------------------------------------------------------------------------------------------------------
 
 
-def attach_binds(plan: SandboxPlan, fds: list[int], maps: list[int]) -> list[str]:
-    """Bind what the plan names, each through its own id map; return what had to be done with less (`degraded`).
+def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, list[str]]:
+    """Return a detached mount of what the bind names, ids mapped, and what had to be done with less (`degraded`).
 
-    `fds` are the descriptors of the plan, `maps` one user namespace a bind. Raises `StepError`.
+    Runs in the launcher: a mount can be cloned only in the mount namespace in which its descriptor was opened.
     """
     degraded: list[str] = []
-    for bind, userns in zip(plan.binds, maps, strict=True):
-        with step(f"bind {bind.target}"):
-            degraded += _attach(bind, fds[bind.fd], userns, safe="mount_flags" not in plan.weaken)
-    return degraded
-
-
-def _attach(bind: Bind, fd: int, userns: int, *, safe: bool) -> list[str]:
-    degraded: list[str] = []
     read_only = not bind.writable
-    tree = syscalls.open_tree(fd, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH)
+    tree = clone_tree(fd, bind.target)
     try:
         try:
             syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=syscalls.MOUNT_ATTR_IDMAP, userns_fd=userns)
@@ -302,16 +299,38 @@ def _attach(bind: Bind, fd: int, userns: int, *, safe: bool) -> list[str]:
             degraded.append(f"no-idmap: {bind.target} is read-only and shows the owner of the host")
         attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
         syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=attributes)
-        target = _target(bind.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
-        try:
-            syscalls.move_mount(
-                tree, "", target, "", syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
-            )
-        finally:
-            os.close(target)
-    finally:
+    except BaseException:
         os.close(tree)
-    return degraded
+        raise
+    return tree, degraded
+
+
+def clone_tree(fd: int, target: str, flags: int = 0) -> int:
+    """Return a detached copy of the mount behind an O_PATH descriptor, from that directory or file on."""
+    try:
+        return syscalls.open_tree(fd, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH | flags)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise StepError(
+            f"bind {target}",
+            errno.EINVAL,
+            "its descriptor is of another mount namespace",
+            "run stockaded without mount sandboxing (PrivateTmp=, ProtectSystem=, ProtectHome=) or the launcher with it",
+        ) from error
+
+
+def attach_binds(plan: SandboxPlan, trees: list[int]) -> None:
+    """Put the detached mounts of the plan's binds, one each, where they belong. Raises `StepError`."""
+    for bind, tree in zip(plan.binds, trees, strict=True):
+        with step(f"bind {bind.target}"):
+            target = _target(bind.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+            try:
+                syscalls.move_mount(
+                    tree, "", target, "", syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
+                )
+            finally:
+                os.close(target)
 
 
 def _target(path: str, *, directory: bool) -> int:
@@ -345,11 +364,10 @@ def hide(paths: tuple[str, ...]) -> None:
                 except (FileNotFoundError, NotADirectoryError):
                     continue
                 try:
-                    place = f"/proc/self/fd/{fd}"
                     if stat.S_ISDIR(os.fstat(fd).st_mode):
-                        _mask_directory(place)
+                        _mask_directory(f"/proc/self/fd/{fd}")
                     else:
-                        _mask_file(null, place)
+                        _mask_file(null, "", at=fd)
                 finally:
                     os.close(fd)
     finally:

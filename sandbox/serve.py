@@ -188,10 +188,12 @@ class Server:
             answer(error)
         except InvalidPlan as error:
             answer(StepError("check request", 0, str(error)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             answer(StepError("check request", 0, f"{type(error).__name__}: {error}"))
-        except (OSError, CannotConfine) as error:
-            answer(StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, str(error)))
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the process that holds every agent
+            answer(
+                StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}")
+            )
 
     def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         for connection in list(self.connections):

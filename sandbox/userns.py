@@ -13,6 +13,7 @@ from sandbox import syscalls
 from sandbox.plan import IdRange
 
 HOLDERS: Final = 3
+ENDED_MAX: Final = 4
 
 
 class Holders:
@@ -21,15 +22,19 @@ class Holders:
     def __init__(self, size: int = HOLDERS) -> None:
         self._size = size
         self._pids: list[tuple[int, int]] = []
+        self._ended: list[int] = []
 
     def refill(self) -> bool:
         """Make one more if one is missing; True where more are missing still."""
+        self._ended = [pid for pid in self._ended if not _reaped(pid)]
         if len(self._pids) < self._size:
             self._pids.append(_hold())
         return len(self._pids) < self._size
 
     def take(self, uid_map: str, gid_map: str) -> int:
         """Return a descriptor of a user namespace with these maps; the caller owns it."""
+        if len(self._ended) > ENDED_MAX:
+            self._ended = [pid for pid in self._ended if not _reaped(pid)]
         pid, pidfd = self._pids.pop() if self._pids else _hold()
         try:
             # The order is free for a writer with CAP_SETGID in the parent namespace (user_namespaces(7)).
@@ -37,7 +42,9 @@ class Holders:
             _write(f"/proc/{pid}/uid_map", uid_map)
             return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
-            _end(pid, pidfd)
+            # Its memory is torn down while the launch goes on; reaped when there is time.
+            _end(pidfd)
+            self._ended.append(pid)
 
     def for_agent(self, ids: IdRange) -> int:
         line = f"0 {ids.start} {ids.size}"
@@ -49,7 +56,13 @@ class Holders:
 
     def close(self) -> None:
         while self._pids:
-            _end(*self._pids.pop())
+            pid, pidfd = self._pids.pop()
+            _end(pidfd)
+            self._ended.append(pid)
+        for pid in self._ended:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        self._ended.clear()
 
 
 def _hold() -> tuple[int, int]:
@@ -67,12 +80,17 @@ def _hold() -> tuple[int, int]:
     return pid, pidfd
 
 
-def _end(pid: int, pidfd: int) -> None:
+def _end(pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
     os.close(pidfd)
+
+
+def _reaped(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
 
 
 def _write(path: str, text: str) -> None:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sandbox import sync, syscalls
-from sandbox.plan import AGENT_ID_FIRST, IDS_PER_AGENT, IdRange, Limits, SandboxPlan, Scratch
+from sandbox import seccomp, sync, syscalls
+from sandbox.cgroups import detect, reconcile
+from sandbox.plan import AGENT_ID_FIRST, IDS_PER_AGENT, IdRange, Limits, SandboxPlan, Scratch, pack_filters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "sandbox" / "launcher.py"
 FILTER = "test-filter"
-ENV = (("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/home/agent"), ("LANG", "C.UTF-8"))
+ENV = (
+    ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+    ("HOME", "/home/agent"),
+    ("LANG", "C.UTF-8"),
+)
 # Slots high up, so that tests stay clear of a daemon on the same host.
 _slots = iter(range(2000 + secrets.randbelow(1000), 4000))
 
@@ -94,7 +99,7 @@ class Launcher:
         try:
             launcher.request("hello")
             if filters:
-                launcher.send_filter(FILTER, test_filter())
+                launcher.send_filter(FILTER, default_filter())
         except BaseException:
             launcher.close()
             raise
@@ -132,8 +137,6 @@ class Launcher:
 
     def _sweep(self) -> None:
         """Remove what a launcher that was killed may have left: groups of this instance."""
-        from sandbox.cgroups import detect, reconcile  # noqa: PLC0415 - only here
-
         with contextlib.suppress(Exception):
             reconcile(self.instance, ())
         with contextlib.suppress(Exception):
@@ -273,12 +276,12 @@ def _connect(run_dir: Path) -> socket.socket:
             return sock
 
 
-def test_filter() -> bytes:
+_compiled: list[bytes] = []
+
+
+def default_filter() -> bytes:
     """Return the default profile, compiled once a test run."""
-    from sandbox import seccomp  # noqa: PLC0415 - needs libseccomp
-
-    _, blob = seccomp.compile("default")
-    return blob
-
-
-test_filter.__test__ = False  # type: ignore[attr-defined]
+    if not _compiled:
+        filters = seccomp.compile(seccomp.load(ROOT / "policies" / "seccomp" / "default.json"))
+        _compiled.append(pack_filters(filters.programs))
+    return _compiled[0]
