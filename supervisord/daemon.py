@@ -131,6 +131,7 @@ class Daemon:
             actions=self._actions,
             plane=self._plane,
             requests=self._requests,
+            store=self._store,
             route=Route(
                 preface=embedded,
                 forwarding=embedded or bool(config.gateway.forward_proxy),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from supervisord.egress_plane import EgressPlane
     from supervisord.requests import Requests
     from supervisord.scopes import GrantBook
+    from supervisord.store import Store
 
 log = structlog.get_logger()
 
@@ -69,6 +70,7 @@ class Exchanges:
         actions: ActionLog,
         plane: EgressPlane,
         requests: Requests,
+        store: Store,
         route: Route,
         on_deny: Callable[[Agent], OnDeny],
         now: Callable[[], float],
@@ -78,6 +80,7 @@ class Exchanges:
         self._actions = actions
         self._plane = plane
         self._requests = requests
+        self._store = store
         self._route = route
         self._on_deny = on_deny
         self._now = now
@@ -205,8 +208,9 @@ class Exchanges:
             else:
                 opened.grant_id, opened.reserved = verdict.grant_id, taken
         try:
+            await self._keep_uses(opened)
             await self._record(agent, ask, verdict)
-        except CannotRecord as error:
+        except StockadeError as error:
             self._give_back(opened, used=False)
             log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
@@ -234,6 +238,13 @@ class Exchanges:
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
         return amounts if metered else Amounts()
+
+    async def _keep_uses(self, opened: Open) -> None:
+        """Write down that a counted use was taken, so that a restart gives none of them again."""
+        if opened.grant_id:
+            grant = self._book.get(GrantId(opened.grant_id))
+            if grant.max_uses is not None:
+                await self._store.update_uses({grant.grant_id: grant.uses + grant.reserved})
 
     def _still(self, agent: Agent, opened: Open) -> messages.Refuse | None:
         """Look once more after the wait for the disk: a revocation or a kill may have come in between."""

@@ -123,15 +123,20 @@ def gateway_document(config: Config) -> dict[str, object]:
 
 def _model(route: ModelRoute) -> dict[str, object]:
     model: dict[str, object] = {"name": route.name, "kind": route.kind.value}
-    if "*" not in route.name and "?" not in route.name:
-        model["listed"] = [route.name]
+    if route.listed or not set(route.name) & set("*?["):
+        model["listed"] = list(route.listed) or [route.name]
     if route.script is not None:
         model["script"] = str(route.script)
     if route.kind in (ModelKind.OPENAI, ModelKind.ANTHROPIC):
         model["url"] = route.url
         model["model"] = route.model
+        if route.kind is ModelKind.OPENAI:
+            model["responses"] = route.responses
         if route.key_file is not None:
             model["key"] = read_secret(route.key_file)
+    if route.kind is ModelKind.LOCAL:
+        model["path"] = "" if route.path is None else str(route.path)
+        model["context_tokens"] = route.context_tokens
     if route.input_usd_per_mtok is not None and route.output_usd_per_mtok is not None:
         model["price"] = {
             "input_usd_per_mtok": route.input_usd_per_mtok,

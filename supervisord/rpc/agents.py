@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
@@ -98,7 +99,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             content = request.definition_yaml.decode()
         except UnicodeDecodeError as error:
             raise InvalidInput(f"cannot read {source}: it is not UTF-8", remedy="save it as UTF-8") from error
-        found = self._policies.check(content, source=source)
+        directory = PurePosixPath(request.definition_directory) if request.definition_directory else None
+        if directory is not None and not directory.is_absolute():
+            raise InvalidInput("cannot launch: definition_directory is not absolute", remedy="write it in full")
+        found = self._policies.check(content, source=source, directory=directory)
         if not isinstance(found, AgentSpec):
             raise InvalidInput(f"cannot launch {source}: its kind is Policy, not Agent", remedy="give an agent's file")
         return found

@@ -46,7 +46,7 @@ def status_of(error: StockadeError) -> status_pb2.Status:
     return status_pb2.Status(code=STATUS[error.code].value[0], message=error.message, details=details)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Turns our errors into statuses for every method, so that none needs to."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:

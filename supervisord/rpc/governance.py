@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from stockade.v1 import (
@@ -231,7 +232,7 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
     ) -> policies_pb2.CheckPolicyResponse:
         source = convert.text("file name", request.filename) or "policy"
         try:
-            found = self._policies.check(request.content.decode(), source=source)
+            found = self._policies.check(request.content.decode(), source=source, directory=PurePosixPath("/"))
         except InvalidDocument as error:
             problems = [
                 policies_pb2.PolicyProblem(
