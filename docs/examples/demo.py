@@ -37,7 +37,7 @@ def say(text: str) -> None:
 class StatusPage(http.server.BaseHTTPRequestHandler):
     """The payment provider's status page: a real server, on loopback."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_GET(self) -> None:
         """Answer with the state of the components."""
         body = b'{"components": [{"name": "card payments", "status": "major_outage", "since": "09:39 UTC"}]}\n'
         self.send_response(200)
@@ -148,7 +148,7 @@ script = "{HERE}/triage-model.json"
 def act(demo: Demo) -> None:
     """Go through the story; any step that does not go as told ends the demo."""
     say("1. What a sandbox looks like from inside: one route, a model list, and no way anywhere else.")
-    inside = 'ip route; curl -sS $OPENAI_BASE_URL/models; echo; curl -sS --noproxy "*" --max-time 3 http://192.0.2.1/ || true'
+    inside = 'ip route; curl -sS $OPENAI_BASE_URL/models; echo; curl -sS --noproxy "*" -m 3 http://192.0.2.1/ || true'
     demo.show("run", "--", "sh", "-c", inside)
 
     say("2. A real agent (OpenAI Agents SDK) gets a directory of logs, the model API, and nothing else.")

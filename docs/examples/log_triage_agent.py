@@ -1,7 +1,7 @@
 """An agent that finds out why a shop's checkout fails: OpenAI Agents SDK, four tools, nothing about its sandbox in it.
 
-It reads the logs in its workspace, asks the model what they mean, looks at the payment provider's status page, and writes
-REPORT.md. Where it may not reach the page it says what it lacks, and tries again until somebody grants it or time is up.
+It reads the logs in its workspace, asks the model what they mean, looks at the payment provider's status page, and
+writes REPORT.md. Where it may not reach the page it says what it lacks, and tries again until somebody grants it.
 """
 
 import asyncio
