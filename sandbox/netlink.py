@@ -34,6 +34,7 @@ IFF_UP: Final = 0x1
 IFLA_ADDRESS: Final = 1
 IFLA_IFNAME: Final = 3
 IFLA_LINKINFO: Final = 18
+IFLA_IFALIAS: Final = 20
 IFLA_NET_NS_FD: Final = 28
 IFLA_INFO_KIND: Final = 1
 IFLA_INFO_DATA: Final = 2
@@ -113,8 +114,9 @@ def veth(
     return message(RTM_NEWLINK, body, flags=NLM_F_CREATE | NLM_F_EXCL)
 
 
-def link_up(index: int) -> bytes:
-    return message(RTM_NEWLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, index, IFF_UP, IFF_UP))
+def link_up(index: int, *, alias: str = "") -> bytes:
+    name = text(IFLA_IFALIAS, alias) if alias else b""
+    return message(RTM_NEWLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, index, IFF_UP, IFF_UP) + name)
 
 
 def address(local: str, *, prefix: int, index: int) -> bytes:

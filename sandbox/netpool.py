@@ -52,12 +52,15 @@ _AGENT_MESSAGES: Final = (
     netlink.permanent_neighbour(GATE_ADDRESS, mac=_GATE_MAC, index=_INDEX),
 )
 _GATE_MESSAGES: Final = (
-    netlink.link_up(_INDEX),
     netlink.address(GATE_ADDRESS, prefix=32, index=_INDEX),
     netlink.host_route(AGENT_ADDRESS, index=_INDEX, source=GATE_ADDRESS),
     netlink.permanent_neighbour(AGENT_ADDRESS, mac=_AGENT_MAC, index=_INDEX),
 )
-_GATE_DATAGRAM: Final = netlink.numbered(_GATE_MESSAGES)
+
+
+def alias(instance: str) -> str:
+    """The name that the gate's end of every veth of an instance carries."""
+    return f"stockade-{instance}"
 
 
 class CannotMakeNetwork(RuntimeError):  # noqa: N818 - reads as what happened
@@ -111,7 +114,9 @@ class Pool:
         self._size = size
         self._stock: list[Net] = []
         self._broken = False
-        self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        # The alias says whose it is, should an operator ever move it out of its namespace (sandbox/network.py).
+        self._gate_messages = (netlink.link_up(_INDEX, alias=alias(instance)), *_GATE_MESSAGES)
+        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._ipv6_present = Path(_SYSCTL, "ipv6/conf/all/disable_ipv6").exists()
         self._gate_rules = nftables.gate_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)
         self._agent_rules = nftables.agent_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)
@@ -193,14 +198,15 @@ class Pool:
             firewall = _load(agent_filter, self._agent_rules) or _load(gate_filter, self._gate_rules) or "nftables"
             messages = (pair, *_AGENT_MESSAGES)
             agent_route.perform(netlink.numbered(messages), last=len(messages), what="the agent's namespace")
-            gate_route.perform(_GATE_DATAGRAM, last=len(_GATE_MESSAGES), what="the gate")
+            last = len(self._gate_messages)
+            gate_route.perform(netlink.numbered(self._gate_messages), last=last, what="the gate")
         undo.pop_all()
         ipv6 = "disabled" if self._ipv6_present else "not in this kernel"
         return Net(agent_ns, gate_ns, listener.detach(), self._port, ipv6, firewall)
 
     def _enter_new(self, undo: contextlib.ExitStack, extra: tuple[str, str]) -> int:
         unshare(CLONE_NEWNET)
-        fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         undo.callback(os.close, fd)
         # IPv6 before any link: bringing one up would give it a fe80:: address at once.
         for name, value in (*((_IPV6,) if self._ipv6_present else ()), _FORWARD, extra):

@@ -16,6 +16,7 @@ import pytest
 
 from sandbox.netlink import Netlink, NetlinkError, link_up, numbered
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
+from sandbox.network import CannotInspect, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -311,3 +312,49 @@ def test_a_refused_message_is_named(net: Net) -> None:
     assert net.listener >= 0
     with Netlink() as route, pytest.raises(NetlinkError, match="message 2 of 2"):
         route.perform(numbered((link_up(1), link_up(2**30))), last=2, what="a link that is not there")
+
+
+def test_inspection_by_other_code_sees_what_posture_says(net: Net) -> None:
+    seen = inspect(net.agent_ns)
+    assert seen.interfaces == ("eth0", "lo")
+    assert seen.addresses == ("127.0.0.1/8 dev lo", "198.18.0.2/32 dev eth0")
+    assert seen.routes == ("198.18.0.1 dev eth0",)
+    assert seen.neighbours == ("198.18.0.1 dev eth0 lladdr 02:00:00:00:00:01",)
+    gate = inspect(net.gate_ns)
+    assert gate.interfaces == ("gate0", "lo")
+    assert gate.routes == ("198.18.0.2 dev gate0",)
+    with open("/dev/null", "rb") as file, pytest.raises(CannotInspect, match="cannot look into"):  # noqa: PTH123
+        inspect(file.fileno())
+
+
+def test_reconcile_removes_what_was_named_by_hand_and_nothing_else() -> None:
+    """In a network and mount namespace of its own: the host's /run/netns is not touched."""
+    script = """
+        set -e
+        mount -t tmpfs none /run
+        for i in ns-t1-ag_dead ns-t1-ag_live ns-t2-ag_dead; do ip netns add stockade-${i#ns-}; done
+        ip netns add other
+        ip link add a0 type veth peer name a1
+        ip link add b0 type veth peer name b1
+        ip link set a0 alias stockade-t1
+        ip link set b0 alias stockade-t11
+        "$1" -c "from sandbox.network import reconcile; print(*reconcile('t1', {'ag_live'}), sep='\\n')"
+        ip netns list | sed 's/ .*//' | sort
+        ip -br link | sed 's/[@ ].*//' | sort
+        "$1" -c "from sandbox.network import reconcile; print(len(reconcile('t1', {'ag_live'})))"
+    """
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-c", textwrap.dedent(script), "sh", sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "veth a0",
+        "network namespace stockade-t1-ag_dead",
+        *["other", "stockade-t1-ag_live", "stockade-t2-ag_dead"],
+        *["b0", "b1", "lo"],
+        "0",
+    ]
