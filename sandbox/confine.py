@@ -139,8 +139,6 @@ def writable_places(plan: SandboxPlan) -> Iterator[str]:
     """Yield what Landlock leaves writable: scratch, devices, /proc/self, the writable binds, and where grants appear."""
     yield from ("/tmp", "/home/agent", "/dev", "/proc", "/workspace", "/grants")  # noqa: S108 - inside the sandbox
     yield from (bind.target for bind in plan.binds if bind.writable and bind.target != "/workspace")
-    if "read_only_root" in plan.weaken:
-        yield "/"
 
 
 def execute(argv: Sequence[str], env: Sequence[tuple[str, str]], cwd: str) -> NoReturn:

@@ -339,11 +339,23 @@ def _target(path: str, *, directory: bool) -> int:
     parts = path.strip("/").split("/")
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        with contextlib.suppress(FileExistsError):
+        try:
             if last and not directory:
                 os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=here))
             else:
                 os.mkdir(part, 0o755, dir_fd=here)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            # EOVERFLOW: here is another bind, whose id map has no place for root. Nothing is made on the host's disk.
+            if error.errno not in (errno.EOVERFLOW, errno.EROFS):
+                raise
+            raise StepError(
+                f"bind {path}",
+                error.errno,
+                "there is no such place in what is bound above it",
+                "make it on the host, or choose a target that is not below another bind",
+            ) from error
         try:
             inner = syscalls.openat2(here, part, os.O_PATH | os.O_NOFOLLOW, resolve=_IN_ROOT)
         finally:

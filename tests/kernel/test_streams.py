@@ -70,7 +70,9 @@ def test_output_is_bounded_and_the_last_of_it_is_kept(launcher: Launcher) -> Non
 
 def test_terminal_has_size_owner_and_hang_up(launcher: Launcher) -> None:
     agent = launcher.launch(["/bin/sh"], tty=Tty(24, 80), stdin=True)
-    write(launcher, agent.agent_id, b"tty; stty size; echo 'caf\xc3\xa9' > /dev/tty; : > /dev/stdout && echo opened\n")
+    write(
+        launcher, agent.agent_id, b"tty; stty size; echo 'caf\xc3\xa9' > /dev/tty; : > /dev/stdout && echo open''ed\n"
+    )
     until(lambda: "opened\r\n" in agent.stdout)
     assert "/dev/pts/0" in agent.stdout
     assert "24 80" in agent.stdout
@@ -130,7 +132,7 @@ def test_exec_sees_the_agent_and_not_pid_1(launcher: Launcher, sleeper: Agent) -
 def test_exec_streams_status_and_input(launcher: Launcher, sleeper: Agent) -> None:
     launcher.start_exec(sleeper, ["/bin/sh", "-c", "cat; echo err >&2; exit 9"], stream_id="st_a", stdin=True)
     write(launcher, "st_a", b"data", eof=True)
-    event = launcher.event(lambda e: e.get("ev") == "exec_exited")
+    event = launcher.event(lambda e: e.get("stream_id") == "st_a")
     assert event["status"] == {"code": 9, "signal": None}
     assert sleeper.read("exec-st_a.out") == "data"
     assert sleeper.read("exec-st_a.err") == "err\n"
@@ -164,7 +166,7 @@ def test_exec_ends_with_the_agent(launcher: Launcher, sleeper: Agent) -> None:
 def test_signals_reach_the_first_process_and_streams(launcher: Launcher, sleeper: Agent) -> None:
     launcher.start_exec(sleeper, ["/bin/sleep", "1000"], stream_id="st_c")
     launcher.request("signal", stream_id="st_c", signal=15)
-    event = launcher.event(lambda e: e.get("ev") == "exec_exited")
+    event = launcher.event(lambda e: e.get("stream_id") == "st_c")
     assert event["status"] == {"code": None, "signal": 15}
     launcher.request("signal", agent_id=sleeper.agent_id, signal=2)
     assert launcher.wait(sleeper).status == {"code": None, "signal": 2}
