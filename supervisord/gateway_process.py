@@ -49,7 +49,8 @@ class GatewayProcess:
         """Start it and wait until it serves; raises Unavailable with what it said."""
         end_leftover(self._record)
         directory = socket_path(self._config).parent
-        directory.mkdir(mode=0o711, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o711)  # the dialer's user passes; whom the socket serves, its mode and SO_PEERCRED say
         document = gateway_document(self._config)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:

@@ -190,10 +190,9 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
     async def Prove(self, request: actions_pb2.ProveRequest, _context: Context) -> actions_pb2.ProveResponse:
         if not 1 <= request.seq <= self._actions.size:
             raise NotFound(f"cannot prove entry {request.seq}: there is none", remedy="see `stockadectl actions`")
-        checkpoint = await self._actions.checkpoint()
         proof = await self._actions.proof(request.seq)
         return actions_pb2.ProveResponse(
-            entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=checkpoint
+            entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=proof.checkpoint
         )
 
     def _agent_id(self, name: str) -> str | None:
