@@ -40,7 +40,7 @@ class EmbeddedGateway:
         self.config = {
             "socket_path": str(self.socket_path),
             "allowed_uid": os.getuid(),
-            "user": None,
+            "user": "nobody",
             "models": [],
             **config,
         }
@@ -50,7 +50,12 @@ class EmbeddedGateway:
         self.life_line, theirs = socket.socketpair()
         # The child's end becomes descriptor 3 whatever number it has here.
         self.process = subprocess.Popen(
-            ["/bin/bash", "-c", f'exec "$0" -I -m gateway_client.gateways.embedded 3<&{theirs.fileno()}', sys.executable],
+            [
+                "/bin/bash",
+                "-c",
+                f'exec "$0" -I -m gateway_client.gateways.embedded 3<&{theirs.fileno()}',
+                sys.executable,
+            ],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
         )
@@ -135,9 +140,7 @@ def run_conformance(url: str, model: str, *cases: str, key: str = "sk-test") -> 
     """Run cases of conformance_client.py with the official SDKs; return what they understood, by case."""
     script = Path(__file__).with_name("conformance_client.py")
     if not AGENTS_PYTHON.exists():
-        raise FileNotFoundError(
-            f"{AGENTS_PYTHON} is missing: run ./bootstrap test, or install tests/e2e/requirements-agents.txt there"
-        )
+        raise FileNotFoundError(f"{AGENTS_PYTHON} is missing: run ./bootstrap test (tests/e2e/requirements-agents.txt)")
     done = subprocess.run(
         [AGENTS_PYTHON, "-I", script, url, model, key, *cases], check=False, capture_output=True, text=True, timeout=100
     )

@@ -36,6 +36,8 @@ _SSE: Final = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-
 _CREATED_AT: Final = "2026-01-01T00:00:00Z"
 _CREATED: Final = 1_767_225_600
 
+SHOWN_CHARS_MAX: Final = 300  # of what an agent sent, in a log line or an error
+
 _log = structlog.get_logger()
 
 
@@ -51,14 +53,20 @@ class Api:
         try:
             await self._dispatch(request, respond)
         except RequestError as failure:
-            _log.info("refused", agent_id=agent_id, path=request.path, status=failure.status, reason=failure.message)
+            _log.info(
+                "refused",
+                agent_id=agent_id,
+                path=request.path[:SHOWN_CHARS_MAX],
+                status=failure.status,
+                reason=failure.message[:SHOWN_CHARS_MAX],
+            )
             if respond.started:
                 raise
             await _fail(request, respond, failure)
         except (OSError, TimeoutError, h11.LocalProtocolError):
             raise  # whoever asked has gone away
         except Exception:
-            _log.exception("broken", agent_id=agent_id, path=request.path)
+            _log.exception("broken", agent_id=agent_id, path=request.path[:SHOWN_CHARS_MAX])
             if respond.started:
                 raise
             await _fail(
@@ -84,7 +92,7 @@ class Api:
                 raise RequestError(f"cannot {request.method} {path}: the method is not known here", status=405)
             case _:
                 served = ", ".join((*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH))
-                raise RequestError(f"cannot find {path}: this gateway serves {served}", status=404)
+                raise RequestError(f"cannot find {path[:SHOWN_CHARS_MAX]}: this gateway serves {served}", status=404)
 
     async def _count(self, request: Request, respond: Responder) -> None:
         ask = messages.parse(read_json(request), counting=True)

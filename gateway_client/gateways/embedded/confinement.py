@@ -44,19 +44,9 @@ RESOLVE: Final = (
 LOOP: Final = ("accept", "epoll_create1", "eventfd2", "pipe2", "socketpair")
 
 THREADS_MAX: Final = 256
-FIRST_CLOSED_DESCRIPTOR: Final = 64
-"""The life line, the listener and model files have lower numbers: nothing else was opened before."""
 
 
 def give_up_root(user: str) -> tuple[str, ...]:
     """Become `user` for good; return the facts as the kernel reports them."""
     calls = tuple(dict.fromkeys((*STEADY, *DIAL, *RESOLVE, *LOOP)))
-    return confine(
-        Confinement(
-            user=user,
-            system_calls=calls,
-            own_network=False,
-            keep_fds_below=FIRST_CLOSED_DESCRIPTOR,
-            processes_max=THREADS_MAX,
-        )
-    )
+    return confine(Confinement(user=user, system_calls=calls, own_network=False, processes_max=THREADS_MAX))

@@ -21,6 +21,7 @@ class Limits:
     """What one connection may send and how long it may take. Times are seconds."""
 
     head_bytes_max: int = 64 * 1024
+    target_bytes_max: int = 4 * 1024
     body_bytes_max: int = 32 * 1024 * 1024
     idle_seconds_max: float = 120.0
     body_seconds_max: float = 120.0
@@ -40,8 +41,8 @@ class Request:
         return next((value for key, value in self.headers if key == name), None)
 
 
-class BodyError(Exception):
-    """A body that is too large or too slow; `status` is the answer."""
+class UnacceptableError(Exception):
+    """A request that is too large or too slow; `status` is the answer."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -95,8 +96,8 @@ class Connection:
                 if request is None:
                     return
                 await handle(request, responder)
-            except (h11.RemoteProtocolError, BodyError) as error:
-                status = error.status if isinstance(error, BodyError) else error.error_status_hint
+            except (h11.RemoteProtocolError, UnacceptableError) as error:
+                status = error.status if isinstance(error, UnacceptableError) else error.error_status_hint
                 if not responder.started and self._wire.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     headers, body = refuse(status, f"cannot read request: {error}")
                     await responder.whole(status, (*headers, (b"connection", b"close")), body)
@@ -120,11 +121,13 @@ class Connection:
             return None
         if not isinstance(head, h11.Request):
             return None
+        if len(head.target) > self._limits.target_bytes_max:
+            raise UnacceptableError(f"the target is longer than {self._limits.target_bytes_max} bytes", 414)
         try:
             async with asyncio.timeout(self._limits.body_seconds_max):
                 body = await self._body(head.headers)
         except TimeoutError as error:
-            raise BodyError("the body took too long", 408) from error
+            raise UnacceptableError("the body took too long", 408) from error
         path, _, query = head.target.decode("ascii", "replace").partition("?")
         return Request(head.method.decode("ascii"), path, query, tuple(head.headers), body)
 
@@ -138,12 +141,12 @@ class Connection:
             body += event.data
             self._check_length(len(body))
         if not isinstance(event, h11.EndOfMessage):
-            raise BodyError("the connection ended inside the body", 400)
+            raise UnacceptableError("the connection ended inside the body", 400)
         return bytes(body)
 
     def _check_length(self, length: int) -> None:
         if length > self._limits.body_bytes_max:
-            raise BodyError(f"the body is larger than {self._limits.body_bytes_max} bytes", 413)
+            raise UnacceptableError(f"the body is larger than {self._limits.body_bytes_max} bytes", 413)
 
     async def _next_event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
         while (event := self._wire.next_event()) is h11.NEED_DATA:

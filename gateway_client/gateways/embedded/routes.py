@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gateway_client.gateways.embedded.conversation import Model, RequestError, Usage
+from gateway_client.gateways.prices import Price
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gateway_client.gateways.prices import Price, PriceTable
+    from gateway_client.gateways.prices import PriceTable
 
-_GLOB = frozenset("*?[")
+FREE: Final = Price(0.0, 0.0)
+"""Of models on this machine: not an estimate."""
+
+_GLOB: Final = frozenset("*?[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,9 @@ class Routes:
         return list(dict.fromkeys(name for route in self.routes for name in route.shown))
 
     def priced(self, usage: Usage, route: Route, model: str) -> Usage:
-        """Return the usage with its cost: the operator's price, what the model says, or the table's estimate."""
-        price = route.price or (self.prices.find(model) if usage.cost_usd is None else None)
+        """Return the usage with its cost: by the operator's price, else by the table, else as it was."""
+        price = route.price or self.prices.find(model)
         if price is None:
             return usage
-        return replace(usage, cost_usd=price.cost(usage.input_tokens, usage.output_tokens), cost_estimated=True)
+        cost = price.cost(usage.input_tokens, usage.output_tokens)
+        return replace(usage, cost_usd=cost, cost_estimated=price != FREE)

@@ -28,7 +28,7 @@ async def serve(listener: socket.socket, script: scripts.Script | None) -> None:
     models = DEFAULT_MODELS if script is None else tuple(
         ModelConfig(model.name, model.kind, script="file") for model in DEFAULT_MODELS
     )  # fmt: skip
-    api = build_api(models, {} if script is None else {"file": script})
+    api = build_api(models, {} if script is None else {"file": script}, says_cost=False)
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

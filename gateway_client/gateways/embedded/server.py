@@ -70,7 +70,7 @@ class Server:
         self._open: Counter[str] = Counter()
 
     async def start(self, listener: socket.socket) -> asyncio.Server:
-        return await asyncio.start_unix_server(self._accepted, sock=listener, limit=READ_BYTES * 4)
+        return await asyncio.start_unix_server(self._accepted, sock=listener, limit=READ_BYTES * 4, backlog=BACKLOG)
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

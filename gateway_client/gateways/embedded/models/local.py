@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway_client.gateways import sse
-from gateway_client.gateways.embedded.conversation import RequestError, Usage
+from gateway_client.gateways.embedded.conversation import RequestError
 from gateway_client.gateways.embedded.models import translate
 from gateway_client.gateways.embedded.models.scripted import count_tokens
 
@@ -91,9 +91,7 @@ class LocalModel:
                     yield delta
         finally:
             abandoned.set()
-        done = reader.done()
-        used = Usage(done.usage.input_tokens, done.usage.output_tokens, cost_usd=0.0, cost_estimated=False)
-        yield type(done)(done.stop, used)
+        yield reader.done()
 
     def _start(self) -> Any:
         with self._starting:

@@ -75,7 +75,7 @@ class ScriptedModel:
                 yield TextDelta(piece) if isinstance(part, Text) else CallDelta(piece)
             if stop is Stop.LENGTH:
                 break
-        yield Done(stop, Usage(input_tokens, output_tokens, cost_usd=0.0, cost_estimated=False))
+        yield Done(stop, Usage(input_tokens, output_tokens))
 
 
 def _cut(text: str, tokens_max: int) -> str:
