@@ -39,12 +39,12 @@ from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
-from supervisord.lifecycle import Event, can
+from supervisord.lifecycle import Event, State, can
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
 from supervisord.receipts import Signing
-from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher
+from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher, row_of
 from supervisord.requests import Requests
 from supervisord.rpc.agents import AgentService
 from supervisord.rpc.errors import ErrorInterceptor
@@ -97,7 +97,8 @@ class Daemon:
         self._gateway = GatewayProcess(config) if config.gateway.kind is GatewayKind.EMBEDDED else None
         if self._gateway is not None:
             await self._gateway.start()
-        self._postures = await self._store.postures()
+        self._history = {row.agent_id: row for row in await self._store.agents()}
+        self._agents.on_change.append(self._changed)
         self._wire(Holds(await self._store.holds()))
         await self._plane.start()
         await self._reach_launcher()
@@ -278,7 +279,7 @@ class Daemon:
             actions=self._actions,
             slots=self._slots,
             output_dir=self.config.run_dir / "agents",
-            postures=lambda agent_id: self._postures.get(agent_id, {}),
+            history=self._history,
         )
         self._live_ids = set()
         listed = await self._recovery.greet()
@@ -374,11 +375,14 @@ class Daemon:
     def _gone(self, agent: Agent) -> None:
         self._launching.forget(agent)
         self._requests.end_agent(agent.agent_id)
-        self._in_background(self._keep_history(agent))
+
+    def _changed(self, agent: Agent) -> None:
+        if agent.state is not State.STARTING and not self._stopping:
+            self._in_background(self._keep_history(agent))
 
     async def _keep_history(self, agent: Agent) -> None:
         try:
-            await self._store.save_posture(agent.agent_id, agent.posture, live=agent.live)
+            await self._store.save_agent(row_of(agent))
         except StockadeError as error:
             log.error("cannot keep an agent's history", agent=agent.agent_id, cause=error.message)
 
@@ -402,7 +406,7 @@ class Daemon:
     def _settle_lost(self) -> None:
         """Note the end of agents that a new launcher did not find alive."""
         for agent in self._agents.live():
-            if agent.agent_id not in self._live_ids and agent.state.value != "STARTING":
+            if agent.agent_id not in self._live_ids and agent.state is not State.STARTING:
                 agent.failure = agent.failure or "it ended while no launcher ran"
                 if can(agent.state, Event.LOST):
                     self._agents.apply(agent, Event.LOST)

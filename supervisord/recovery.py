@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -12,14 +13,15 @@ import structlog
 
 import sandbox
 from supervisord.actions.types import Action
-from supervisord.agents import Agent, Description, Exit
+from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.lifecycle import Event, State
+from supervisord.lifecycle import ENDED, Event, State
 from supervisord.processes import spawn
+from supervisord.store import AgentRow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Mapping
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
@@ -77,7 +79,7 @@ class Recovery:
         actions: ActionLog,
         slots: Slots,
         output_dir: Path,
-        postures: Callable[[str], dict[str, object]],
+        history: Mapping[str, AgentRow],
     ) -> None:
         self._agents = agents
         self._launching = launching
@@ -85,7 +87,7 @@ class Recovery:
         self._actions = actions
         self._slots = slots
         self._output_dir = output_dir
-        self._postures = postures
+        self._history = history
         self.adopted: list[str] = []
         self.half_built: list[str] = []
 
@@ -124,10 +126,11 @@ class Recovery:
             close_all(fds)
             return None
         agent.pidfd, agent.listener = pidfd, listener
-        agent.posture = self._postures(agent_id)
+        if agent_id in self._history:
+            remember(agent, self._history[agent_id])
         self._agents.add(agent)
         self._agents.apply(agent, Event.EXEC_OK)
-        agent.started_at_ns = agent.what.launched_at_ns
+        agent.started_at_ns = agent.started_at_ns or agent.what.launched_at_ns
         self._launching.give_egress(agent)
         self.adopted.append(agent_id)
         return agent
@@ -159,9 +162,16 @@ class Recovery:
             agent = self._ended_agent(directory)
             if agent is None:
                 continue
+            row = self._history.get(agent.agent_id)
+            if row is not None:
+                remember(agent, row)
+            if row is not None and State(row.state) in ENDED:
+                agent.state = State(row.state)  # it had ended before; this daemon only remembers it
+                agent.ended.set()
+                self._agents.add(agent)
+                continue
             self._agents.add(agent)
             self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
-            agent.posture = self._postures(agent.agent_id)
             found.append(agent)
             await self._actions.append(exit_action(agent))
         return found
@@ -180,6 +190,22 @@ class Recovery:
         except (OSError, ValueError):
             agent.failure = "it ended while no daemon ran, and its exit status is not known"
         return agent
+
+
+def row_of(agent: Agent) -> AgentRow:
+    """What is kept of an agent in the store."""
+    record: dict[str, object] = {"posture": agent.posture, "failure": agent.failure, "spend": asdict(agent.spend)}
+    return AgentRow(agent.agent_id, agent.name, agent.state.value, agent.started_at_ns, agent.ended_at_ns, record)
+
+
+def remember(agent: Agent, row: AgentRow) -> None:
+    """Give an agent that was found again what the store kept of it."""
+    posture, spend = row.record.get("posture"), row.record.get("spend")
+    agent.started_at_ns, agent.ended_at_ns = row.started_at_ns, row.ended_at_ns
+    agent.posture = dict(posture) if isinstance(posture, dict) else {}
+    agent.failure = agent.failure or str(row.record.get("failure") or "")
+    if isinstance(spend, dict) and spend.keys() == asdict(Spend()).keys():
+        agent.spend = Spend(**spend)
 
 
 def exit_of(status: dict[str, object], *, oom: bool = False) -> Exit:
