@@ -33,7 +33,6 @@ from typing import Any, Final
 
 from sandbox import attach, confine, launching, sync
 from sandbox.attach import ExecOrder, Stream
-from sandbox.cgroups import CannotConfine
 from sandbox.launching import Follow, Workshop
 from sandbox.loop import READ, WRITE
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
@@ -290,11 +289,10 @@ class Server:
         agent = self.agent(message)
         names = ("stream_id", "argv", "env", "cwd", "tty", "stdin")
         env = message.get("env", [])
-        order = decode(
-            ExecOrder,
-            {name: message[name] for name in names} | {"env": list(env.items()) if isinstance(env, dict) else env},
-            "exec",
-        )
+        # What the agent's own program was started with, and what this one sets beside it.
+        given = list(env.items()) if isinstance(env, dict) else list(env)
+        merged = list((dict(agent.plan.env) | {name: value for name, value in given}).items())
+        order = decode(ExecOrder, {name: message[name] for name in names} | {"env": merged}, "exec")
 
         def started(stream: Stream, error: StepError | None) -> None:
             if error is not None:
