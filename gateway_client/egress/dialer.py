@@ -1,0 +1,339 @@
+"""The dialer process: on the daemon's word it passes a worker one connected socket to the gateway, and nothing else.
+
+`python -I -m gateway_client.egress.dialer --user NAME`, daemon on fd 3. The destinations are fixed by the first
+message, names resolved before it gives everything up. It keeps a duplicate of every socket it passed and of every
+listener, so a cut is shutdown(2) here, whatever a worker does. It parses nothing an agent sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, assert_never
+
+import uvloop
+
+from gateway_client.egress import messages
+from gateway_client.egress.codec import BadFrame, frame_bytes_max
+from gateway_client.egress.confine import DIAL, STEADY, Confinement, confine, forbid_io_uring
+from gateway_client.egress.decide import Upstream
+from gateway_client.egress.link import Link
+from gateway_client.egress.target import BadTarget, parse_authority
+from gateway_client.gateways import preface as preface_format
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DAEMON_FD: Final = 3
+duplicates_max: Final = 16384
+listeners_per_agent_max: Final = 8
+connect_retry_seconds: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """One address, resolved."""
+
+    family: socket.AddressFamily
+    address: str | tuple[str, int]
+
+
+class CannotDial(Exception):  # noqa: N818 - named for what it says
+    """A connection could not be made; the text goes to the worker and the log."""
+
+
+def resolve(text: str) -> Destination:
+    """Give the address of `unix:/path` or `host:port`; raise CannotDial."""
+    if text.startswith("unix:"):
+        return Destination(socket.AF_UNIX, text.removeprefix("unix:"))
+    try:
+        authority = parse_authority(text, default=None)
+        found = socket.getaddrinfo(authority.host, authority.port, type=socket.SOCK_STREAM)
+    except (BadTarget, OSError) as error:
+        raise CannotDial(f"cannot resolve {text}: {error}; check [gateway] url and forward_proxy") from error
+    family, _, _, _, address = found[0]
+    return Destination(family, (str(address[0]), int(address[1])))
+
+
+def preface_bytes(preface: messages.Preface) -> bytes:
+    return preface_format.encode(
+        preface_format.Preface(
+            agent_id=preface.agent_id,
+            name=preface.name,
+            x=preface.x,
+            allow=preface_format.parse_allow(preface.allow),
+            labels=preface.labels,
+        )
+    )
+
+
+@dataclass(slots=True)
+class Kept:
+    """A duplicate of an upstream socket that a worker has."""
+
+    agent_id: str
+    key: tuple[str, int]
+    endpoint: socket.socket
+
+
+@dataclass(slots=True)
+class Table:
+    """The duplicates, by exchange and by descriptor; bounded, and emptied by `Done`, hang-up and a worker's end."""
+
+    by_key: dict[tuple[str, int], Kept] = field(default_factory=dict)
+    by_fd: dict[int, Kept] = field(default_factory=dict)
+
+    def add(self, kept: Kept) -> None:
+        self.by_key[kept.key] = kept
+        self.by_fd[kept.endpoint.fileno()] = kept
+
+    def drop(self, kept: Kept) -> None:
+        self.by_key.pop(kept.key, None)
+        self.by_fd.pop(kept.endpoint.fileno(), None)
+        kept.endpoint.close()
+
+    def of_agent(self, agent_id: str) -> list[Kept]:
+        return [kept for kept in self.by_key.values() if kept.agent_id == agent_id]
+
+    def of_worker(self, worker_id: str) -> list[Kept]:
+        return [kept for kept in self.by_key.values() if kept.key[0] == worker_id]
+
+
+class Dialer:
+    def __init__(
+        self, daemon: socket.socket, configuration: messages.ConfigureDialer, *, stop: Callable[[], None]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._configuration = configuration
+        self._gateway = resolve(configuration.gateway)
+        self._proxy = resolve(configuration.forward_proxy) if configuration.forward_proxy else None
+        self._workers: dict[str, Link] = {}
+        self._listeners: dict[str, list[socket.socket]] = {}
+        self._table = Table()
+        self._hangups = select.epoll()
+        self._loop.add_reader(self._hangups.fileno(), self._hung_up)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._daemon = Link(self._loop, daemon, on_frame=self._from_daemon, on_gone=stop)
+
+    def ready(self, posture: tuple[str, ...]) -> None:
+        self._tell(messages.DialerReady(pid=os.getpid(), uid=os.getuid(), posture=posture))
+
+    def _tell(self, message: messages.FromDialerToDaemon) -> None:
+        self._daemon.send(messages.encode(message))
+
+    def _from_daemon(self, frame: bytes, fds: list[int]) -> None:
+        try:
+            message: messages.FromDaemonToDialer = messages.decode(frame, messages.FROM_DAEMON_TO_DIALER)
+        except BadFrame as error:
+            sys.stderr.write(f"dialer: {error}\n")
+            self._daemon.close()
+        else:
+            self._obey(message, fds)
+        for fd in fds:
+            os.close(fd)
+
+    def _obey(self, message: messages.FromDaemonToDialer, fds: list[int]) -> None:
+        match message:
+            case messages.ConfigureDialer():
+                pass  # the first one counts: destinations never change
+            case messages.AttachWorker():
+                if fds:
+                    self._attach(message.worker_id, socket.socket(fileno=fds.pop(0)))
+            case messages.Dial():
+                task = self._loop.create_task(self._dial(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case messages.CutUpstreams():
+                self._cut(message.agent_id)
+            case messages.Listener():
+                kept = self._listeners.setdefault(message.agent_id, [])
+                if fds and len(kept) < listeners_per_agent_max:
+                    kept.append(socket.socket(fileno=fds.pop(0)))
+            case messages.Forget():
+                self._forget(message.agent_id)
+            case _:
+                assert_never(message)
+
+    # --- workers
+
+    def _attach(self, worker_id: str, endpoint: socket.socket) -> None:
+        previous = self._workers.pop(worker_id, None)
+        if previous is not None:
+            previous.close()
+        link: Link | None = None
+
+        def gone() -> None:
+            # What this worker had is closed with it; another channel of the same name may have come meanwhile.
+            if self._workers.get(worker_id) is link:
+                del self._workers[worker_id]
+            for kept in self._table.of_worker(worker_id):
+                self._drop(kept)
+
+        def frame_came(frame: bytes, fds: list[int]) -> None:
+            self._from_worker(worker_id, frame, fds)
+
+        link = Link(self._loop, endpoint, on_frame=frame_came, on_gone=gone)
+        self._workers[worker_id] = link
+
+    def _from_worker(self, worker_id: str, frame: bytes, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        try:
+            message: messages.Done = messages.decode(frame, messages.FROM_WORKER_TO_DIALER)
+        except BadFrame as error:
+            sys.stderr.write(f"dialer: worker {worker_id}: {error}\n")
+            self._workers[worker_id].close()
+            return
+        kept = self._table.by_key.get((worker_id, message.x))
+        if kept is not None:
+            self._drop(kept)
+
+    # --- dialing
+
+    async def _dial(self, order: messages.Dial) -> None:
+        try:
+            endpoint = await self._connected(order)
+        except (CannotDial, OSError, TimeoutError, ValueError) as error:
+            text = str(error) or "cannot connect to the gateway: it did not answer in time"
+            self._to_worker(order.worker_id, messages.UpstreamFailed(order.x, text[:200]))
+            self._tell(messages.Dialed(order.worker_id, order.x, ok=False, error=text[:200]))
+            return
+        # Ours is kept before theirs is sent: a cut that comes in between finds it.
+        self._table.add(Kept(order.agent_id, (order.worker_id, order.x), endpoint))
+        self._hangups.register(endpoint.fileno(), 0)  # EPOLLHUP and EPOLLERR are always reported
+        self._to_worker(order.worker_id, messages.UpstreamReady(order.x), fd=endpoint.fileno())
+        self._tell(messages.Dialed(order.worker_id, order.x, ok=True))
+
+    async def _connected(self, order: messages.Dial) -> socket.socket:
+        destination = self._gateway if order.upstream is Upstream.API or order.preface is not None else self._proxy
+        if destination is None or order.upstream is Upstream.INSPECT:
+            raise CannotDial("cannot connect: no forward proxy is configured")
+        if order.worker_id not in self._workers:
+            raise CannotDial("cannot connect: the worker is gone")
+        if len(self._table.by_key) >= duplicates_max or (order.worker_id, order.x) in self._table.by_key:
+            raise CannotDial("cannot connect: too many connections are open")
+        first = preface_bytes(order.preface) if order.preface is not None else b""
+        endpoint = socket.socket(destination.family, socket.SOCK_STREAM)
+        try:
+            endpoint.setblocking(False)
+            async with asyncio.timeout(self._configuration.connect_seconds_max):
+                await self._connect(endpoint, destination)
+            # A fresh socket takes all of a preface at once; less than all would be a preface cut short.
+            if first and endpoint.send(first, socket.MSG_NOSIGNAL) != len(first):
+                raise CannotDial("cannot connect to the gateway: it does not take the preface")
+            if destination.family != socket.AF_UNIX:
+                endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            endpoint.close()
+            raise CannotDial(
+                f"cannot connect to the gateway: {error.strerror or 'it did not answer in time'}"
+            ) from error
+        except BaseException:
+            endpoint.close()
+            raise
+        return endpoint
+
+    async def _connect(self, endpoint: socket.socket, destination: Destination) -> None:
+        """Connect without the loop's own helper, which would start a resolver thread."""
+        while (number := endpoint.connect_ex(destination.address)) == errno.EAGAIN:
+            await asyncio.sleep(connect_retry_seconds)  # a unix listener whose backlog is full (connect(2))
+        if number == errno.EINPROGRESS:
+            connected: asyncio.Future[None] = self._loop.create_future()
+            self._loop.add_writer(endpoint.fileno(), _settle, connected)
+            try:
+                await connected
+            finally:
+                self._loop.remove_writer(endpoint.fileno())
+            number = endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    def _to_worker(self, worker_id: str, message: messages.FromDialerToWorker, *, fd: int | None = None) -> None:
+        link = self._workers.get(worker_id)
+        if link is not None:
+            link.send(messages.encode(message), fd=fd)
+
+    # --- cutting
+
+    def _cut(self, agent_id: str) -> None:
+        started = time.monotonic()
+        relays = self._table.of_agent(agent_id)
+        for kept in relays:
+            with contextlib.suppress(OSError):  # the far end may have gone first
+                kept.endpoint.shutdown(socket.SHUT_RDWR)
+            self._drop(kept)
+        listeners = self._listeners.pop(agent_id, [])
+        for listener in listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        milliseconds = (time.monotonic() - started) * 1000
+        self._tell(messages.CutDone(agent_id, relays=len(relays), listeners=len(listeners), ms=milliseconds))
+
+    def _forget(self, agent_id: str) -> None:
+        for kept in self._table.of_agent(agent_id):
+            self._drop(kept)
+        for listener in self._listeners.pop(agent_id, []):
+            listener.close()
+
+    def _drop(self, kept: Kept) -> None:
+        with contextlib.suppress(OSError):
+            self._hangups.unregister(kept.endpoint.fileno())
+        self._table.drop(kept)
+
+    def _hung_up(self) -> None:
+        for fd, _ in self._hangups.poll(timeout=0, maxevents=256):
+            kept = self._table.by_fd.get(fd)
+            if kept is not None:
+                self._drop(kept)
+
+
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def first_message(daemon: socket.socket) -> messages.ConfigureDialer:
+    """Wait for the destinations; raise BadFrame for anything else."""
+    daemon.setblocking(True)
+    return messages.decode(daemon.recv(frame_bytes_max), (messages.ConfigureDialer,))
+
+
+async def serve(user: str, daemon: socket.socket, configuration: messages.ConfigureDialer) -> None:
+    stopped = asyncio.Event()
+    dialer = Dialer(daemon, configuration, stop=stopped.set)
+    posture = confine(Confinement(user=user, system_calls=(*STEADY, *DIAL), own_network=False))
+    dialer.ready(posture)
+    await stopped.wait()  # without a daemon there is nobody to dial for
+    os._exit(0)  # an orderly end of the loop opens sockets, which the filter refuses
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gateway_client.egress.dialer")
+    parser.add_argument("--user", required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forbid_io_uring()
+    os.closerange(DAEMON_FD + 1, 1 << 20)
+    gc.freeze()
+    daemon = socket.socket(fileno=DAEMON_FD)
+    try:
+        uvloop.run(serve(arguments.user, daemon, first_message(daemon)))
+    except (OSError, BadFrame, CannotDial) as error:
+        sys.stderr.write(f"dialer: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

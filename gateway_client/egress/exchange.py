@@ -1,0 +1,81 @@
+"""One exchange as a lifecycle: a table of what may follow what, and the facts its outcome tells. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from gateway_client.egress.messages import Outcome, Usage
+
+
+class State(Enum):
+    ASKED = auto()
+    """The daemon has the question; nothing has left."""
+    DIALING = auto()
+    """Allowed and recorded; the socket is not here yet."""
+    OPEN = auto()
+    """Bytes may go both ways."""
+    ENDED = auto()
+
+
+class Event(Enum):
+    ALLOWED = auto()
+    CONNECTED = auto()
+    END = auto()
+    """Answered by the worker or the gateway, refused, failed or cut."""
+
+
+NEXT: Final = {
+    (State.ASKED, Event.ALLOWED): State.DIALING,
+    (State.ASKED, Event.END): State.ENDED,
+    (State.DIALING, Event.CONNECTED): State.OPEN,
+    (State.DIALING, Event.END): State.ENDED,
+    (State.OPEN, Event.END): State.ENDED,
+}
+
+
+class WrongOrder(RuntimeError):  # noqa: N818 - named for what it says
+    """An event that the table does not have: nothing may be sent on its strength."""
+
+
+def transition(state: State, event: Event) -> State:
+    """Give the next state; raise WrongOrder where the table has none."""
+    following = NEXT.get((state, event))
+    if following is None:
+        raise WrongOrder(f"cannot follow {event.name} in state {state.name}")
+    return following
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of one exchange so far. `state` changes through `advance` alone."""
+
+    x: int
+    agent_id: str
+    started: float
+    state: State = State.ASKED
+    status: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    usage: Usage | None = None
+    request_sha256: str = ""
+    response_sha256: str = ""
+    error: str = ""
+
+    def advance(self, event: Event) -> None:
+        self.state = transition(self.state, event)
+
+    def outcome(self, *, now: float) -> Outcome:
+        return Outcome(
+            x=self.x,
+            agent_id=self.agent_id,
+            status=self.status,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            duration_ms=max(0, round((now - self.started) * 1000)),
+            usage=self.usage,
+            request_sha256=self.request_sha256,
+            response_sha256=self.response_sha256,
+            error=self.error[:200],
+        )

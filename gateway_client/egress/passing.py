@@ -1,0 +1,214 @@
+"""Passes one HTTP exchange on: the written request up, the answer down as it comes, chunk by chunk."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING, Final
+
+import h11
+
+from gateway_client.egress.answers import phrase
+from gateway_client.egress.stream import Reset
+from gateway_client.egress.upstream import HeaderList, Redactor, returned_headers
+from gateway_client.egress.wire import h11_feed_bytes_max
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from gateway_client.egress.exchange import Exchange
+    from gateway_client.egress.messages import Limits
+    from gateway_client.egress.stream import Stream
+    from gateway_client.egress.wire import Headers
+
+response_head_bytes_max: Final = 64 * 1024
+status_detail_bytes_max: Final = 1024
+
+
+class UpstreamError(Exception):
+    """The gateway answered nothing that can be passed on."""
+
+
+class Passing:
+    """One request to the gateway and its answer. Nothing of the answer reaches the agent before its head is whole."""
+
+    def __init__(
+        self,
+        agent: Stream,
+        upstream: Stream,
+        exchange: Exchange,
+        limits: Limits,
+        *,
+        method: str,
+        http11: bool,
+        keep_alive: bool,
+        credential: str,
+        on_headers: Callable[[int, Headers], None] | None = None,
+        on_body: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self._agent = agent
+        self._upstream = upstream
+        self._exchange = exchange
+        self._limits = limits
+        self._method = method
+        self._http11 = http11
+        self._keep_alive = keep_alive
+        self._credential = credential
+        self._on_headers = on_headers
+        self._on_body = on_body
+        self._client = h11.Connection(h11.CLIENT, max_incomplete_event_size=response_head_bytes_max)
+        self._up_hash = hashlib.sha256()
+        self._down_hash = hashlib.sha256()
+        self._chunked_down = False
+        self.started = False
+        """Whether the agent has got bytes of an answer."""
+
+    async def run(self, target: bytes, headers: HeaderList, body: bytes | AsyncIterator[bytes]) -> bool:
+        """Pass it on; give whether the agent's connection can be kept. Raise UpstreamError where the gateway failed."""
+        request = h11.Request(method=self._method.encode("ascii"), target=target, headers=headers)
+        self._up(self._client.send(request))
+        if isinstance(body, bytes):
+            self._send_body(body)
+            self._up(self._client.send(h11.EndOfMessage()))
+            return await self._answer(pump=None)
+        pump = asyncio.get_running_loop().create_task(self._pump(body))
+        try:
+            return await self._answer(pump=pump)
+        finally:
+            pump.cancel()
+
+    def _up(self, data: bytes | None) -> None:
+        if data:
+            self._exchange.bytes_up += len(data)
+            self._upstream.put(data)
+
+    def _send_body(self, data: bytes) -> None:
+        if data:
+            self._up_hash.update(data)
+            self._up(self._client.send(h11.Data(data=data)))
+
+    async def _pump(self, body: AsyncIterator[bytes]) -> None:
+        async for data in body:
+            self._send_body(data)
+            await self._upstream.write(b"", self._limits.body_seconds_max)
+        self._up(self._client.send(h11.EndOfMessage()))
+
+    async def _answer(self, *, pump: asyncio.Task[None] | None) -> bool:
+        """Read the answer while the body may still be going up: a gateway may answer early."""
+        try:
+            while True:
+                event = await self._next_event(pump)
+                if isinstance(event, h11.Response):
+                    await self._head(event)
+                elif isinstance(event, h11.Data):
+                    await self._data(bytes(event.data))
+                elif isinstance(event, h11.EndOfMessage):
+                    await self._end()
+                    whole = pump is None or (pump.done() and not pump.cancelled() and pump.exception() is None)
+                    return self._keep_alive and whole
+        except h11.RemoteProtocolError as error:
+            raise UpstreamError("cannot read answer: the gateway broke off or sent no HTTP") from error
+        finally:
+            self._exchange.request_sha256 = self._up_hash.hexdigest()
+            self._exchange.response_sha256 = self._down_hash.hexdigest()
+
+    async def _next_event(self, pump: asyncio.Task[None] | None) -> h11.Event:
+        while True:
+            event = self._client.next_event()
+            if isinstance(event, h11.Event) and not isinstance(event, h11.InformationalResponse):
+                if isinstance(event, h11.ConnectionClosed):
+                    raise UpstreamError("cannot read answer: the gateway closed the connection")
+                return event
+            if event is not h11.NEED_DATA and not isinstance(event, h11.InformationalResponse):
+                raise UpstreamError("cannot read answer: the gateway switched protocols")
+            if event is h11.NEED_DATA:
+                await self._feed(pump)
+
+    async def _feed(self, pump: asyncio.Task[None] | None) -> None:
+        if pump is not None and pump.done() and not pump.cancelled() and (problem := pump.exception()) is not None:
+            raise problem
+        try:
+            data = await self._upstream.read(self._limits.response_idle_seconds_max)
+        except Reset as error:
+            raise UpstreamError("cannot read answer: the gateway reset the connection") from error
+        except TimeoutError as error:
+            raise UpstreamError("cannot read answer: the gateway sent nothing for too long") from error
+        self._client.receive_data(data[:h11_feed_bytes_max])
+        self._upstream.unread(data[h11_feed_bytes_max:])
+
+    async def _head(self, response: h11.Response) -> None:
+        headers: Headers = tuple((bytes(name), bytes(value)) for name, value in response.headers)
+        self._exchange.status = response.status_code
+        if self._on_headers is not None:
+            self._on_headers(response.status_code, headers)
+        self._redactor = Redactor(self._credential)
+        passed = returned_headers(headers, credential=self._credential, keep_cookies=not self._on_headers)
+        bodyless = self._method == "HEAD" or response.status_code in (204, 304)
+        sized = any(name == b"content-length" for name, _ in passed)
+        if not bodyless and not sized:
+            if self._http11:
+                self._chunked_down = True
+                passed.append((b"transfer-encoding", b"chunked"))
+            else:
+                self._keep_alive = False
+        passed.append((b"connection", b"keep-alive" if self._keep_alive else b"close"))
+        line = f"HTTP/1.1 {response.status_code} {phrase(response.status_code)}\r\n".encode("ascii")
+        self.started = True
+        head = line + b"".join(b"%s: %s\r\n" % pair for pair in passed) + b"\r\n"
+        await self._down(head)
+
+    async def _data(self, data: bytes) -> None:
+        if self._on_body is not None:
+            self._on_body(data)
+        await self._clean(self._redactor.feed(data))
+
+    async def _clean(self, data: bytes) -> None:
+        if data:
+            self._down_hash.update(data)
+            await self._down(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked_down else data)
+
+    async def _end(self) -> None:
+        await self._clean(self._redactor.end())
+        if self._chunked_down:
+            await self._down(b"0\r\n\r\n")
+
+    async def _down(self, data: bytes) -> None:
+        self._exchange.bytes_down += len(data)
+        await self._agent.write(data, self._limits.body_seconds_max)
+
+
+async def read_status(upstream: Stream, seconds: float) -> None:
+    """Read the one status the embedded gateway puts before a raw connection; raise UpstreamError with its words."""
+    data = await upstream.read(seconds)
+    while data[:1] == b"\x01" and (len(data) < 3 or len(data) < 3 + int.from_bytes(data[1:3], "big")):  # noqa: PLR2004
+        more = await upstream.read(seconds)
+        if not more or len(data) > status_detail_bytes_max:
+            break
+        data += more
+    if data[:1] == b"\x00":
+        upstream.unread(data[1:])
+        return
+    detail = data[3 : 3 + status_detail_bytes_max].decode("utf-8", "replace")
+    raise UpstreamError(detail or "the gateway closed the connection")
+
+
+async def open_through_proxy(upstream: Stream, authority: str, seconds: float) -> None:
+    """Have a forward proxy open a tunnel (RFC 9110 §9.3.6); raise UpstreamError with its status where it will not."""
+    client = h11.Connection(h11.CLIENT, max_incomplete_event_size=response_head_bytes_max)
+    name = authority.encode("ascii")
+    upstream.put(client.send(h11.Request(method=b"CONNECT", target=name, headers=[(b"host", name)])) or b"")
+    upstream.put(client.send(h11.EndOfMessage()) or b"")
+    try:
+        while True:
+            event = client.next_event()
+            if isinstance(event, h11.Response):
+                break
+            if event is h11.NEED_DATA:
+                client.receive_data(await upstream.read(seconds))
+            elif not isinstance(event, h11.InformationalResponse):
+                raise UpstreamError("the forward proxy closed the connection")
+    except h11.RemoteProtocolError as error:
+        raise UpstreamError("the forward proxy sent no HTTP") from error
+    if not 200 <= event.status_code < 300:  # noqa: PLR2004 - a 2xx opens the tunnel
+        raise UpstreamError(f"the forward proxy answered {event.status_code}")
+    upstream.unread(bytes(client.trailing_data[0]))

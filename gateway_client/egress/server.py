@@ -1,0 +1,72 @@
+"""The egress worker process: `python -I -m gateway_client.egress.server --user NAME`, daemon on fd 3, dialer on fd 4.
+
+Imports everything it will ever need, gives up everything it can, says it is ready, and serves until it is killed. If
+the daemon goes, it goes on answering 503: an agent then sees a clear refusal and nothing leaves unrecorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import encodings.idna  # noqa: F401 - looked up by name at run time, when nothing can be opened any more
+import gc
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from gateway_client.egress.confine import STEADY, Confinement, confine, forbid_io_uring
+from gateway_client.egress.gateway import adapters
+from gateway_client.egress.worker import Worker
+
+DAEMON_FD: Final = 3
+DIALER_FD: Final = 4
+CA_FILES: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+
+
+def tls_context() -> ssl.SSLContext:
+    """Give a verifying context with the host's authorities read in: later no file can be opened."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for name in CA_FILES:
+        if Path(name).is_file():
+            context.load_verify_locations(cafile=name)
+            break
+    return context
+
+
+async def serve(user: str) -> None:
+    worker = Worker(
+        socket.socket(fileno=DAEMON_FD), socket.socket(fileno=DIALER_FD), tls=tls_context(), adapters=adapters()
+    )
+    posture = confine(Confinement(user=user, system_calls=STEADY, own_network=True))
+    worker.ready(posture)
+    await asyncio.get_running_loop().create_future()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gateway_client.egress.server")
+    parser.add_argument("--user", required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is the daemon's to act on
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="egress worker: %(message)s")
+    traceback.format_exc()  # imports what it needs
+    forbid_io_uring()
+    os.closerange(DIALER_FD + 1, 1 << 20)
+    gc.freeze()
+    try:
+        uvloop.run(serve(arguments.user))
+    except OSError as error:
+        sys.stderr.write(f"egress worker: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""The worker's state: which listener is whose, what was asked, which sockets came. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Final, assert_never
+
+from gateway_client.egress import messages
+from gateway_client.egress.answers import problem, response
+from gateway_client.egress.codec import BadFrame
+from gateway_client.egress.decide import Reason, Refuse
+from gateway_client.egress.exchange import Exchange
+from gateway_client.egress.flow import Agent, Connection
+from gateway_client.egress.link import Link
+from gateway_client.egress.passing import UpstreamError
+from gateway_client.egress.stream import Stream
+from gateway_client.egress.upstream import Identity
+
+if TYPE_CHECKING:
+    import ssl
+
+    from gateway_client.egress.request import EgressRequest
+    from gateway_client.egress.upstream import GatewayAdapter
+    from gateway_client.egress.wire import Reject
+
+_log: Final = logging.getLogger(__name__)
+
+accepts_per_turn_max: Final = 64
+rejected_seconds_min: Final = 1.0
+
+
+class Worker:
+    """Serves listeners and speaks with daemon and dialer; everything happens on one event loop."""
+
+    def __init__(
+        self, daemon: socket.socket, dialer: socket.socket, *, tls: ssl.SSLContext, adapters: dict[str, GatewayAdapter]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tls = tls
+        self._adapters = adapters
+        self.adapter: GatewayAdapter = next(iter(adapters.values()))
+        self.configuration = messages.Configure(gateway="", host="")
+        self._agents: dict[str, Agent] = {}
+        self._listeners: dict[str, socket.socket] = {}
+        self._exchanges: dict[int, Exchange] = {}
+        self._answers: dict[int, asyncio.Future[messages.Verdict]] = {}
+        self._upstreams: dict[int, asyncio.Future[int] | None] = {}
+        """The descriptor each exchange waits for; None once it is taken."""
+        self._connections: dict[int, Connection] = {}
+        self._rejects: dict[str, tuple[float, int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next_x = 1
+        self._daemon = Link(self._loop, daemon, on_frame=self._from_daemon, on_gone=self._daemon_gone)
+        self._dialer = Link(self._loop, dialer, on_frame=self._from_dialer, on_gone=self._dialer_gone)
+
+    def ready(self, posture: tuple[str, ...]) -> None:
+        self._tell(messages.Ready(pid=os.getpid(), uid=os.getuid(), posture=posture))
+
+    # --- channels
+
+    def _tell(self, message: messages.FromWorkerToDaemon) -> None:
+        self._daemon.send(messages.encode(message))
+
+    def _from_daemon(self, frame: bytes, fds: list[int]) -> None:
+        try:
+            message: messages.FromDaemonToWorker = messages.decode(frame, messages.FROM_DAEMON_TO_WORKER)
+        except BadFrame as error:
+            # A daemon of another version: going on would be guessing.
+            sys.stderr.write(f"egress worker: {error}\n")
+            self._daemon.close()
+        else:
+            if isinstance(message, messages.Listen) and fds:
+                self._listen(message, fds.pop(0))
+            self._obey(message)
+        for fd in fds:
+            os.close(fd)
+
+    def _obey(self, message: messages.FromDaemonToWorker) -> None:
+        match message:
+            case messages.Listen():
+                pass
+            case messages.Configure():
+                self.configuration = message
+                self.adapter = self._adapters.get(message.gateway, self.adapter)
+            case messages.Unlisten():
+                self._unlisten(message.agent_id)
+            case messages.Answer():
+                waiter = self._answers.get(message.x)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(message.verdict)
+            case messages.Cut():
+                self._cut(message)
+            case messages.Freeze():
+                self._freeze(message.agent_id, frozen=True)
+            case messages.Thaw():
+                self._freeze(message.agent_id, frozen=False)
+            case _:
+                assert_never(message)
+
+    def _daemon_gone(self) -> None:
+        """Nothing can be recorded any more: cut what is open, and answer 503 from here on."""
+        for waiter in self._answers.values():
+            if not waiter.done():
+                waiter.set_result(_daemon_gone())
+        for agent in self._agents.values():
+            for connection in list(agent.connections):
+                if connection.upstream is not None:
+                    connection.cut()
+
+    def _from_dialer(self, frame: bytes, fds: list[int]) -> None:
+        try:
+            message: messages.FromDialerToWorker = messages.decode(frame, messages.FROM_DIALER_TO_WORKER)
+        except BadFrame as error:
+            sys.stderr.write(f"egress worker: {error}\n")
+            self._dialer.close()
+            return
+        waiter = self._upstreams.get(message.x)
+        if isinstance(message, messages.UpstreamFailed):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(UpstreamError(message.error))
+        elif waiter is not None and not waiter.done() and fds:
+            waiter.set_result(fds.pop(0))
+        else:
+            self._dialer.send(messages.encode(messages.Done(message.x)))
+        for fd in fds:
+            os.close(fd)
+
+    def _dialer_gone(self) -> None:
+        for waiter in self._upstreams.values():
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(UpstreamError("the dialer is gone"))
+
+    # --- agents
+
+    def _listen(self, message: messages.Listen, fd: int) -> None:
+        self._unlisten(message.agent_id)
+        listener = socket.socket(fileno=fd)
+        listener.setblocking(False)
+        identity = Identity(agent_id=message.agent_id, name=message.name, labels=message.labels)
+        self._agents[message.agent_id] = Agent(identity)
+        self._listeners[message.agent_id] = listener
+        self._loop.add_reader(fd, self._accept, message.agent_id, listener)
+
+    def _unlisten(self, agent_id: str) -> None:
+        self._close_listener(agent_id)
+        agent = self._agents.pop(agent_id, None)
+        self._rejects.pop(agent_id, None)
+        if agent is not None:
+            for connection in list(agent.connections):
+                connection.cut()
+
+    def _close_listener(self, agent_id: str) -> None:
+        listener = self._listeners.pop(agent_id, None)
+        if listener is not None:
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
+
+    def _accept(self, agent_id: str, listener: socket.socket) -> None:
+        for _ in range(accepts_per_turn_max):
+            try:
+                accepted, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:
+                # EINVAL: launcher or dialer shut the listener down. Left in the loop it would be readable for ever.
+                self._close_listener(agent_id)
+                return
+            agent = self._agents.get(agent_id)
+            if agent is None or len(agent.connections) >= self.configuration.limits.connections_per_agent_max:
+                _turn_away(accepted)
+                continue
+            self._spawn(self._adopt(agent, accepted))
+
+    async def _adopt(self, agent: Agent, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        stream = Stream()
+        connection = Connection(self, agent, stream)
+        agent.connections.add(connection)
+        try:
+            await self._loop.connect_accepted_socket(lambda: stream, accepted)
+            if agent.frozen:
+                stream.freeze(frozen=True)
+            await connection.start()
+        except (OSError, asyncio.CancelledError):
+            stream.close()
+        except Exception:
+            # A fault of ours on one connection ends that connection, and is said.
+            _log.exception("cannot serve connection")
+            stream.reset()
+        finally:
+            agent.connections.discard(connection)
+
+    def _spawn(self, work: asyncio.coroutines._CoroutineLike[None]) -> None:  # type: ignore[name-defined]
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cut(self, message: messages.Cut) -> None:
+        agent = self._agents.get(message.agent_id)
+        if agent is not None:
+            for connection in list(agent.connections):
+                connection.cut()
+        wanted = set(message.xs)
+        if wanted:
+            for each in self._agents.values():
+                for connection in list(each.connections):
+                    if connection.exchange is not None and connection.exchange.x in wanted:
+                        connection.cut()
+
+    def _freeze(self, agent_id: str, *, frozen: bool) -> None:
+        agent = self._agents.get(agent_id)
+        if agent is not None:
+            agent.frozen = frozen
+            for connection in agent.connections:
+                connection.freeze(frozen=frozen)
+
+    # --- what a connection asks of its worker
+
+    async def ask(self, agent_id: str, request: EgressRequest) -> tuple[Exchange, messages.Verdict]:
+        """Ask the daemon; the verdict is a 503 where it is gone, silent, or asked too much."""
+        x, self._next_x = self._next_x, self._next_x + 1
+        exchange = Exchange(x=x, agent_id=agent_id, started=self._loop.time())
+        limits = self.configuration.limits
+        if self._daemon.gone:
+            return exchange, _daemon_gone()
+        if len(self._exchanges) >= limits.exchanges_per_worker_max:
+            return exchange, Refuse(503, Reason.LIMIT, "the proxy serves too many requests now")
+        waiter: asyncio.Future[messages.Verdict] = self._loop.create_future()
+        self._exchanges[x] = exchange
+        self._answers[x] = waiter
+        self._upstreams[x] = self._loop.create_future()
+        self._tell(messages.Ask(x=x, agent_id=agent_id, request=request))
+        timer = self._loop.call_later(limits.answer_seconds_max, _give_up, waiter)
+        try:
+            verdict = await waiter
+        except asyncio.CancelledError:
+            exchange.error = "the connection ended before the answer"
+            self.finish(exchange, None)
+            raise
+        finally:
+            timer.cancel()
+            self._answers.pop(x, None)
+        return exchange, verdict
+
+    async def upstream(self, exchange: Exchange) -> Stream:
+        """Give the socket that the dialer passes for an exchange; raise UpstreamError or TimeoutError."""
+        async with asyncio.timeout(self.configuration.limits.dial_seconds_max):
+            waiter = self._upstreams[exchange.x]
+            if waiter is None:
+                raise UpstreamError("the socket was taken already")
+            fd = await waiter
+        self._upstreams[exchange.x] = None
+        endpoint = socket.socket(fileno=fd)
+        endpoint.setblocking(False)
+        stream = Stream()
+        if endpoint.family == socket.AF_UNIX:
+            await self._loop.create_unix_connection(lambda: stream, sock=endpoint)
+            return stream
+        name = self.configuration.tls_server_name
+        try:
+            await self._loop.create_connection(
+                lambda: stream, sock=endpoint, ssl=self._tls if name else None, server_hostname=name
+            )
+        except OSError as error:
+            endpoint.close()
+            raise UpstreamError(
+                f"cannot speak TLS with the gateway: {error.strerror or type(error).__name__}"
+            ) from error
+        return stream
+
+    def finish(self, exchange: Exchange, upstream: Stream | None) -> None:
+        """Close the upstream side, let the dialer drop its duplicate, tell the daemon the outcome."""
+        if upstream is not None:
+            if exchange.error:
+                upstream.reset()
+            else:
+                upstream.close()
+        if exchange.x in self._upstreams:
+            waiter = self._upstreams.pop(exchange.x)
+            if waiter is None or waiter.done():
+                self._dialer.send(messages.encode(messages.Done(exchange.x)))
+            if waiter is not None and not waiter.cancel() and not waiter.cancelled() and waiter.exception() is None:
+                os.close(waiter.result())  # it came, and nobody was there to take it
+        if self._exchanges.pop(exchange.x, None) is not None:
+            self._tell(exchange.outcome(now=self._loop.time()))
+
+    def rejected(self, agent_id: str, reject: Reject) -> None:
+        """Tell the daemon of malformed input, at most once a second for an agent."""
+        now = self._loop.time()
+        last, count = self._rejects.get(agent_id, (-rejected_seconds_min, 0))
+        count += 1
+        if now - last < rejected_seconds_min:
+            self._rejects[agent_id] = (last, count)
+            return
+        self._rejects[agent_id] = (now, 0)
+        self._tell(
+            messages.Rejected(
+                agent_id=agent_id,
+                status=reject.status,
+                reason_code=reject.reason_code,
+                detail=reject.detail,
+                count=count,
+            )
+        )
+
+
+def _give_up(waiter: asyncio.Future[messages.Verdict]) -> None:
+    if not waiter.done():
+        waiter.set_result(Refuse(503, Reason.DAEMON_GONE, "the daemon did not answer in time"))
+
+
+def _daemon_gone() -> Refuse:
+    return Refuse(503, Reason.DAEMON_GONE, "the daemon is not there to record it, so nothing may leave")
+
+
+def _turn_away(accepted: socket.socket) -> None:
+    status, body = problem(Refuse(503, Reason.LIMIT, "the agent has too many connections open"))
+    with accepted:
+        accepted.setblocking(False)
+        try:
+            accepted.send(response(status, body, content_type="application/problem+json", keep_alive=False))
+        except OSError:
+            return

@@ -1,0 +1,91 @@
+"""An agent's request through the real worker and dialer to a real server: allowed, denied, streamed, cut."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from tests.support.egress_plane import Upstream, running, until
+
+CHAT = b'{"model":"m1","messages":[],"api_base":"http://evil","user":"root","metadata":{"tags":["a"]}}'
+
+
+def post(path: str, body: bytes, *extra: str, host: str = "gateway.internal:3128") -> bytes:
+    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(body)}", "Connection: close", *extra]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def parts(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+    return int(lines[0].split(" ")[1]), headers, body
+
+
+async def test_a_granted_model_call_reaches_the_gateway_with_our_credential_and_none_of_the_agents() -> None:
+    upstream = Upstream()
+    async with running(upstream) as plane:
+        plane.grant("llm:m*")
+        answer = await plane.exchange(
+            post("/v1/chat/completions", CHAT, "Authorization: Bearer agent", "X-LiteLLM-Tags: a", "X-Api-Key: agent")
+        )
+        status, _, body = parts(answer)
+        assert (status, body) == (200, b"{}")
+        head, _, sent = upstream.received[0].partition(b"\r\n\r\n")
+        assert b"authorization: Bearer sk-secret" in head
+        assert b"agent" not in head
+        assert b"litellm" not in head.lower()
+        assert json.loads(sent) == {"model": "m1", "messages": []}
+        outcome = await until(lambda: plane.outcomes[0] if plane.outcomes else None)
+        assert (outcome.status, outcome.error) == (200, "")
+        assert outcome.usage.model == "m1"
+
+
+async def test_a_call_without_a_grant_is_a_problem_that_names_the_scope_and_nothing_goes_up() -> None:
+    upstream = Upstream()
+    async with running(upstream) as plane:
+        plane.grant("llm:other")
+        status, headers, body = parts(await plane.exchange(post("/v1/chat/completions", CHAT)))
+        problem = json.loads(body)
+        assert (status, headers["content-type"]) == (403, "application/problem+json")
+        assert problem["scope"] == "llm:m1"
+        assert problem["reason_code"] == "scope_missing"
+        assert problem["request"] == "POST http://gateway.internal:3128/v1/chat/completions"
+        assert problem["ask"]["url"].endswith("/.stockade/v1/requests")
+        await until(lambda: plane.outcomes)
+        assert plane.outcomes[0].status == 403
+        assert upstream.connections == 0
+
+
+async def test_the_worker_has_given_up_everything() -> None:
+    async with running(Upstream()) as plane:
+        assert plane.ready is not None
+        assert plane.dialer_ready is not None
+        for process in (plane.worker_process, plane.dialer_process):
+            with open(f"/proc/{process.pid}/status", encoding="ascii") as file:  # noqa: ASYNC230, PTH123 - procfs
+                status = dict(line.split(":\t", 1) for line in file.read().splitlines() if ":\t" in line)
+            assert "0" not in status["Uid"].split()
+            assert (int(status["CapEff"], 16), int(status["CapBnd"], 16)) == (0, 0)
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+async def test_server_sent_events_arrive_one_by_one() -> None:
+    go_on = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"8\r\ndata: 1\n\r\n")
+        await go_on.wait()
+        writer.write(b"8\r\ndata: 2\n\r\n0\r\n\r\n")
+        await writer.drain()
+
+    async with running(Upstream(handler=handler)) as plane:
+        plane.grant("llm:*")
+        reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
+        writer.write(post("/v1/chat/completions", b'{"model":"m1","stream":true}'))
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"data: 1\n")).startswith(b"HTTP/1.1 200")
+            go_on.set()
+            assert (await reader.read(-1)).endswith(b"data: 2\n\r\n0\r\n\r\n")
+        writer.close()
