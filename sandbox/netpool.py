@@ -117,6 +117,9 @@ class Pool:
         # The alias says whose it is, should an operator ever move it out of its namespace (sandbox/network.py).
         self._gate_messages = (netlink.link_up(_INDEX, alias=alias(instance)), *_GATE_MESSAGES)
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        # Where IPv6 is a module it could be loaded later, and then come up in namespaces that exist: load it now.
+        with contextlib.suppress(OSError):
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
         self._ipv6_present = Path(_SYSCTL, "ipv6/conf/all/disable_ipv6").exists()
         self._gate_rules = nftables.gate_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)
         self._agent_rules = nftables.agent_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)

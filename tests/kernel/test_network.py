@@ -40,6 +40,14 @@ def net(pool: Pool) -> Iterator[Net]:
     taken.close()
 
 
+@pytest.fixture
+def layered(net: Net) -> Net:
+    """A network whose second layer is in force; a kernel without nftables for IPv4 has the first alone."""
+    if net.firewall != "nftables":
+        pytest.skip(f"no second layer in this kernel: {net.firewall}")
+    return net
+
+
 def enter(fd: int, *command: str, uid: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command in the namespace behind `fd`, as an unprivileged user where `uid` is given."""
     drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
@@ -109,12 +117,14 @@ def test_every_other_address_is_unreachable_at_once(net: Net, address: str) -> N
     assert connect(net.agent_ns, address, PORT) == "ENETUNREACH"
 
 
-def test_binding_to_the_device_does_not_get_around_the_missing_route(net: Net) -> None:
+def test_binding_to_the_device_does_not_get_around_the_missing_route(layered: Net) -> None:
+    net = layered
     assert connect(net.agent_ns, "192.0.2.1", 80, device="eth0") == "ECONNREFUSED"
     assert connect(net.agent_ns, "198.18.0.1", PORT, device="eth0") == "connected"  # the twin: the option itself works
 
 
-def test_broadcast_and_multicast_datagrams_do_not_leave(net: Net) -> None:
+def test_broadcast_and_multicast_datagrams_do_not_leave(layered: Net) -> None:
+    net = layered
     result = attempt(
         net.agent_ns,
         """
@@ -133,8 +143,9 @@ def test_broadcast_and_multicast_datagrams_do_not_leave(net: Net) -> None:
     assert result == "EPERM EPERM EPERM"
 
 
-def test_only_packets_to_the_proxy_port_are_seen_in_the_gate(net: Net) -> None:
+def test_only_packets_to_the_proxy_port_are_seen_in_the_gate(layered: Net) -> None:
     """A capture at the far end while the agent tries everything: nothing but TCP to the proxy's port, and no ARP."""
+    net = layered
     sniff = """
         import sys
         s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -228,11 +239,11 @@ def test_two_agents_have_the_same_addresses_and_do_not_see_each_other(pool: Pool
         second.close()
 
 
-def test_the_firewall_alone_would_hold_the_gate(net: Net) -> None:
+def test_the_firewall_alone_would_hold_the_gate(layered: Net) -> None:
     """The second layer by itself: a service in the gate on another port stays unreachable."""
+    net = layered
     command = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{net.gate_ns}", sys.executable, "-I", "-S", "-c"]
     program = "import socket; s = socket.create_server(('198.18.0.1', 8080)); print('up', flush=True); input()"
-    assert net.facts()["firewall"] == "nftables"
     with subprocess.Popen([*command, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as service:
         assert service.stdout is not None
         assert service.stdout.readline() == "up\n"
@@ -241,6 +252,21 @@ def test_the_firewall_alone_would_hold_the_gate(net: Net) -> None:
         enter(net.gate_ns, "nft", "flush", "ruleset")
         assert connect(net.agent_ns, "198.18.0.1", 8080) == "connected"  # the twin: it was the rules
         service.communicate("\n", timeout=5)
+
+
+def test_without_the_second_layer_the_gate_alone_leads_nowhere(net: Net) -> None:
+    """The twin of the second layer: packets may reach the gate, and nothing there takes them further."""
+    for fd in (net.agent_ns, net.gate_ns):
+        if net.firewall == "nftables":
+            enter(fd, "nft", "flush", "ruleset")
+    with socket.create_server(("0.0.0.0", 0)) as service:
+        for address, port in (("192.0.2.1", 80), ("198.18.0.1", service.getsockname()[1])):
+            assert connect(net.agent_ns, address, port, device="eth0") in {
+                "TimeoutError",
+                "ECONNREFUSED",
+                "EHOSTUNREACH",
+            }
+    assert connect(net.agent_ns, "198.18.0.1", PORT) == "connected"
 
 
 def test_closing_shuts_every_copy_of_the_listener(pool: Pool) -> None:
