@@ -16,13 +16,20 @@ STDIN_BUFFER_BYTES_MAX: Final = 1 << 20
 
 
 class RotatingFile:
-    """A file of at most `bytes_max`; when full it becomes `NAME.1`, in place of an older one, and a new one begins."""
+    """A file of at most `bytes_max`; when full it becomes `NAME.1`, in place of an older one, and a new one begins.
+
+    `NAME.base` says where the current file begins in the stream, and by its inode which file it speaks of: whoever reads
+    along can tell a rotation that is under way from one that is done.
+    """
 
     def __init__(self, path: str, bytes_max: int) -> None:
         self._path = path
         self._bytes_max = max(bytes_max, 1)
         self._fd = self._open()
         self._size = os.fstat(self._fd).st_size
+        self._base = 0
+        with contextlib.suppress(OSError, ValueError), open(path + ".base", encoding="ascii") as file:  # noqa: PTH123
+            self._base = int(file.read(64).split()[0])
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,8 +52,14 @@ class RotatingFile:
     def _rotate(self) -> None:
         os.rename(self._path, self._path + ".1")  # noqa: PTH104 - strings are faster here
         os.close(self._fd)
+        self._base += self._size
         self._fd = self._open()
         self._size = 0
+        temporary = self._path + ".base.new"
+        with contextlib.suppress(OSError):
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+                file.write(f"{self._base} {os.fstat(self._fd).st_ino}\n".encode())
+            os.rename(temporary, self._path + ".base")  # noqa: PTH104 - strings are faster here
 
     def close(self) -> None:
         os.close(self._fd)

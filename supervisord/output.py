@@ -1,7 +1,7 @@
 """What agents wrote, read back from the launcher's files: opaque bytes, in chunks, by offset.
 
 A stream is a file and, once that was full, the one before it (`NAME.1`); `NAME.base` says where the current file
-begins, counted from the first byte the agent wrote. Older output is gone, and an offset that jumps says so.
+begins, counted from the first byte the agent wrote (sandbox/stdio.py writes them). Older output is gone, and an offset that jumps says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES_MAX: Final = 64 * 1024
 POLL_SECONDS_FIRST: Final = 0.002
 POLL_SECONDS_MAX: Final = 0.05
+ROTATIONS_WAITED_MAX: Final = 100
+
+_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +65,14 @@ class Tail:
 
     def _open(self) -> bool:
         """Open the file that holds the offset, or the oldest that is left."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            current = os.open(self._path, flags)
-        except FileNotFoundError:
+        opened = self._open_current()
+        if opened is None:
             return False
-        base = self._current_base()
+        current, base = opened
         self._fd, self._base = current, base
         if self._offset < base:
             try:
-                previous = os.open(f"{self._path}.1", flags)
+                previous = os.open(f"{self._path}.1", _FLAGS)
             except FileNotFoundError:
                 self._offset = base
             else:
@@ -80,11 +81,21 @@ class Tail:
                 self._offset = max(self._offset, self._base)
         return True
 
-    def _current_base(self) -> int:
-        try:
-            return int(self._path.with_name(f"{self._path.name}.base").read_text())
-        except (FileNotFoundError, ValueError):
-            return 0
+    def _open_current(self) -> tuple[int, int] | None:
+        """The current file and where it begins in the stream; None where there is none, or for now none that is sure."""
+        for _ in range(ROTATIONS_WAITED_MAX):
+            try:
+                fd = os.open(self._path, _FLAGS)
+            except FileNotFoundError:
+                return None
+            try:
+                base, inode = self._path.with_name(f"{self._path.name}.base").read_text().split()
+            except (FileNotFoundError, ValueError):
+                return fd, 0  # never rotated
+            if int(inode) == os.fstat(fd).st_ino:
+                return fd, int(base)
+            os.close(fd)  # a rotation is under way
+        return None
 
     def _is_current(self) -> bool:
         assert self._fd is not None  # noqa: S101 - callers have it open
