@@ -18,8 +18,8 @@ STDIN_BUFFER_BYTES_MAX: Final = 1 << 20
 class RotatingFile:
     """A file of at most `bytes_max`; when full it becomes `NAME.1`, in place of an older one, and a new one begins.
 
-    `NAME.base` says where the current file begins in the stream, and by its inode which file it speaks of: whoever reads
-    along can tell a rotation that is under way from one that is done.
+    `NAME.base` says where the current file begins in the stream, and by its inode which file it speaks of: whoever
+    reads along can tell a rotation that is under way from one that is done.
     """
 
     def __init__(self, path: str, bytes_max: int) -> None:
@@ -57,7 +57,9 @@ class RotatingFile:
         self._size = 0
         temporary = self._path + ".base.new"
         with contextlib.suppress(OSError):
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+            with open(  # noqa: PTH123 - a descriptor
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb"
+            ) as file:
                 file.write(f"{self._base} {os.fstat(self._fd).st_ino}\n".encode())
             os.rename(temporary, self._path + ".base")  # noqa: PTH104 - strings are faster here
 

@@ -1,7 +1,8 @@
 """What agents wrote, read back from the launcher's files: opaque bytes, in chunks, by offset.
 
 A stream is a file and, once that was full, the one before it (`NAME.1`); `NAME.base` says where the current file
-begins, counted from the first byte the agent wrote (sandbox/stdio.py writes them). Older output is gone, and an offset that jumps says so.
+begins, counted from the first byte the agent wrote (sandbox/stdio.py writes them). Older output is gone, and an
+offset that jumps says so.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Tail:
         return True
 
     def _open_current(self) -> tuple[int, int] | None:
-        """The current file and where it begins in the stream; None where there is none, or for now none that is sure."""
+        """The current file and where it begins in the stream; None where there is none that is sure."""
         for _ in range(ROTATIONS_WAITED_MAX):
             try:
                 fd = os.open(self._path, _FLAGS)
@@ -91,7 +92,9 @@ class Tail:
             try:
                 base, inode = self._path.with_name(f"{self._path.name}.base").read_text().split()
             except (FileNotFoundError, ValueError):
-                return fd, 0  # never rotated
+                if not os.path.exists(f"{self._path}.1"):  # noqa: PTH110 - no Path of a name that is a suffix away
+                    return fd, 0  # never rotated
+                base, inode = "0", "0"
             if int(inode) == os.fstat(fd).st_ino:
                 return fd, int(base)
             os.close(fd)  # a rotation is under way
