@@ -66,20 +66,30 @@ class Tail:
 
     def _open(self) -> bool:
         """Open the file that holds the offset, or the oldest that is left."""
-        opened = self._open_current()
-        if opened is None:
+        for _ in range(ROTATIONS_WAITED_MAX):
+            opened = self._open_current()
+            if opened is None:
+                return False
+            self._fd, self._base = opened
+            if self._offset >= self._base or self._open_previous():
+                return True
+            self.close()  # it was rotated while we looked
+        return False
+
+    def _open_previous(self) -> bool:
+        """Go to the file before the current one; where it is gone, begin with the current one."""
+        assert self._fd is not None  # noqa: S101 - the caller opened it
+        try:
+            previous = os.open(f"{self._path}.1", _FLAGS)
+        except FileNotFoundError:
+            self._offset = self._base
+            return True
+        if not self._is_current():
+            os.close(previous)
             return False
-        current, base = opened
-        self._fd, self._base = current, base
-        if self._offset < base:
-            try:
-                previous = os.open(f"{self._path}.1", _FLAGS)
-            except FileNotFoundError:
-                self._offset = base
-            else:
-                os.close(current)
-                self._fd, self._base = previous, base - os.fstat(previous).st_size
-                self._offset = max(self._offset, self._base)
+        os.close(self._fd)
+        self._fd, self._base = previous, self._base - os.fstat(previous).st_size
+        self._offset = max(self._offset, self._base)
         return True
 
     def _open_current(self) -> tuple[int, int] | None:
@@ -105,7 +115,7 @@ class Tail:
         try:
             there = self._path.stat()
         except FileNotFoundError:
-            return True
+            return False  # a rotation is under way
         ours = os.fstat(self._fd)
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
