@@ -17,7 +17,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # googleapis ships no stubs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
 
 class Role(enum.IntEnum):
@@ -54,18 +54,39 @@ def role(uid: int, gids: frozenset[int], access: Access) -> Role | None:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The process at the other end of a connection, as the kernel saw it when it connected."""
+    """The process at the other end of a connection, as the kernel saw it when it connected.
+
+    For one that came over TCP, `certificate` is who it proved to be, and the ids are -1, which nobody has.
+    """
 
     uid: int
     gid: int
     pid: int
     role: Role
     name: str
+    certificate: str = ""
 
     @property
     def actor(self) -> str:
-        """As the action log names it: `uid:0(root)`."""
-        return f"uid:{self.uid}({self.name})"
+        """As the action log names it: `uid:0(root)`, `cn:orchestrator`."""
+        return self.certificate or f"uid:{self.uid}({self.name})"
+
+
+def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
+    """What a verified client certificate says of its holder: `spiffe://…` URIs first, then `cn:NAME`."""
+    if b"ssl" not in auth_context.get("transport_security_type", ()):
+        return ()
+    alternatives = [name.decode("utf-8", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]
+    common = [name.decode("utf-8", "replace") for name in auth_context.get("x509_common_name", ())]
+    return (*(name for name in alternatives if name.startswith("spiffe://")), *(f"cn:{name}" for name in common))
+
+
+def certified(auth_context: Mapping[str, Iterable[bytes]], roles: Mapping[str, Role]) -> Caller | None:
+    """The caller behind a client certificate, where one of its names has a role."""
+    for name in certificate_names(auth_context):
+        if name in roles:
+            return Caller(uid=-1, gid=-1, pid=-1, role=roles[name], name=name, certificate=name)
+    return None
 
 
 def user_name(uid: int) -> str:
@@ -121,9 +142,9 @@ def judge(method: str, caller: Caller | None) -> Refusal | None:
     if caller is None:
         return Refusal(
             grpc.StatusCode.UNAUTHENTICATED,
-            f"cannot call {method}: the connection did not come through the control socket",
-            "NOT_THROUGH_DOOR",
-            "connect to control.sock in the daemon's run_dir",
+            f"cannot call {method}: neither the control socket nor a certificate says who is calling",
+            "UNKNOWN_CALLER",
+            "connect to control.sock in the daemon's run_dir, or with a certificate that has a role in stockade.toml",
         )
     needed = METHOD_ROLES.get(method)
     if needed is not None and caller.role >= needed:
@@ -159,11 +180,13 @@ Handler: TypeAlias = Any
 class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Names the caller of every RPC, and turns away those whose role is too low.
 
-    `peers` maps the path that a connection's socket is bound to (the door makes these) to who is behind it.
+    `peers` maps the path that a connection's socket is bound to (the door makes these) to who is behind it;
+    `certificates` maps names in client certificates (`cn:NAME`, `spiffe://…`) to roles.
     """
 
-    def __init__(self, peers: Mapping[str, Caller]) -> None:
+    def __init__(self, peers: Mapping[str, Caller], certificates: Mapping[str, Role] | None = None) -> None:
         self._peers = peers
+        self._certificates = dict(certificates or {})
 
     async def intercept_service(
         self,
@@ -175,7 +198,11 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         return None if handler is None else self._guarded(handler_call_details.method, handler)
 
     async def _admit(self, method: str, context: Context) -> None:
-        caller = self._peers.get(context.peer().removeprefix("unix:"))
+        peer = context.peer()
+        if peer.startswith("unix:"):
+            caller = self._peers.get(peer.removeprefix("unix:"))
+        else:
+            caller = certified(context.auth_context(), self._certificates)
         refusal = judge(method, caller)
         if refusal is not None:
             await context.abort(refusal.code, refusal.message, (status_trailer(refusal),))

@@ -11,16 +11,22 @@ import subprocess
 import sys
 import textwrap
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from stockade.v1 import actions_pb2, actions_pb2_grpc, agents_pb2, agents_pb2_grpc, system_pb2, system_pb2_grpc
 
-from supervisord.callers import Access, CallerInterceptor, current_caller
+from supervisord.callers import Access, CallerInterceptor, Role, current_caller
 from supervisord.door import FrontDoor, listening_socket
 from supervisord.errors import Conflict
 
@@ -145,9 +151,9 @@ async def served(tmp_path: Path, *, everyone_reads: bool = False, per_uid_max: i
     )
     server = grpc.aio.server(interceptors=[CallerInterceptor(door.peers)])
     agents = Agents()
-    system_pb2_grpc.add_SystemServiceServicer_to_server(System(), server)  # type: ignore[no-untyped-call]
-    actions_pb2_grpc.add_ActionServiceServicer_to_server(Actions(), server)  # type: ignore[no-untyped-call]
-    agents_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
+    system_pb2_grpc.add_SystemServiceServicer_to_server(System(), server)
+    actions_pb2_grpc.add_ActionServiceServicer_to_server(Actions(), server)
+    agents_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
     server.add_generic_rpc_handlers(
         (
@@ -222,7 +228,7 @@ async def test_a_method_without_a_role_is_refused_even_to_root(tmp_path: Path) -
 async def test_who_goes_round_the_door_is_refused(tmp_path: Path) -> None:
     async with served(tmp_path) as api, grpc.aio.insecure_channel(f"unix:{tmp_path}/private/grpc.sock") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await system_pb2_grpc.SystemServiceStub(channel).Version(system_pb2.VersionRequest())  # type: ignore[no-untyped-call]
+            await system_pb2_grpc.SystemServiceStub(channel).Version(system_pb2.VersionRequest())
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         # and another user does not even get that far
         with pytest.raises(subprocess.CalledProcessError):
@@ -230,6 +236,67 @@ async def test_who_goes_round_the_door_is_refused(tmp_path: Path) -> None:
                 ["/usr/bin/test", "-S", f"{tmp_path}/private/grpc.sock"], user=NOBODY, group=NOBODY, check=True
             )
         assert api.door.peers == {}
+
+
+def _certificate(
+    name: str, signer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer[0].subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    )
+    return builder.sign(signer[1] if signer else key, hashes.SHA256()), key
+
+
+def _pem(made: tuple[x509.Certificate, ec.EllipticCurvePrivateKey]) -> tuple[bytes, bytes]:
+    """(key, certificate), the order gRPC takes them in."""
+    key = made[1].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return key, made[0].public_bytes(Encoding.PEM)
+
+
+async def test_over_tcp_the_certificate_says_who_it_is() -> None:
+    ours, foreign = _certificate("ca.test", None), _certificate("ca.test", None)
+    trusted = ours[0].public_bytes(Encoding.PEM)
+    server = grpc.aio.server(interceptors=[CallerInterceptor({}, {"cn:ci.test": Role.READER})])
+    agents = Agents()
+    system_pb2_grpc.add_SystemServiceServicer_to_server(System(), server)
+    agents_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)
+    secure = grpc.ssl_server_credentials([_pem(_certificate("localhost", ours))], trusted, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", secure)
+    await server.start()
+
+    async def answer(client: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None, call: str) -> str:
+        key, chain = _pem(client) if client else (None, None)
+        credentials = grpc.ssl_channel_credentials(trusted, key, chain)
+        async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+            try:
+                if call == "kill":
+                    await agents_pb2_grpc.AgentServiceStub(channel).Kill(agents_pb2.KillRequest())
+                    return "killed"
+                stub = system_pb2_grpc.SystemServiceStub(channel)
+                return str((await stub.Version(system_pb2.VersionRequest(), timeout=10)).version)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+
+    try:
+        assert await answer(_certificate("ci.test", ours), "version") == "cn:ci.test READER -1"
+        assert await answer(_certificate("ci.test", ours), "kill") == "PERMISSION_DENIED"
+        assert await answer(_certificate("other.test", ours), "version") == "UNAUTHENTICATED"
+        assert await answer(_certificate("ci.test", foreign), "version") == "UNAVAILABLE"
+        assert await answer(None, "version") == "UNAVAILABLE"
+        assert agents.kills == 0
+    finally:
+        await server.stop(None)
 
 
 async def test_one_user_cannot_fill_the_door(tmp_path: Path) -> None:
@@ -258,7 +325,7 @@ async def test_one_user_cannot_fill_the_door(tmp_path: Path) -> None:
 
 async def test_large_messages_pass_whole_both_ways(tmp_path: Path) -> None:
     async with served(tmp_path) as api, grpc.aio.insecure_channel(f"unix:{api.path}") as channel:
-        stub = agents_pb2_grpc.AgentServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = agents_pb2_grpc.AgentServiceStub(channel)
 
         async def ask() -> AsyncIterator[agents_pb2.AttachRequest]:
             for _ in range(8):

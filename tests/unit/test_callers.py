@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from supervisord.callers import METHOD_ROLES, Access, Caller, Role, current_caller, judge, role
+from supervisord.callers import METHOD_ROLES, Access, Caller, Role, certified, current_caller, judge, role
 
 ACCESS = Access(
     admin_gids=frozenset({10}),
@@ -74,6 +74,42 @@ def test_without_a_caller_nothing_may_be_called() -> None:
         refusal = judge(method, None)
         assert refusal is not None
         assert refusal.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+ROLES = {"cn:ci": Role.OPERATOR, "spiffe://example.org/boss": Role.ADMIN}
+
+
+def tls(*, cn: bytes = b"", uri: bytes = b"", kind: bytes = b"ssl") -> dict[str, list[bytes]]:
+    return {
+        "transport_security_type": [kind],
+        "x509_common_name": [cn] if cn else [],
+        "x509_subject_alternative_name": [b"host.example.org", uri] if uri else [],
+    }
+
+
+def test_a_certificate_with_a_role_is_a_caller() -> None:
+    found = certified(tls(cn=b"ci"), ROLES)
+    assert found is not None
+    assert (found.actor, found.role, found.uid) == ("cn:ci", Role.OPERATOR, -1)
+    found = certified(tls(cn=b"ci", uri=b"spiffe://example.org/boss"), ROLES)
+    assert found is not None
+    assert (found.actor, found.role) == ("spiffe://example.org/boss", Role.ADMIN)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {},
+        tls(),
+        tls(cn=b"somebody"),
+        tls(cn=b"cn:ci"),
+        tls(cn=b"spiffe://example.org/boss"),
+        tls(uri=b"spiffe://example.org/boss/"),
+        tls(cn=b"ci", kind=b"insecure"),
+    ],
+)
+def test_no_other_certificate_is(context: dict[str, list[bytes]]) -> None:
+    assert certified(context, ROLES) is None
 
 
 def test_outside_a_call_there_is_no_caller() -> None:
