@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def inspect(stockade: Stockade, options: Namespace) -> int:
     if options.output == "json":
         print_json(document)
     else:
-        print_facts(document)
+        print_facts({**document, "command": shlex.join(document["command"])})
     return OK
 
 

@@ -70,7 +70,7 @@ class Agents(agents_pb2_grpc.AgentServiceServicer):
     def agent(self, state: int = agents_pb2.AGENT_STATE_RUNNING, **more: Any) -> agents_pb2.Agent:
         found = agents_pb2.Agent(agent_id=AGENT_ID, name="reader", state=state, policy="default", **more)  # type: ignore[arg-type]
         found.started_at.seconds = STARTED
-        found.posture.update({"seccomp": "sha256:00", "degraded": []})
+        found.posture.update({"seccomp": "sha256:00", "degraded": [], "limits": {"pids": 256, "cpus": 1.5}})
         return found
 
     def Launch(self, request: agents_pb2.LaunchRequest, context: Context) -> agents_pb2.LaunchResponse:

@@ -42,6 +42,19 @@ def set_seconds(field: Duration, seconds: float | timedelta) -> None:
     field.FromTimedelta(seconds if isinstance(seconds, timedelta) else timedelta(seconds=seconds))
 
 
+def whole(value: object) -> object:
+    """The value with its whole numbers as such: a Struct knows only doubles."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case dict():
+            return {key: whole(item) for key, item in value.items()}
+        case list():
+            return [whole(item) for item in value]
+        case _:
+            return value
+
+
 def agent(message: agents_pb2.Agent) -> values.AgentInfo:
     spend = message.spend
     return values.AgentInfo(
@@ -53,7 +66,7 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         started_at=time_of(message, "started_at"),
         memory_bytes=message.memory_bytes if message.HasField("memory_bytes") else None,
         pids=message.pids if message.HasField("pids") else None,
-        posture=MessageToDict(message.posture),
+        posture={key: whole(value) for key, value in MessageToDict(message.posture).items()},
         policy_digest=message.policy_digest,
         labels=dict(message.labels),
         exit_signal=message.exit_signal if message.HasField("exit_signal") else None,
