@@ -120,6 +120,7 @@ class Dialer:
         self._workers: dict[str, Link] = {}
         self._listeners: dict[str, list[socket.socket]] = {}
         self._table = Table()
+        self._dialing: dict[tuple[str, int], str] = {}
         self._hangups = select.epoll()
         self._loop.add_reader(self._hangups.fileno(), self._hung_up)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -201,15 +202,23 @@ class Dialer:
     # --- dialing
 
     async def _dial(self, order: messages.Dial) -> None:
+        key = (order.worker_id, order.x)
+        self._dialing[key] = order.agent_id
         try:
             endpoint = await self._connected(order)
         except (CannotDial, OSError, TimeoutError, ValueError) as error:
+            self._dialing.pop(key, None)
             text = str(error) or "cannot connect to the gateway: it did not answer in time"
             self._to_worker(order.worker_id, messages.UpstreamFailed(order.x, text[:200]))
             self._tell(messages.Dialed(order.worker_id, order.x, ok=False, error=text[:200]))
             return
+        if self._dialing.pop(key, None) is None:  # cut meanwhile
+            endpoint.close()
+            self._to_worker(order.worker_id, messages.UpstreamFailed(order.x, "cut"))
+            self._tell(messages.Dialed(order.worker_id, order.x, ok=False, error="cut"))
+            return
         # Ours is kept before theirs is sent: a cut that comes in between finds it.
-        self._table.add(Kept(order.agent_id, (order.worker_id, order.x), endpoint))
+        self._table.add(Kept(order.agent_id, key, endpoint))
         self._hangups.register(endpoint.fileno(), 0)  # EPOLLHUP and EPOLLERR are always reported
         self._to_worker(order.worker_id, messages.UpstreamReady(order.x), fd=endpoint.fileno())
         self._tell(messages.Dialed(order.worker_id, order.x, ok=True))
@@ -220,7 +229,10 @@ class Dialer:
             raise CannotDial("cannot connect: no forward proxy is configured")
         if order.worker_id not in self._workers:
             raise CannotDial("cannot connect: the worker is gone")
-        if len(self._table.by_key) >= duplicates_max or (order.worker_id, order.x) in self._table.by_key:
+        if (
+            len(self._table.by_key) + len(self._dialing) > duplicates_max
+            or (order.worker_id, order.x) in self._table.by_key
+        ):
             raise CannotDial("cannot connect: too many connections are open")
         first = preface_bytes(order.preface) if order.preface is not None else b""
         endpoint = socket.socket(destination.family, socket.SOCK_STREAM)
@@ -245,8 +257,12 @@ class Dialer:
 
     async def _connect(self, endpoint: socket.socket, destination: Destination) -> None:
         """Connect without the loop's own helper, which would start a resolver thread."""
-        while (number := endpoint.connect_ex(destination.address)) == errno.EAGAIN:
-            await asyncio.sleep(connect_retry_seconds)  # a unix listener whose backlog is full (connect(2))
+        number = endpoint.connect_ex(destination.address)
+        while (
+            number == errno.EAGAIN
+        ):  # a unix listener whose backlog is full (connect(2)); nothing tells when it is not
+            await asyncio.sleep(connect_retry_seconds)
+            number = endpoint.connect_ex(destination.address)
         if number == errno.EINPROGRESS:
             connected: asyncio.Future[None] = self._loop.create_future()
             self._loop.add_writer(endpoint.fileno(), _settle, connected)
@@ -267,6 +283,8 @@ class Dialer:
 
     def _cut(self, agent_id: str) -> None:
         started = time.monotonic()
+        for key in [key for key, whose in self._dialing.items() if whose == agent_id]:
+            del self._dialing[key]
         relays = self._table.of_agent(agent_id)
         for kept in relays:
             with contextlib.suppress(OSError):  # the far end may have gone first

@@ -12,7 +12,7 @@ from gateway_client.egress import tls
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream
 from gateway_client.egress.exchange import Event
-from gateway_client.egress.messages import ForwardMode, Usage
+from gateway_client.egress.messages import ForwardMode
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, endpoint, read_call
 from gateway_client.egress.passing import Passing, UpstreamError, open_through_proxy, read_status
 from gateway_client.egress.request import EgressRequest, Form
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from gateway_client.egress.exchange import Exchange
-    from gateway_client.egress.messages import Configure, Verdict
+    from gateway_client.egress.messages import Configure, Usage, Verdict
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
     from gateway_client.egress.wire import Headers
+    from gateway_client.gateways.prices import PriceTable
 
 self_body_bytes_max: Final = 8 * 1024
 forward_body_peek_bytes_max: Final = 64 * 1024
@@ -54,6 +55,7 @@ class Desk(Protocol):
 
     configuration: Configure
     adapter: GatewayAdapter
+    prices: PriceTable
 
     async def ask(self, agent_id: str, request: EgressRequest) -> tuple[Exchange, Verdict]: ...
 
@@ -252,7 +254,9 @@ class Connection:
         target, headers = model_head(
             head, where, body=call.body, adapter=adapter, identity=self.agent.identity, configuration=configuration
         )
-        meter = UsageMeter(where.dialect, call.stream, model=call.model, request_bytes=len(call.body))
+        meter = UsageMeter(
+            where.dialect, call.stream, model=call.model, request_bytes=len(call.body), prices=desk.prices
+        )
         reported: list[Usage | None] = [None]
 
         def on_headers(_status: int, returned: Headers) -> None:
@@ -274,13 +278,9 @@ class Connection:
             return await self._pass(passing, target, headers, call.body)
         finally:
             said = reported[0]
-            used = meter.result(
+            exchange.usage = meter.result(
                 cost_usd=said.cost_usd if said else None, cost_estimated=said.estimated if said else False
             )
-            if used is not None:
-                exchange.usage = Usage(
-                    used.model, used.input_tokens, used.output_tokens, used.cost_usd, estimated=used.estimated
-                )
 
     async def _serve_forward(self, head: Head) -> bool:
         body: bytes | None = b""

@@ -23,8 +23,9 @@ from typing import Final
 import uvloop
 
 from gateway_client.egress.confine import STEADY, Confinement, confine, forbid_io_uring
-from gateway_client.egress.gateway import adapters
 from gateway_client.egress.worker import Worker
+from gateway_client.gateways import prices
+from gateway_client.gateways.adapters import ADAPTERS
 
 DAEMON_FD: Final = 3
 DIALER_FD: Final = 4
@@ -43,7 +44,11 @@ def tls_context() -> ssl.SSLContext:
 
 async def serve(user: str) -> None:
     worker = Worker(
-        socket.socket(fileno=DAEMON_FD), socket.socket(fileno=DIALER_FD), tls=tls_context(), adapters=adapters()
+        socket.socket(fileno=DAEMON_FD),
+        socket.socket(fileno=DIALER_FD),
+        tls=tls_context(),
+        adapters=ADAPTERS,
+        prices=prices.load(),
     )
     posture = confine(Confinement(user=user, system_calls=STEADY, own_network=True))
     worker.ready(posture)

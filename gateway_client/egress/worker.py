@@ -22,10 +22,12 @@ from gateway_client.egress.upstream import Identity
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Coroutine, Mapping
 
     from gateway_client.egress.request import EgressRequest
     from gateway_client.egress.upstream import GatewayAdapter
     from gateway_client.egress.wire import Reject
+    from gateway_client.gateways.prices import PriceTable
 
 _log: Final = logging.getLogger(__name__)
 
@@ -37,11 +39,18 @@ class Worker:
     """Serves listeners and speaks with daemon and dialer; everything happens on one event loop."""
 
     def __init__(
-        self, daemon: socket.socket, dialer: socket.socket, *, tls: ssl.SSLContext, adapters: dict[str, GatewayAdapter]
+        self,
+        daemon: socket.socket,
+        dialer: socket.socket,
+        *,
+        tls: ssl.SSLContext,
+        adapters: Mapping[str, GatewayAdapter],
+        prices: PriceTable,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._tls = tls
         self._adapters = adapters
+        self.prices = prices
         self.adapter: GatewayAdapter = next(iter(adapters.values()))
         self.configuration = messages.Configure(gateway="", host="")
         self._agents: dict[str, Agent] = {}
@@ -187,14 +196,14 @@ class Worker:
             await connection.start()
         except (OSError, asyncio.CancelledError):
             stream.close()
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, the other agents are not to feel it
             # A fault of ours on one connection ends that connection, and is said.
             _log.exception("cannot serve connection")
             stream.reset()
         finally:
             agent.connections.discard(connection)
 
-    def _spawn(self, work: asyncio.coroutines._CoroutineLike[None]) -> None:  # type: ignore[name-defined]
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -248,6 +257,8 @@ class Worker:
 
     async def upstream(self, exchange: Exchange) -> Stream:
         """Give the socket that the dialer passes for an exchange; raise UpstreamError or TimeoutError."""
+        if self._dialer.gone:
+            raise UpstreamError("the dialer is gone")
         async with asyncio.timeout(self.configuration.limits.dial_seconds_max):
             waiter = self._upstreams[exchange.x]
             if waiter is None:

@@ -1,4 +1,4 @@
-"""A real worker and a real dialer as processes; the test plays the daemon over their channels, and owns the upstream."""
+"""A real worker and dialer as processes; the test plays the daemon over their channels, and owns the upstream."""
 
 from __future__ import annotations
 
@@ -126,11 +126,8 @@ class Plane:
                 self.rejected.append(message)
 
     def _judge(self, ask: messages.Ask) -> None:
-        verdict: messages.Verdict | None
-        if self.answer is not None:
-            verdict = self.answer(ask)
-        else:
-            verdict = decide(ask.request, self.view, now=time.monotonic())
+        judge = self.answer or (lambda ask: decide(ask.request, self.view, now=time.monotonic()))
+        verdict = judge(ask)
         if verdict is None:
             return
         if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
@@ -199,12 +196,12 @@ class Upstream:
 
 @contextlib.asynccontextmanager
 async def running(
-    upstream: Upstream, *, limits: messages.Limits | None = None, **configuration: Any
+    upstream: Upstream, *, limits: messages.Limits | None = None, gateway: str = "", **configuration: Any
 ) -> AsyncIterator[Plane]:
     """A plane in front of an upstream on a TCP port."""
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    proxy = {"forward_proxy": address} if configuration.get("forward_mode") is messages.ForwardMode.PROXY else {}
+    proxy = address if configuration.get("forward_mode") is messages.ForwardMode.PROXY else ""
     plane = Plane(
         configuration=messages.Configure(
             gateway="openai",
@@ -212,7 +209,7 @@ async def running(
             limits=limits or messages.Limits(),
             **{"credential": "sk-secret", **configuration},
         ),
-        dialer_configuration=messages.ConfigureDialer(gateway=address, **proxy),
+        dialer_configuration=messages.ConfigureDialer(gateway=gateway or address, forward_proxy=proxy),
     )
     try:
         await plane.start()
