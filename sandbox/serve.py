@@ -48,6 +48,7 @@ KILL_DEADLINE_MS: Final = 10_000
 FREEZE_SECONDS_MAX: Final = 5.0
 FREEZE_POLL_SECONDS: Final = 0.002
 DESCRIPTORS_MAX: Final = 2
+SUPERVISOR_LOSS_SECONDS: Final = 5.0  # a daemon that is restarted or upgraded is back by then
 
 Answer = Callable[..., None]
 
@@ -124,6 +125,8 @@ class Connection:
             while self._queue:
                 sync.close_all(self._queue.popleft()[1])
             self._server.connections.discard(self)
+            if self.greeted:
+                self._server.peer_gone()
 
 
 class Server:
@@ -205,6 +208,22 @@ class Server:
             raise agent_error(str(message["agent_id"]), str(message["op"]))
         return agent
 
+    def peer_gone(self) -> None:
+        """A daemon has gone: what it had half built is undone now, and what must not run without one ends soon."""
+        if any(connection.greeted for connection in self.connections):
+            return
+        for agent in list(self.agents.values()):
+            if agent.state in (State.BUILDING, State.BUILT):
+                agent.end()
+        self.loop.later(SUPERVISOR_LOSS_SECONDS, self._end_unsupervised)
+
+    def _end_unsupervised(self) -> None:
+        if any(connection.greeted for connection in self.connections):
+            return
+        for agent in list(self.agents.values()):
+            if agent.meta.get("on_supervisor_loss") == "kill":
+                agent.end()
+
     # --- operations ---
 
     def _hello(self, connection: Connection, _message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
@@ -216,6 +235,7 @@ class Server:
                 "pid": a.pid,
                 "started_at": a.started_at,
                 "ids": a.plan.ids.start,
+                "cgroup": a.group_name,
             }
             for a in self.agents.values()
         ]
@@ -258,7 +278,7 @@ class Server:
             posture = launching.posture(self.workshop, agent)
             answer(pid=agent.pid, posture=posture, timings_us=agent.timings_us, fds=(agent.pidfd, agent.listener))
 
-        agent, follow = launching.begin(self.workshop, plan, meta, fds, built)
+        agent, follow = launching.begin(self.workshop, plan, message["plan"], meta, fds, built)
         agent.gone.append(self.agent_gone)
         self.agents[plan.agent_id] = agent
         self._follows[plan.agent_id] = follow

@@ -85,6 +85,11 @@ class Daemon:
     async def start(self) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError."""
         config = self.config
+        if config.control.tcp_listen:
+            raise InvalidInput(
+                "cannot serve control.tcp_listen: this version serves the control socket only",
+                remedy="remove the key; remote orchestrators can use ssh -L to the control socket",
+            )
         _make_directories(config)
         self._actions = await asyncio.to_thread(_open_log, config)
         self._store = await Store.open(config.state_dir / "state.db")
@@ -498,8 +503,22 @@ def _open_log(config: Config) -> ActionLog:
         origin=f"stockade/{config.instance}/{os.uname().nodename}",
         checkpoint_every_entries=config.log.checkpoint_entries,
         checkpoint_seconds=config.log.checkpoint_seconds,
-        on_checkpoint=lambda note: log.info("checkpoint", note=note),
+        on_checkpoint=lambda note: _publish(note, config),
     )
+
+
+def _publish(note: str, config: Config) -> None:
+    """Give a checkpoint to the journal and to the witness directory: whoever kept one finds a rollback."""
+    log.info("checkpoint", note=note)
+    if config.log.witness_dir is None:
+        return
+    try:
+        with (config.log.witness_dir / f"{config.instance}.checkpoints").open("a", encoding="utf-8") as file:
+            file.write(f"{note}\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        log.error("no checkpoint in the witness directory", cause=str(error))
 
 
 def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:

@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 CONNECT_SECONDS_MAX: Final = 15.0
 CONNECT_PAUSE_SECONDS: Final = 0.02
-LINGER_SECONDS: Final = 10
+LINGER_SECONDS: Final = 2
 STATE_BYTES_MAX: Final = 4 << 20
 LAUNCHER: Final = Path(sandbox.__file__ or "").resolve().parent / "launcher.py"
 

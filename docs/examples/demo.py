@@ -174,8 +174,10 @@ def act(demo: Demo) -> None:
     wild = f"for i in $(seq {DESCENDANTS}); do setsid sh -c 'trap \"\" TERM INT HUP; sleep 1000' & done; sleep 0.3"
     demo.show("exec", "log-triage", "--", "sh", "-c", wild)
     demo.show("status")
-    receipts = json.loads(demo.show("-o", "json", "kill", "log-triage", "--reason", "runaway processes"))
-    if not receipts[0]["verified_empty"] or receipts[0]["processes_killed"] < DESCENDANTS:
+    demo.show("kill", "log-triage", "--reason", "runaway processes")
+    last = demo.quietly("-o", "json", "actions", "log-triage", "--verb", "agent.kill").stdout.splitlines()[-1]
+    receipt = json.loads(last)["details"]
+    if not receipt["verified_empty"] or receipt["processes_killed"] < DESCENDANTS:
         raise SystemExit("demo: the receipt does not say what it should")
 
     say("6. What happened, in a log that cannot be altered unnoticed.")
