@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import secrets
-import tempfile
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,14 +48,14 @@ class LocalModel:
     def load(cls, path: str, *, context_tokens: int) -> LocalModel:
         """Import the library and open the file, both before the uid is dropped; raises LocalModelError."""
         try:
-            import xllamacpp  # type: ignore[import-not-found,unused-ignore] # noqa: PLC0415 - an optional extra
+            import xllamacpp  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: PLC0415 - an optional extra
         except ImportError as error:
             raise LocalModelError(f"cannot load a local model: xllamacpp is not installed; {_INSTALL}") from error
         file = Path(path) if path else shipped_model()
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise LocalModelError(f"cannot open model {file}: {error.strerror}") from error
+            raise LocalModelError(f"cannot open local model {file}: {error.strerror}") from error
         return cls(xllamacpp, descriptor, context_tokens)
 
     async def answer(self, ask: Ask) -> AsyncIterator[Delta]:
@@ -111,9 +110,16 @@ class LocalModel:
         # The library insists on a listener of its own. A unix socket whose name is gone at once cannot be reached, and
         # would ask for a key nobody knows: a TCP port on loopback would serve every user of the host, unlogged.
         parameters.api_keys = [secrets.token_hex(32)]
-        with tempfile.TemporaryDirectory(prefix="stockade-local-") as directory:
-            parameters.hostnames = [f"{directory}/unused.sock"]
+        # The directory is made by hand because tempfile first tries to write a file, which the gateway may not.
+        directory = Path(f"/tmp/stockade-local-{secrets.token_hex(16)}")  # noqa: S108 - the name cannot be guessed
+        directory.mkdir(mode=0o700)
+        listener = directory / "unused.sock"
+        parameters.hostnames = [str(listener)]
+        try:
             return self._library.Server(parameters)
+        finally:
+            listener.unlink(missing_ok=True)
+            directory.rmdir()
 
 
 def shipped_model() -> Path:
