@@ -26,7 +26,7 @@ from supervisord.actions.log import ActionLog
 from supervisord.actions.types import Action
 from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
-from supervisord.callers import Access, CallerInterceptor
+from supervisord.callers import Access, CallerInterceptor, Role
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.door import FrontDoor, listening_socket
@@ -85,11 +85,6 @@ class Daemon:
     async def start(self) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError."""
         config = self.config
-        if config.control.tcp_listen:
-            raise InvalidInput(
-                "cannot serve control.tcp_listen: this version serves the control socket only",
-                remedy="remove the key; remote orchestrators can use ssh -L to the control socket",
-            )
         _make_directories(config)
         self._actions = await asyncio.to_thread(_open_log, config)
         self._store = await Store.open(config.state_dir / "state.db")
@@ -214,7 +209,12 @@ class Daemon:
             ),
         )
         server = grpc.aio.server(
-            interceptors=[CallerInterceptor(self._door.peers), ErrorInterceptor()],
+            interceptors=[
+                CallerInterceptor(
+                    self._door.peers, {name: Role[role.name] for name, role in config.control.roles.items()}
+                ),
+                ErrorInterceptor(),
+            ],
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
@@ -254,6 +254,8 @@ class Daemon:
         self._health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # there, and not in its stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)
         server.add_insecure_port(f"unix:{private}")
+        if config.control.tcp_listen:
+            server.add_secure_port(config.control.tcp_listen, _server_credentials(config))
         await server.start()
         self._server = server
         await self._health_service.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -492,6 +494,22 @@ def _make_directories(config: Config) -> None:
             raise Unavailable(
                 f"cannot use {path}: {error.strerror}", remedy="check state_dir and run_dir in the configuration"
             ) from error
+
+
+def _server_credentials(config: Config) -> grpc.ServerCredentials:
+    """Mutual TLS: a client without a certificate of the configured authority gets no connection."""
+    control = config.control
+    if control.tls_cert is None or control.tls_key is None or control.tls_client_ca is None:
+        raise InvalidInput(
+            "cannot serve control.tcp_listen: tls_cert, tls_key and tls_client_ca are needed with it",
+            remedy="set all three in [control]",
+        )
+    try:
+        pair = (control.tls_key.read_bytes(), control.tls_cert.read_bytes())
+        authority = control.tls_client_ca.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot serve control.tcp_listen: {error}", remedy="correct [control]") from error
+    return grpc.ssl_server_credentials([pair], root_certificates=authority, require_client_auth=True)
 
 
 def _open_log(config: Config) -> ActionLog:

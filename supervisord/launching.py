@@ -16,6 +16,7 @@ from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import NO_BUDGET, Budget, Ledger
+from supervisord.callers import Role
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
 from supervisord.hostfiles import open_files
@@ -87,7 +88,7 @@ class Launching:
         """The plan a launch would perform, a line each; starts and records nothing."""
         policy = self._judge(order)
         agent_id = new_agent_id(self._entropy)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=caller.uid)
+        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
         close_all(fds)
         plan = build(
             order,
@@ -113,7 +114,7 @@ class Launching:
         chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
         name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
         self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=caller.uid)
+        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
         try:
             slot = self._slots.claim()
             try:
@@ -301,6 +302,11 @@ class Launching:
     async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
         details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
         await self._actions.append(Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details))
+
+
+def _file_uid(caller: Caller) -> int:
+    """Whose files the caller may hand out: an admin anybody's, as root itself could."""
+    return 0 if caller.role is Role.ADMIN else caller.uid
 
 
 async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) -> tuple[Entry, Reply]:
