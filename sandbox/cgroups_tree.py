@@ -254,6 +254,10 @@ class Layout(ABC):
         """A new group with its limits written; nothing is left when it fails."""
 
     @abstractmethod
+    def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
+        """Lower the limits of a group that was made with larger ones; raising them again is not provided for."""
+
+    @abstractmethod
     def open(self, instance: str, agent_id: str) -> Group:
         """A group that exists, as after a restart."""
 

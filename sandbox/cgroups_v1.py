@@ -104,17 +104,20 @@ class HybridLayout(Layout):
             for path in paths:
                 make_directory(path, fresh=True)
                 made.append(path)
-            _, memory, cpu, pids = paths
-            self._limit_memory(memory, limits.memory_bytes)
-            write(cpu / "cpu.cfs_period_us", str(CPU_PERIOD_USEC), remedy=_REMEDY)
-            write(cpu / "cpu.cfs_quota_us", str(cpu_quota_usec(limits.cpus)), remedy=_REMEDY)
-            write(pids / "pids.max", str(limits.pids), remedy=_REMEDY)
+            write(paths[2] / "cpu.cfs_period_us", str(CPU_PERIOD_USEC), remedy=_REMEDY)
+            self.limit(instance, agent_id, limits)
             return self.open(instance, agent_id)
         except BaseException:
             for path in made:
                 with contextlib.suppress(OSError):
                     path.rmdir()
             raise
+
+    def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
+        _, memory, cpu, pids = (top / check_name("agent", agent_id) for top in self.tops(instance))
+        self._limit_memory(memory, limits.memory_bytes)
+        write(cpu / "cpu.cfs_quota_us", str(cpu_quota_usec(limits.cpus)), remedy=_REMEDY)
+        write(pids / "pids.max", str(limits.pids), remedy=_REMEDY)
 
     def open(self, instance: str, agent_id: str) -> Group:
         tree, memory, cpu, pids = (top / check_name("agent", agent_id) for top in self.tops(instance))

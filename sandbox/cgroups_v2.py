@@ -86,6 +86,9 @@ class UnifiedLayout(Layout):
                 path.rmdir()
             raise
 
+    def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
+        self._limit(self.tops(instance)[0] / check_name("agent", agent_id), limits)
+
     def open(self, instance: str, agent_id: str) -> Group:
         path = self.tops(instance)[0] / check_name("agent", agent_id)
         try:

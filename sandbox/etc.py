@@ -28,6 +28,9 @@ FROM_ROOTFS_PREFIXES: Final = ("java", "maven", "python3", "perl")
 # Of those nothing may be taken even from a root given as a directory: the sandbox writes its own.
 NEVER: Final = frozenset({"resolv.conf", "shadow", "shadow-", "gshadow", "gshadow-", "machine-id", "mtab"})
 
+# Written by the sandbox, never shown from the root file system.
+OWN: Final = frozenset({"passwd", "group", "hosts", "hostname", "nsswitch.conf", "host.conf", "gitconfig", "stockade"})
+
 # Where certificate bundles are on Debian and its children; the first that exists is extended.
 CA_BUNDLE: Final = "/etc/ssl/certs/ca-certificates.crt"
 CA_BUNDLE_INSIDE: Final = "stockade/ca-bundle.pem"

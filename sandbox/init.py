@@ -1,19 +1,20 @@
-"""The child that becomes pid 1 of a sandbox: the order of a launch, written once, top to bottom.
+"""The two processes of a sandbox before the agent's program runs: the order of a launch, written once, top to bottom.
 
-    launcher                          child (pid 1)                          agent
-      clone3, cgroup, plan + fds  ->
-                                      cgroup, network namespace
-                                      mounts, pivot_root, terminal
-                                      user namespace (last of all)
-                                      clone3                             ->
-      <- agent pidfd, terminal        gives up everything                    gives up everything, seccomp last
-      <- ready                                                               waits
-      go                          ->                                         execve (end-of-file on the sync socket)
-                                      reaps; writes the exit status
+    launcher                     pid 1                                  stub, then agent
+      clone3 into a cgroup   ->  enters v1 groups, forgets the launcher
+                                 cgroup namespace, private mounts
+                                 standard mounts, where asked to        <- clone3
+      plan + descriptors     ->  network namespace, mounts, pivot_root  network namespace
+                                 terminal, and the word "built"      -> streams, user namespace (last of all)
+                                 user namespace, gives up everything    gives up everything, seccomp last
+      <- ready                                                          waits
+      go                     ->                                         execve (end-of-file on the sync socket)
+                                 reaps; writes the exit status
 
-It is still root of the host while it builds, so that every namespace but the user namespace belongs to init: capabilities
-that an agent might ever regain govern nothing, and a fresh /proc mounts where the host's has covers. The network namespace
-comes before the user namespace because from inside it could not be joined.
+Everything before the plan can be done ahead of need, and is, while the launcher is idle. Both are root of the host while
+they build, so that every namespace but the user namespace belongs to init: capabilities that an agent might ever regain
+govern nothing, and a fresh /proc mounts where the host's has covers. The network namespace comes before the user
+namespace because from inside it could not be joined.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ import fcntl
 import gc
 import json
 import os
-import resource
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from sandbox import confine, mounts, syscalls
+from sandbox import confine, etc, mounts, syscalls
 from sandbox.plan import INIT_INSIDE, SandboxPlan
 from sandbox.sync import StepError, receive, send, step
 
@@ -40,6 +41,14 @@ FD_EXIT: Final = 3
 FD_STDOUT: Final = 4
 FD_STDERR: Final = 5
 FD_TERMINAL: Final = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """What a starter makes ahead of need: the mounts of this plan, at this directory."""
+
+    base: str
+    plan: SandboxPlan
 
 
 class Clock:
@@ -65,20 +74,53 @@ def flags(weaken: tuple[str, ...]) -> int:
     return wanted
 
 
-def main(control: socket.socket, entries: tuple[int, ...]) -> NoReturn:
+def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], standard: Standard | None) -> NoReturn:
     """Live the life of pid 1; called in the child right after `clone3`, never returns.
 
     `entries` are the `tasks` files of its cgroups on v1: whoever enters by itself does so in no time, while being moved
-    from outside waits for a grace period (15 ms).
+    from outside waits for a grace period (15 ms). With `standard`, the mounts that most plans share are made at once.
     """
-    try:
+    with _reporting(control):
         gc.disable()
         with step("enter cgroups"):
             for fd in entries:
                 os.write(fd, b"0")
-        forget_launcher(control)
+        forget_launcher(control, keep=[stub.fileno()])
         os.setsid()
-        _build(control)
+        os.umask(0o022)  # the launcher's is 077; what is made here is for the agent to see
+        with step("enter cgroup namespace"):
+            syscalls.unshare(syscalls.CLONE_NEWCGROUP)
+        with step("make mounts private"):
+            syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        if standard is not None:
+            mounts.make_standard(standard.base, standard.plan, None, Clock().mark)
+        built, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with step("start agent process"):
+            pid, pidfd = syscalls.clone3(0)
+        if pid == 0:
+            control.close()
+            told.close()
+            _agent(stub, built, standard)
+        stub.close()
+        built.close()
+        send(control, {"forked": pid}, [pidfd])
+        os.close(pidfd)
+        if standard is not None:
+            _warm(standard.plan)
+        _build(control, told, pid, standard)
+
+
+def _warm(plan: SandboxPlan) -> None:
+    """Do what a launch does with values, so that the pages it touches are this process's own by then (copy on write)."""
+    SandboxPlan.from_json(plan.to_json())
+    etc.files(plan)
+
+
+@contextlib.contextmanager
+def _reporting(control: socket.socket) -> Iterator[NoReturn]:
+    """Tell the launcher of whatever goes wrong, and end this process in any case."""
+    try:
+        yield  # type: ignore[misc]
     except StepError as error:
         with contextlib.suppress(OSError):
             send(control, {"error": error.to_json()})
@@ -104,19 +146,17 @@ def forget_launcher(control: socket.socket, keep: Sequence[int] = ()) -> None:
     syscalls.set_process_name("stockade-init")
 
 
-def _build(control: socket.socket) -> None:
+def _build(control: socket.socket, told: socket.socket, agent: int, standard: Standard | None) -> NoReturn:
+    """Perform the plan when it comes; with the launcher's end of file instead there is nothing to do."""
     message, fds = receive(control)
     if message is None:
         os._exit(0)
     clock = Clock()
-    os.umask(0o022)  # the launcher's is 077; what is made here is for the agent to see
     plan = SandboxPlan.from_json(message["plan"])
     given: dict[str, Any] = message["fds"]
     weak = frozenset(plan.weaken)
     clock.mark("receive")
 
-    with step("enter cgroup namespace"):
-        syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     if "network" not in weak:
         with step("enter network namespace"):
             syscalls.setns(fds[given["network"]], syscalls.CLONE_NEWNET)
@@ -126,11 +166,10 @@ def _build(control: socket.socket) -> None:
             syscalls.setdomainname("(none)")
     clock.mark("namespaces")
 
-    with step("make mounts private"):
-        syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-    clock.mark("private")
-    tree = given["rootfs"]
-    mounts.make_root(message["base"], plan, None if tree is None else fds[tree], clock.mark)
+    if standard is None:
+        tree = given["rootfs"]
+        mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
+    mounts.make_own(plan, clock.mark)
     mounts.attach_binds(plan, [fds[index] for index in given["binds"]])
     mounts.hide(plan.hide)
     clock.mark("binds")
@@ -138,35 +177,25 @@ def _build(control: socket.socket) -> None:
         mounts.pivot(read_only="read_only_root" not in weak)
     clock.mark("pivot")
 
-    master, streams = _streams(plan, [None if index is None else fds[index] for index in given["stdio"]])
+    master, slave = _terminal(plan)
+    send(told, {"built": True, "timings_us": clock.steps}, [] if slave is None else [slave])
+    if master is not None:
+        send(control, {"terminal": True}, [master])
     filters = b"" if "seccomp" in weak else _read(fds[given["filter"]])
-    with step("lower hard limits"):
-        _lower_descriptors(plan)
     if "user_namespace" not in weak:
         with step("enter user namespace"):
             syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
-    clock.mark("users")
-
-    with step("start agent process"):
-        pid, pidfd = syscalls.clone3(0)
-    if pid == 0:
-        _agent(control, plan, streams, filters, clock)
-    send(control, {"forked": True, "terminal": master is not None}, [pidfd] + ([master] if master is not None else []))
-    _reap(plan, filters, pid, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
+    _reap(plan, filters, agent, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
 
 
-def _streams(plan: SandboxPlan, stdio: list[int | None]) -> tuple[int | None, tuple[int, int, int]]:
+def _terminal(plan: SandboxPlan) -> tuple[int | None, int | None]:
     if plan.tty is None:
-        with step("open /dev/null"):
-            # The sandbox's own, not one of the launcher's: a descriptor tells where it was opened.
-            given = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) if fd is None else fd for fd in stdio]
-        return None, (given[0], given[1], given[2])
+        return None, None
     plain = "user_namespace" in plan.weaken
     with step("open terminal"):
-        master, slave = confine.open_terminal(
+        return confine.open_terminal(
             plan.tty, uid=plan.uid if plain else plan.ids.host(plan.uid), gid=5 if plain else plan.ids.host(5)
         )
-    return master, (slave, slave, slave)
 
 
 def _kept(given: dict[str, Any], fds: list[int]) -> tuple[int | None, int | None]:
@@ -178,39 +207,50 @@ def _read(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def _lower_descriptors(plan: SandboxPlan) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < plan.limits.open_files:
-        with contextlib.suppress(PermissionError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, plan.limits.open_files))
-
-
-def _agent(
-    control: socket.socket,
-    plan: SandboxPlan,
-    streams: tuple[int, int, int],
-    filters: bytes,
-    clock: Clock,
-) -> NoReturn:
-    try:
+def _agent(control: socket.socket, built: socket.socket, standard: Standard | None) -> NoReturn:
+    """Wait for the plan and for the root, become the agent, wait for `go`, exec."""
+    with _reporting(control):
+        # The root that pid 1 pivots to becomes the root of whoever has the old one.
+        os.chdir("/")
+        if standard is not None:
+            _warm(standard.plan)
+        message, fds = receive(control)
+        if message is None:
+            os._exit(0)
+        plan = SandboxPlan.from_json(message["plan"])
+        given: dict[str, Any] = message["fds"]
+        weak = frozenset(plan.weaken)
+        filters = b"" if "seccomp" in weak else _read(fds[given["filter"]])
+        if "network" not in weak:
+            with step("enter network namespace"):
+                syscalls.setns(fds[given["network"]], syscalls.CLONE_NEWNET)
+        answer, streams = receive(built)
+        if answer is None:
+            os._exit(1)  # pid 1 has told the launcher why
+        clock = Clock()
+        os.chdir("/")
         with step("take standard streams"):
-            confine.take_stdio(*streams)
-        clock.mark("fork")
+            _take_streams([None if index is None else fds[index] for index in given["stdio"]], streams)
+        if "user_namespace" not in weak:
+            with step("enter user namespace"):
+                syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
         confine.give_up(plan, filters=filters, terminal=plan.tty is not None, first=True)
         clock.mark("confine")
-        send(control, {"ready": True, "timings_us": clock.steps})
+        send(control, {"ready": True, "timings_us": answer["timings_us"] | clock.steps})
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run
         confine.execute(plan.argv, plan.env, plan.cwd)
-    except StepError as error:
-        with contextlib.suppress(OSError):
-            send(control, {"error": error.to_json()})
-    except BaseException as error:  # noqa: BLE001 - as in main
-        with contextlib.suppress(OSError):
-            send(control, {"error": StepError("confine agent", 0, f"{type(error).__name__}: {error}").to_json()})
-    finally:
-        os._exit(1)
+
+
+def _take_streams(stdio: list[int | None], terminal: list[int]) -> None:
+    if terminal:
+        confine.take_stdio(terminal[0], terminal[0], terminal[0])
+        return
+    # The sandbox's own null device, not one of the launcher's: a descriptor tells where it was opened.
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    stdin, stdout, stderr = (null if fd is None else fd for fd in stdio)
+    confine.take_stdio(stdin, stdout, stderr)
 
 
 def _keep(fds: dict[int, int | None]) -> None:

@@ -26,6 +26,7 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
 from sandbox.serve import Server
+from sandbox.starters import READY, Starters
 from sandbox.userns import Holders
 
 PROXY_PORT: Final = 3128
@@ -42,13 +43,15 @@ def main() -> int:
     _make_directories(options.run_dir)
     lock = _only_one(options.run_dir)
     loop = Loop()
+    layout = cgroups.detect(parent=options.cgroup_parent)
     workshop = Workshop(
         run_dir=options.run_dir,
         instance=options.instance,
         loop=loop,
-        layout=cgroups.detect(parent=options.cgroup_parent),
+        layout=layout,
         pool=Pool(options.instance, PROXY_PORT, options.networks),
         holders=Holders(),
+        starters=Starters(layout, options.instance, f"{options.run_dir}/root", options.starters),
         allow_weakened=options.allow_weakened,
     )
     notifier = Notifier()
@@ -64,6 +67,7 @@ def main() -> int:
     workshop.pool.refill(1)
     notifier.send("READY=1")
     _run(server, options.linger_seconds)
+    workshop.starters.close()
     workshop.holders.close()
     workshop.pool.close()
     with contextlib.suppress(OSError):
@@ -86,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--allow-weakened", action="store_true", help="for tests: perform plans that leave controls out"
     )
+    parser.add_argument("--starters", type=int, default=READY, help="sandboxes begun ahead of need")
     return parser.parse_args()
 
 
@@ -154,7 +159,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             full = False
         else:
             # Stocks are filled when nobody waits, one piece a turn.
-            more = workshop.holders.refill()
+            more = workshop.holders.refill() or workshop.starters.refill()
             full = workshop.pool.refill(1) == 0 and not more
 
 

@@ -19,6 +19,7 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sync import StepError, ToldError, receive, send, step
 from sandbox.userns import Holders
@@ -40,6 +41,7 @@ class Workshop:
     layout: Layout
     pool: Pool
     holders: Holders
+    starters: Starters
     allow_weakened: bool
     filters: dict[str, bytes] = field(default_factory=dict)
 
@@ -65,23 +67,20 @@ class Workshop:
 
 
 def begin(
-    workshop: Workshop, plan: SandboxPlan, meta: dict[str, Any], fds: list[int], built: Built
+    workshop: Workshop, plan: SandboxPlan, wire: dict[str, Any], meta: dict[str, Any], fds: list[int], built: Built
 ) -> "tuple[Agent, Follow]":
-    """Fork the child and send it the plan; `built` is called once, when it waits for `go` or has failed.
+    """Send a starter the plan (`wire` is its JSON); `built` is called once, when it waits for `go` or has failed.
 
     Raises `StepError` where not even that can be done; then nothing is left. The descriptors stay the caller's.
     """
     agent = Agent(plan, meta, f"{workshop.run_dir}/agents/{plan.agent_id}", workshop.loop)
+    agent.filters = workshop.filters.get(plan.filter_digest, b"")
     clock = init.Clock()
     with contextlib.ExitStack() as undo:
-        try:
-            agent.group = workshop.layout.create(workshop.instance, plan.agent_id, plan.limits)
-        except (CannotConfine, OSError) as error:
-            raise StepError(
-                "make cgroup", getattr(error, "errno", 0) or 0, str(error), "see `stockadectl doctor`"
-            ) from error
-        undo.callback(_remove_group, agent)
-        clock.mark("cgroup")
+        starter = workshop.starters.take(plan)
+        undo.callback(workshop.starters.discard, starter)
+        agent.group, agent.group_name = starter.group, starter.name
+        clock.mark("starter")
         try:
             agent.net = workshop.pool.take()
         except (CannotMakeNetwork, OSError) as error:
@@ -89,41 +88,25 @@ def begin(
         undo.callback(agent.net.close)
         agent.listener = agent.net.listener
         clock.mark("network")
-        mine = contextlib.ExitStack()
-        with mine:
-            message, given = _gather(workshop, agent, fds, mine, undo)
+        with contextlib.ExitStack() as mine:
+            order, given = _gather(workshop, agent, fds, mine, undo)
             clock.mark("gather")
-            ours, theirs = sync.pair()
-            undo.callback(ours.close)
-            mine.callback(theirs.close)
-            agent.filters = workshop.filters.get(plan.filter_digest, b"")
-            with step("fork"):
-                agent.pid, agent.pidfd = syscalls.clone3(init.flags(plan.weaken), cgroup=agent.group.fd_for_clone())
-            if agent.pid == 0:
-                init.main(theirs, agent.group.entry_fds())
-            clock.mark("clone")
-            agent.control = ours
-            undo.pop_all()
-            try:
-                send(ours, message, given)
-            except OSError as error:
-                agent.end()
-                raise StepError.from_os("send plan", error) from error
+            message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
+            with step("send plan"):
+                send(starter.stub, message, given)
+                send(starter.control, message, given)
             clock.mark("send")
+        undo.pop_all()
+    agent.pid, agent.pidfd = starter.pid, starter.pidfd
+    agent.control, agent.builder = starter.stub, starter.control
     agent.timings_us = clock.steps
-    return agent, Follow(workshop, agent, built)
-
-
-def _remove_group(agent: Agent) -> None:
-    if agent.group is not None:
-        with contextlib.suppress(CannotConfine, OSError):
-            agent.group.remove()
+    return agent, Follow(agent, built)
 
 
 def _gather(
     workshop: Workshop, agent: Agent, fds: list[int], mine: contextlib.ExitStack, undo: contextlib.ExitStack
 ) -> tuple[dict[str, Any], list[int]]:
-    """Return the message for the child and its descriptors; what is only for it goes onto `mine`."""
+    """Return the descriptors for the children by name, as indices, and in order; what is only theirs goes onto `mine`."""
     plan, net = agent.plan, agent.net
     assert net is not None  # noqa: S101 - just taken
     given: list[int] = []
@@ -157,18 +140,14 @@ def _gather(
     if "seccomp" not in plan.weaken:
         filters = add(syscalls.memfd_create("filter", workshop.filters[plan.filter_digest]))
     return {
-        "plan": plan.to_json(),
-        "base": f"{workshop.run_dir}/root",
-        "fds": {
-            "network": add(net.agent_ns, own=False),
-            "users": users,
-            "rootfs": rootfs,
-            "binds": binds,
-            "exit": add(agent.exit_fd, own=False),
-            "stdio": stdio,
-            "keep": keep,
-            "filter": filters,
-        },
+        "network": add(net.agent_ns, own=False),
+        "users": users,
+        "rootfs": rootfs,
+        "binds": binds,
+        "exit": add(agent.exit_fd, own=False),
+        "stdio": stdio,
+        "keep": keep,
+        "filter": filters,
     }, given
 
 
@@ -232,20 +211,19 @@ def remove_directory(path: str) -> None:
 
 
 class Follow:
-    """Hears what the child says until its socket ends."""
+    """Hears what the two processes say until the agent's program runs: `builder` is pid 1, `control` the stub."""
 
-    def __init__(self, workshop: Workshop, agent: Agent, built: Built) -> None:
-        assert agent.control is not None  # noqa: S101 - begin() made it
+    def __init__(self, agent: Agent, built: Built) -> None:
+        assert agent.control is not None  # noqa: S101 - begin() made both
+        assert agent.builder is not None  # noqa: S101
         self._agent = agent
-        self._workshop = workshop
         self._built: Built | None = built
         self._went: Built | None = None
-        self._forked = False
-        self._ready = False
         self._began = time.perf_counter_ns()
-        agent.loop.watch(agent.control.fileno(), READ, self._heard)
-        self._deadline = agent.loop.later(BUILD_SECONDS_MAX, self._late)
+        agent.loop.watch(agent.control.fileno(), READ, lambda _e: self._stub_said())
+        agent.loop.watch(agent.builder.fileno(), READ, lambda _e: self._builder_said())
         agent.loop.watch(agent.pidfd, READ, lambda _e: self._died())
+        self._deadline = agent.loop.later(BUILD_SECONDS_MAX, self._late)
 
     def _late(self) -> None:
         if self._agent.state in (State.BUILDING, State.BUILT, State.STARTING):
@@ -253,45 +231,56 @@ class Follow:
             self._fail(StepError(what, 0, "not done in time"))
 
     def _died(self) -> None:
-        # What it said last comes first: the socket may hold an error still.
-        while self._agent.control is not None and self._agent.state is State.BUILDING and self._more():
-            self._heard(READ)
+        # What they said last comes first.
+        self._drain_builder()
         if self._agent.state in (State.BUILDING, State.BUILT):
-            self._fail(StepError("build sandbox", 0, "the child died; out of memory, or killed from outside"))
+            self._fail(StepError("build sandbox", 0, "pid 1 died; out of memory, or killed from outside"))
         elif self._agent.state is State.STARTING:
-            self._heard(READ)
+            self._stub_said()
         self._agent.end()
 
+    def _drain_builder(self) -> None:
+        while self._agent.builder is not None and self._agent.state is State.BUILDING and self._more():
+            self._builder_said()
+
     def _more(self) -> bool:
+        builder = self._agent.builder
         try:
-            control = self._agent.control
-            return control is not None and bool(control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return builder is not None and bool(builder.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except OSError:
             return False
 
-    def _heard(self, _events: int) -> None:
+    def _builder_said(self) -> None:
         agent = self._agent
-        if agent.control is None:
+        if agent.builder is None:
             return
-        try:
-            message, fds = receive(agent.control)
-        except (OSError, ValueError):
-            message, fds = None, []
+        message, fds = _hear(agent.builder)
         if message is None:
-            self._ended()
+            # It lets go of everything when its work is done; if it died instead, its pidfd tells.
+            agent.close_builder()
         elif "error" in message:
             sync.close_all(fds)
             self._fail(ToldError(message["error"]))
-        elif message.get("forked"):
+        elif "forked" in message:
             agent.agent_pidfd = fds[0]
-            if message["terminal"]:
-                self._adopt_terminal(fds[1])
-            self._forked = True
-            self._perhaps_built()
+        elif message.get("terminal"):
+            self._adopt_terminal(fds[0])
+
+    def _stub_said(self) -> None:
+        agent = self._agent
+        if agent.control is None:
+            return
+        message, fds = _hear(agent.control)
+        sync.close_all(fds)
+        if message is None:
+            self._ended()
+        elif "error" in message:
+            self._fail(ToldError(message["error"]))
         elif message.get("ready"):
             agent.timings_us |= {f"child.{name}": value for name, value in message["timings_us"].items()}
-            self._ready = True
-            self._perhaps_built()
+            # pid 1 has said all it had to say before the stub could be ready.
+            self._drain_builder()
+            self._is_built()
 
     def _adopt_terminal(self, master: int) -> None:
         agent = self._agent
@@ -300,9 +289,9 @@ class Follow:
         agent.pumps.append(Pump(agent.loop, os.dup(master), file))
         agent.feed = Feed(agent.loop, os.dup(master), terminal=True)
 
-    def _perhaps_built(self) -> None:
+    def _is_built(self) -> None:
         agent = self._agent
-        if self._forked and self._ready and self._built is not None:
+        if agent.state is State.BUILDING and self._built is not None:
             agent.timings_us["child"] = (time.perf_counter_ns() - self._began) // 1000
             agent.state = State.BUILT
             agent.loop.cancel(self._deadline)
@@ -333,10 +322,13 @@ class Follow:
             agent.started_at = time.time()
             self._answer(None)
         elif agent.state in (State.BUILDING, State.BUILT):
-            self._fail(StepError("build sandbox", 0, "the child ended without a word"))
+            self._drain_builder()
+            self._fail(StepError("build sandbox", 0, "a process of the sandbox ended without a word"))
 
     def _fail(self, error: StepError) -> None:
         agent = self._agent
+        if agent.state in (State.ENDING, State.GONE):
+            return
         agent.loop.cancel(self._deadline)
         # The answer waits until everything is undone: who hears "failed" may launch again with the same ids.
         agent.gone.append(lambda _agent: self._answer(error))
@@ -347,6 +339,13 @@ class Follow:
         self._built = self._went = None
         if call is not None:
             call(self._agent, error)
+
+
+def _hear(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    try:
+        return receive(sock)
+    except (OSError, ValueError):
+        return None, []
 
 
 def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
@@ -387,7 +386,13 @@ def degraded(agent: Agent) -> list[str]:
 def save(agent: Agent) -> None:
     """Leave what a restarted launcher needs to find the agent again."""
     path = f"{agent.directory}/state.json"
-    state = {"plan": agent.plan.to_json(), "meta": agent.meta, "pid": agent.pid, "start_ticks": start_ticks(agent.pid)}
+    state = {
+        "plan": agent.plan.to_json(),
+        "meta": agent.meta,
+        "pid": agent.pid,
+        "start_ticks": start_ticks(agent.pid),
+        "group": agent.group_name,
+    }
     with open(path, "x", encoding="utf-8") as file:  # noqa: PTH123 - strings are faster here
         json.dump(state, file)
 

@@ -50,35 +50,51 @@ _TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
-def make_root(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> None:
-    """Build the root at `base` (an existing directory) up to the workspace; the working directory is the root then.
+def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> None:
+    """Build at `base` (an existing directory) what does not depend on who the agent is; the working directory is there then.
 
     `tree` is a detached mount of the directory that stands for `/`; None for the host's own.
     """
     weak = frozenset(plan.weaken)
-    flags = 0 if "mount_flags" in weak else _MS_SAFE
     with step("make root"):
         if tree is not None:
             # Under the root to be, which covers it: it goes with the old root.
             syscalls.move_mount(tree, "", syscalls.AT_FDCWD, base, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
         rootfs = os.open("/" if tree is None else base, os.O_PATH | os.O_CLOEXEC)
-        _tmpfs(base, flags, plan.scratch.root_bytes, mode=0o755, inodes=4096)
+        _tmpfs(base, _flags(weak), plan.scratch.root_bytes, mode=0o755, inodes=4096)
         os.chdir(base)
     with step("show root file system"):
         _show_rootfs(plan, rootfs, read_only="read_only_root" not in weak, safe="mount_flags" not in weak)
     mark("rootfs")
-    with step("fill /etc"):
-        _fill_etc(plan, rootfs)
+    with step("show /etc"):
+        _show_etc(plan, rootfs)
+        os.close(rootfs)
     mark("etc")
     with step("mount /dev"):
-        _make_dev(plan, weak)
+        _make_dev(weak)
     mark("dev")
     with step("mount /proc"):
         _make_proc(weak)
     mark("proc")
+
+
+def make_own(plan: SandboxPlan, mark: Callable[[str], None]) -> None:
+    """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be."""
+    weak = frozenset(plan.weaken)
+    with step("write /etc"):
+        _write_etc(plan)
+    mark("own etc")
     with step("mount scratch"):
-        _make_scratch(plan, flags)
+        if "devices" not in weak:
+            options = f"ptmxmode=0666,mode=0620,gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
+            flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+            syscalls.mount("devpts", "dev/pts", "devpts", flags | syscalls.MS_REMOUNT, options)
+        _make_scratch(plan, _flags(weak))
     mark("scratch")
+
+
+def _flags(weak: frozenset[str]) -> int:
+    return 0 if "mount_flags" in weak else _MS_SAFE
 
 
 def _tmpfs(target: str, flags: int, size: int, *, mode: int, inodes: int, uid: int = 0, gid: int = 0) -> None:
@@ -135,25 +151,48 @@ def _names(directory: int) -> list[str]:
         os.close(fd)
 
 
-def _fill_etc(plan: SandboxPlan, rootfs: int) -> None:
-    files = etc.files(plan)
+def _show_etc(plan: SandboxPlan, rootfs: int) -> None:
+    """Show what is shown of the /etc of the root file system."""
+    os.symlink("/proc/self/mounts", "etc/mtab")
+    os.mkdir("etc/stockade", 0o755)
+    _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _bundle(rootfs))
     try:
         source = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=rootfs)
     except (FileNotFoundError, NotADirectoryError):
-        source = -1
-    if source >= 0:
-        names = os.listdir(source)
-        host = plan.rootfs.kind == "host"
-        tops = {name.split("/", 1)[0] for name in files}
-        for name in names:
-            if name not in tops and name not in etc.NEVER and (etc.wanted(name) if host else True):
-                _show_entry(source, name, f"etc/{name}", _RO | _SAFE)
-        os.close(source)
-    os.symlink("/proc/self/mounts", "etc/mtab")
+        return
+    host = plan.rootfs.kind == "host"
+    for name in os.listdir(source):
+        if name not in etc.NEVER and name not in etc.OWN and (etc.wanted(name) if host else True):
+            _show_entry(source, name, f"etc/{name}", _RO | _SAFE)
+    os.close(source)
+
+
+def _write_etc(plan: SandboxPlan) -> None:
+    """Write the agent's own files; one that stands where the root file system's is shown takes its place."""
+    files = etc.files(plan)
+    for top in {name.split("/", 1)[0] for name in files} - etc.OWN:
+        if os.path.lexists(f"etc/{top}"):
+            _uncover(f"etc/{top}")
     for name, text in files.items():
         _write(f"etc/{name}", text.encode("utf-8", "surrogateescape"))
     if plan.ca_certificate is not None:
-        _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _bundle(rootfs) + plan.ca_certificate.encode())
+        fd = os.open(f"etc/{etc.CA_BUNDLE_INSIDE}", os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(fd, plan.ca_certificate.encode())
+        finally:
+            os.close(fd)
+
+
+def _uncover(path: str) -> None:
+    """Take an entry of the root file system away from where it is shown."""
+    if os.path.ismount(path) or not os.path.islink(path):
+        with contextlib.suppress(OSError):
+            syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    if os.path.isdir(path) and not os.path.islink(path):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+    else:
+        os.unlink(path)
 
 
 def _bundle(rootfs: int) -> bytes:
@@ -181,7 +220,7 @@ def _touch(path: str) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
 
 
-def _make_dev(plan: SandboxPlan, weak: frozenset[str]) -> None:
+def _make_dev(weak: frozenset[str]) -> None:
     host = os.open("/dev", os.O_PATH | os.O_CLOEXEC)
     try:
         if "devices" in weak:
@@ -197,14 +236,9 @@ def _make_dev(plan: SandboxPlan, weak: frozenset[str]) -> None:
     os.mkdir("dev/pts", 0o755)
     os.mkdir("dev/shm", 0o755)
     # An instance of its own: no terminal of the host or of another agent in it. ptmx is for the agent, hence 0666.
-    gid = plan.ids.host(_TTY_GROUP_INSIDE)
-    syscalls.mount(
-        "devpts",
-        "dev/pts",
-        "devpts",
-        syscalls.MS_NOSUID | syscalls.MS_NOEXEC,
-        f"newinstance,ptmxmode=0666,mode=0620,gid={gid}",
-    )
+    # Whose group a terminal gets is said when the agent is known.
+    flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+    syscalls.mount("devpts", "dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=0620")
     for name, target in (
         ("ptmx", "pts/ptmx"),
         ("fd", "/proc/self/fd"),

@@ -12,7 +12,7 @@ import os
 import socket
 from typing import Final
 
-from sandbox import init, syscalls
+from sandbox import cgroups, init, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
@@ -90,6 +90,10 @@ def restore(server: Server, notifier: Notifier) -> None:
             agent.end()
     for fd in notifier.stored.values():
         os.close(fd)
+    # What an earlier launcher left: starters it had ready, agents it was building.
+    cgroups.reconcile(
+        server.workshop.instance, {a.group_name for a in server.agents.values()}, layout=server.workshop.layout
+    )
 
 
 def _load(server: Server, directory: str) -> Agent | None:
@@ -99,10 +103,19 @@ def _load(server: Server, directory: str) -> Agent | None:
             state = json.load(file)
         plan = SandboxPlan.from_json(state["plan"])
         exit_fd = os.open(f"{directory}/exit", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        group = server.workshop.layout.open(server.workshop.instance, plan.agent_id)
+        group = server.workshop.layout.open(server.workshop.instance, str(state["group"]))
     except (OSError, ValueError, KeyError, InvalidPlan, CannotConfine):
         return None
-    agent = Agent(plan, state["meta"], directory, server.loop, group=group, pid=state["pid"], exit_fd=exit_fd)
+    agent = Agent(
+        plan,
+        state["meta"],
+        directory,
+        server.loop,
+        group=group,
+        group_name=str(state["group"]),
+        pid=state["pid"],
+        exit_fd=exit_fd,
+    )
     agent.own_child = False
     agent.state = State.RUNNING
     agent.started_at = os.stat(f"{directory}/state.json").st_mtime

@@ -67,6 +67,7 @@ class Agent:
     directory: str
     loop: "Loop"
     group: "Group | None" = None
+    group_name: str = ""
     net: "Net | None" = None
     listener: int = -1
     pid: int = 0
@@ -75,6 +76,7 @@ class Agent:
     own_child: bool = True
     exit_fd: int = -1
     control: socket.socket | None = None
+    builder: socket.socket | None = None
     filters: bytes = b""
     started_at: float = 0.0
     state: State = State.BUILDING
@@ -98,6 +100,12 @@ class Agent:
             self.loop.forget(self.control.fileno())
             self.control.close()
             self.control = None
+
+    def close_builder(self) -> None:
+        if self.builder is not None:
+            self.loop.forget(self.builder.fileno())
+            self.builder.close()
+            self.builder = None
 
     def cut(self) -> None:
         """Stop accepting: every copy of the listener, wherever it is, refuses from now on."""
@@ -135,6 +143,7 @@ class Agent:
                 syscalls.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         self.ending = Ending(began, processes, cut_ms)
         self.close_control()
+        self.close_builder()
         self._wait(POLL_SECONDS)
 
     def _wait(self, pause: float) -> None:

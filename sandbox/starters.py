@@ -1,0 +1,154 @@
+"""Sandboxes begun ahead of need: two processes in a cgroup and in namespaces of their own, waiting for a plan.
+
+A launch that finds one ready neither forks nor touches cold pages: most of its time is gone already. One that finds none
+makes one on the spot, by the same code. A starter has seen nothing of any agent; what it was made from (mounts of the host,
+its /etc) is compared before it is used, and one that is stale is thrown away.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sandbox import init, sync, syscalls
+from sandbox.cgroups import CannotConfine, Layout
+from sandbox.plan import AGENT_ID_FIRST, IdRange, Limits, SandboxPlan, Scratch
+from sandbox.sync import StepError, step
+
+if TYPE_CHECKING:
+    from sandbox.cgroups import Group
+
+READY: Final = 2
+ENDED_MAX: Final = 4
+# Lowered before a plan is sent; until then only code of ours runs.
+UNLIMITED: Final = Limits(memory_bytes=1 << 50, cpus=1024, pids=4 << 20)
+
+
+@dataclass(slots=True, eq=False)
+class Starter:
+    """What the launcher holds of it; whoever takes it closes it, or makes an agent of it."""
+
+    name: str
+    group: "Group"
+    pid: int
+    pidfd: int
+    control: socket.socket
+    stub: socket.socket
+    standard: init.Standard | None
+    seen: tuple[int, ...]
+
+
+class Starters:
+    """A stock of starters for plans of the usual kind; others are made to order."""
+
+    def __init__(self, layout: Layout, instance: str, base: str, size: int = READY) -> None:
+        self._layout = layout
+        self._instance = instance
+        self._size = size
+        self._number = 0
+        self._stock: list[Starter] = []
+        self._leaving: list[Starter] = []
+        self._standard = init.Standard(base, _usual(instance))
+
+    def take(self, plan: SandboxPlan) -> Starter:
+        """Return one that fits the plan, its group limited as the plan says; raises `StepError`."""
+        usual = self._usual(plan)
+        starter = None
+        seen = _signature()
+        while usual and self._stock and starter is None:
+            starter = self._stock.pop()
+            if starter.seen != seen:
+                self.discard(starter)
+                starter = None
+        if starter is None:
+            starter = self._make(init.flags(plan.weaken), self._standard if usual else None, seen)
+        try:
+            self._layout.limit(self._instance, starter.name, plan.limits)
+        except (CannotConfine, OSError) as error:
+            self.discard(starter)
+            raise StepError("limit cgroup", getattr(error, "errno", 0) or 0, str(error)) from error
+        return starter
+
+    def _usual(self, plan: SandboxPlan) -> bool:
+        standard = self._standard.plan
+        return (
+            not plan.weaken
+            and plan.rootfs == standard.rootfs
+            and plan.scratch.root_bytes == standard.scratch.root_bytes
+        )
+
+    def refill(self) -> bool:
+        """Make one more where one is missing, and let go of what has ended; True where more is to be done."""
+        self.sweep()
+        seen = _signature()
+        for starter in [s for s in self._stock if s.seen != seen]:
+            self._stock.remove(starter)
+            self.discard(starter)
+        if len(self._stock) < self._size:
+            # A launch tells of the problem, if it lasts.
+            with contextlib.suppress(StepError):
+                self._stock.append(self._make(init.FLAGS, self._standard, seen))
+                return len(self._stock) < self._size
+        return bool(self._leaving)
+
+    def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...]) -> Starter:
+        self._number += 1
+        name = f"s{os.getpid()}-{self._number}"
+        with contextlib.ExitStack() as undo:
+            try:
+                group = self._layout.create(self._instance, name, UNLIMITED)
+            except (CannotConfine, OSError) as error:
+                number = getattr(error, "errno", 0) or 0
+                raise StepError("make cgroup", number, str(error), "see `stockadectl doctor`") from error
+            undo.callback(_remove, group)
+            control, theirs = sync.pair()
+            stub, their_stub = sync.pair()
+            undo.callback(control.close)
+            undo.callback(stub.close)
+            with theirs, their_stub, step("fork"):
+                pid, pidfd = syscalls.clone3(flags, cgroup=group.fd_for_clone())
+                if pid == 0:
+                    init.main(theirs, their_stub, group.entry_fds(), standard)
+            undo.pop_all()
+        return Starter(name, group, pid, pidfd, control, stub, standard, seen)
+
+    def discard(self, starter: Starter) -> None:
+        """Kill it; its processes and group are let go of when they are dead."""
+        starter.control.close()
+        starter.stub.close()
+        with contextlib.suppress(CannotConfine, OSError):
+            starter.group.kill()
+        with contextlib.suppress(OSError):
+            syscalls.pidfd_send_signal(starter.pidfd, signal.SIGKILL)
+        self._leaving.append(starter)
+
+    def sweep(self, *, block: bool = False) -> None:
+        """Collect those that were discarded."""
+        for starter in list(self._leaving):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(starter.pid, 0 if block else os.WNOHANG)[0] == 0:
+                    continue
+            self._leaving.remove(starter)
+            os.close(starter.pidfd)
+            _remove(starter.group)
+
+    def close(self) -> None:
+        while self._stock:
+            self.discard(self._stock.pop())
+        self.sweep(block=True)
+
+
+def _remove(group: "Group") -> None:
+    with contextlib.suppress(CannotConfine, OSError):
+        group.remove()
+
+
+def _usual(instance: str) -> SandboxPlan:
+    return SandboxPlan("standard", instance, "standard", ("/bin/true",), (), IdRange(AGENT_ID_FIRST), scratch=Scratch())
+
+
+def _signature() -> tuple[int, ...]:
+    """Return what changes when the host's root or /etc has entries that come, go or are replaced."""
+    return tuple(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr"))
