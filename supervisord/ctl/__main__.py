@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType
 from typing import NoReturn
+
+from supervisord.ctl.deferred import defer
 
 
 def main() -> NoReturn:
@@ -13,8 +14,7 @@ def main() -> NoReturn:
     # gRPC's own log lines and fork handlers have nothing to say to a person at a terminal.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # `import grpc` imports its asyncio half at once, 12 of some 130 ms, and nothing here uses it.
-    sys.modules.setdefault("grpc.aio", ModuleType("grpc.aio"))
+    defer("asyncio", "grpc.aio")
     from supervisord.ctl.command import run  # noqa: PLC0415 - after the environment that gRPC reads at import
 
     code = run(sys.argv[1:])

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 from typing import TYPE_CHECKING
 
@@ -172,3 +173,20 @@ def test_only_what_a_run_needs_is_imported() -> None:
     assert not any(name.startswith(("sandbox", "gateway_client")) for name in loaded)
     of_the_daemon = {name for name in loaded if name.startswith("supervisord.")} - {"supervisord.ctl"}
     assert all(name.startswith("supervisord.ctl.") for name in of_the_daemon)
+
+
+def test_a_deferred_module_comes_when_it_is_used() -> None:
+    program = """
+        import sys
+        from supervisord.ctl.deferred import defer
+        defer("asyncio", "grpc.aio")
+        import grpc, stockade.client.sync, supervisord.ctl.inside
+        assert "ssl" not in sys.modules and "asyncio.events" not in sys.modules
+        import asyncio
+        async def act(): return grpc.aio.insecure_channel("unix:/nonexistent")
+        print(type(asyncio.run(act())).__module__, sys.modules["asyncio"].__file__ is not None)
+    """
+    told = subprocess.run(
+        [sys.executable, "-I", "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "grpc.aio._channel True\n"
