@@ -39,7 +39,7 @@ def exchange(connection: socket.socket, data: bytes) -> bytes:
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
             answer += piece
-            head, found, body = answer.partition(b"\r\n\r\n")
+            head, found, body = answer.rpartition(b"\r\n\r\n")
             if found and b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n":
                 break
     return answer
@@ -182,6 +182,18 @@ def test_bad_request_is_answered_cleanly(gateway: EmbeddedGateway, request_bytes
     assert answer.startswith(b"HTTP/1.1 " + status), answer[:200]
     with gateway.connect() as connection:  # and the next one is served
         assert exchange(connection, GET_MODELS).startswith(b"HTTP/1.1 200")
+
+
+def test_head_is_answered_without_a_body_and_the_connection_goes_on(gateway: EmbeddedGateway) -> None:
+    with gateway.connect() as connection:
+        connection.sendall(b"HEAD / HTTP/1.1\r\nHost: g\r\n\r\nHEAD /v1/models HTTP/1.1\r\nHost: g\r\n\r\n")
+        answer = exchange(connection, GET_MODELS)
+    assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [
+        b"404",
+        b"200",
+        b"200",
+    ]
+    assert answer.count(b'"object":"list"') == 1
 
 
 def test_one_agents_connections_are_bounded(gateway: EmbeddedGateway) -> None:

@@ -75,7 +75,7 @@ class Api:
 
     async def _dispatch(self, request: Request, respond: Responder) -> None:
         path = request.path.rstrip("/") or "/"
-        match request.method, path:
+        match "GET" if request.method == "HEAD" else request.method, path:
             case "GET", "/v1/models":
                 await respond.whole(200, (_JSON,), compact(_listed(self._routes.names())))
             case "GET", _ if path.startswith(MODELS_PATH + "/"):
@@ -88,8 +88,8 @@ class Api:
                 await self._count(request, respond)
             case "POST", _ if path in DIALECT_OF_PATH:
                 await self._answer(DIALECT_OF_PATH[path], request, respond)
-            case _, _ if path in (*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH):
-                raise RequestError(f"cannot {request.method} {path}: the method is not known here", status=405)
+            case method, _ if path in (*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH):
+                raise RequestError(f"cannot {method} {path}: the method is not known here", status=405)
             case _:
                 served = ", ".join((*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH))
                 raise RequestError(f"cannot find {path[:SHOWN_CHARS_MAX]}: this gateway serves {served}", status=404)

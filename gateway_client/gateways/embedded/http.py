@@ -55,6 +55,8 @@ class Responder:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.started = False
+        self.head_only = False
+        """A HEAD is answered with the headers of its GET and nothing after them."""
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         length = (b"content-length", str(len(body)).encode())
@@ -67,7 +69,7 @@ class Responder:
         await self._connection.write(h11.Response(status_code=status, headers=list(headers)))
 
     async def send(self, data: bytes) -> None:
-        if data:
+        if data and not self.head_only:
             await self._connection.write(h11.Data(data=data))
 
     async def end(self) -> None:
@@ -95,6 +97,7 @@ class Connection:
                 request = await self._next_request()
                 if request is None:
                     return
+                responder.head_only = request.method == "HEAD"
                 await handle(request, responder)
             except (h11.RemoteProtocolError, UnacceptableError) as error:
                 status = error.status if isinstance(error, UnacceptableError) else error.error_status_hint

@@ -86,6 +86,8 @@ class Server:
             _log.warning("connection refused", reason=str(error))
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # the other side went away, which it may
+        except Exception:  # noqa: BLE001 - one connection's fault is logged and ends with it
+            _log.exception("connection broken")
         finally:
             writer.transport.abort() if writer.is_closing() else writer.close()
 
