@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -49,3 +51,25 @@ def test_error_becomes_the_sdks_own_exception(understood: dict[str, dict[str, An
 def test_cost_is_in_the_headers_and_marked(understood: dict[str, dict[str, Any]]) -> None:
     # "@say hello" is 3 tokens in, "hello" 2 out: 3 * 0.001 + 2 * 0.002.
     assert understood["cost_headers"] == {"x-stockade-cost-usd": "0.0070000000", "x-stockade-cost-estimated": "true"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "slowly"}]}),
+        ("/v1/responses", {"input": "slowly"}),
+        ("/v1/messages", {"max_tokens": 99, "messages": [{"role": "user", "content": "slowly"}]}),
+    ],
+)
+def test_stream_is_not_held_back(path: str, body: dict[str, Any]) -> None:
+    script = {"rules": [{"say": "one two three", "chunk_chars": 4, "chunk_delay_ms": 400}]}
+    models = [{"name": "*", "kind": "scripted", "script": "slow"}]
+    with EmbeddedGateway(models=models, scripted={"slow": script}) as gateway, Shim(gateway) as shim:
+        data = json.dumps({"model": "m", "stream": True, **body}).encode()
+        request = urllib.request.Request(shim.url + path, data)  # noqa: S310 - our own loopback URL
+        with urllib.request.urlopen(request, timeout=20) as response:  # noqa: S310 - as above
+            seen = b""
+            while b"one " not in seen:
+                seen += response.read1()
+            assert b"thre" not in seen, "the first words came with the last"
+            assert b"thre" in response.read()

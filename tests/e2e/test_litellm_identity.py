@@ -108,8 +108,5 @@ def test_tokens_and_cost_are_what_the_proxy_charges(proxy: Proxy, dialect: Diale
     assert (used.input_tokens, used.output_tokens) == (3, 2)
     charged = recorded(proxy, before)["cost"]
     assert charged == pytest.approx(0.007)
-    if stream and dialect is not Dialect.OPENAI_CHAT:
-        # LiteLLM names no cost in these streams: the worker's price table has to (DESIGN §10).
-        assert used.cost_usd is None or used.cost_usd == pytest.approx(charged)
-    else:
-        assert used.cost_usd == pytest.approx(charged)
+    assert used.cost_usd == pytest.approx(charged)
+    assert not used.estimated
