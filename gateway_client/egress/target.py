@@ -59,6 +59,7 @@ _V4_FORBIDDEN: Final = tuple(
 )
 # Only 2000::/3 is global unicast (RFC 4291); inside it these embed a v4 address or are not for general use.
 _V6_GLOBAL: Final = ipaddress.IPv6Network("2000::/3")
+_NAT64: Final = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 _V6_FORBIDDEN: Final = tuple(
     (ipaddress.IPv6Network(net), why)
     for net, why in (
@@ -233,7 +234,7 @@ def forbidden_address(address: IpAddress) -> str | None:
     if address not in _V6_GLOBAL:
         if address.is_loopback:
             return "loopback"
-        if address in ipaddress.IPv6Network("64:ff9b::/16"):
+        if any(address in network for network in _NAT64):
             return "nat64"
         return "link-local" if address.is_link_local else "not-global"
     return next((why for net, why in _V6_FORBIDDEN if address in net), None)

@@ -1,4 +1,4 @@
-"""Absolute-form and CONNECT through the real worker and dialer, with a forward proxy and with the embedded's preface."""
+"""Absolute-form and CONNECT through the real worker and dialer, by a forward proxy or the embedded's preface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFACE = messages.ForwardMode.PREFACE
 def client_hello(name: str | None) -> bytes:
     """The first flight of a real TLS client."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     with pytest.raises(ssl.SSLWantReadError):
         context.wrap_bio(incoming, outgoing, server_hostname=name).do_handshake()
