@@ -1,7 +1,8 @@
 """Start one more process in a sandbox that runs, confined as its first one is.
 
-A child of the launcher enters the namespaces by pidfd, the user namespace last, and forks the process as its own sibling
-(CLONE_PARENT): the launcher is its parent, reaps it and has its status, while the process lives in the pid namespace.
+A child of the launcher enters the namespaces by pidfd, the user namespace last, and forks the process as its own
+sibling (CLONE_PARENT): the launcher is its parent, reaps it and has its status, while the process lives in the pid
+namespace.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sync import StepError, ToldError, receive, send, step
 
 STREAMS_PER_AGENT_MAX: Final = 64
+STREAM_ID_MAX: Final = 64  # it is part of a file name
 REAP_SECONDS: Final = 0.005
 _ALL: Final = (
     syscalls.CLONE_NEWNS
@@ -46,9 +48,9 @@ class ExecOrder:
 
     def validate(self) -> None:
         """Raise `InvalidPlan` on what types cannot say."""
-        if not 0 < len(self.stream_id) <= 64 or not all(
+        if not 0 < len(self.stream_id) <= STREAM_ID_MAX or not all(
             c.isascii() and (c.isalnum() or c in "-_") for c in self.stream_id
-        ):  # noqa: PLR2004, E501 - a file name
+        ):
             raise InvalidPlan("stream_id: must be 1..64 letters, digits, '-' or '_'")
         if not self.argv or not self.argv[0]:
             raise InvalidPlan("argv: must not be empty")
@@ -282,7 +284,9 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         with step("take standard streams"):
             confine.take_stdio(*streams)
-        confine.give_up(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
+        confine.lower(agent.plan)
+        confine.give_up(agent.plan)
+        confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)
     except StepError as error:

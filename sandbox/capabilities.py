@@ -4,8 +4,8 @@ from typing import Final
 
 from sandbox import syscalls
 
-# capabilities(7): each bit and its lock. NOROOT: uid 0 gains nothing by execve. NO_SETUID_FIXUP: no change of ids gives or
-# takes capabilities. KEEP_CAPS stays off. NO_CAP_AMBIENT_RAISE: nothing survives execve.
+# capabilities(7): each bit and its lock. NOROOT: uid 0 gains nothing by execve. NO_SETUID_FIXUP: no change of ids gives
+# or takes capabilities. KEEP_CAPS stays off. NO_CAP_AMBIENT_RAISE: nothing survives execve.
 _NOROOT: Final = 1 << 0
 _NO_SETUID_FIXUP: Final = 1 << 2
 _KEEP_CAPS: Final = 1 << 4

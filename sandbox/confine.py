@@ -3,6 +3,8 @@
 Used for the first program of a sandbox and for those that `exec` starts later, so that both are confined alike.
 """
 
+# ruff: noqa: PTH116, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+
 import contextlib
 import errno
 import fcntl
@@ -56,33 +58,43 @@ def resize(terminal: int, tty: Tty) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", tty.rows, tty.cols, 0, 0))
 
 
-def give_up(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> None:
-    """Become the agent: session, limits, ids, capabilities, Landlock, and seccomp last. Raises `StepError`.
-
-    Called with standard streams in place, inside all namespaces of the sandbox, the user namespace joined. Landlock is
-    for the first process and all its descendants. A process that exec starts later cannot join that domain, and from a
-    domain of its own it could not see the agent in /proc; it has the same mounts. The agent may not look into it either.
-    """
+def lower(plan: SandboxPlan) -> None:
+    """Start a session and set resource limits; comes before the user namespace, whose /proc files would not open."""
     weak = frozenset(plan.weaken)
     with step("start session"):
         os.setsid()
-        if terminal:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         os.umask(0o022)
         for number in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with step("set resource limits"):
         _limit(plan, core="rlimits" not in weak)
-        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
+        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
             file.write(str(OOM_SCORE))
+
+
+def give_up(plan: SandboxPlan) -> None:
+    """Become the agent: ids, capabilities, keyring, no way back. In its user namespace. Raises `StepError`."""
+    weak = frozenset(plan.weaken)
     become(plan.uid, plan.gid, keep_capabilities="capabilities" in weak)
     with step("leave session keyring"):
         syscalls.keyctl_join_session_keyring()
     if "new_privileges" not in weak:
         with step("set no_new_privs"):
             syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    if first and plan.landlock != "off" and "landlock" not in weak and landlock.ABI:
+
+
+def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> None:
+    """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
+
+    Landlock is for the first process and all its descendants. A process that exec starts later cannot join that domain,
+    and from a domain of its own it could not see the agent in /proc; it has the same mounts. The agent cannot look into
+    it either.
+    """
+    if terminal:
+        with step("take terminal"):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    if first and plan.landlock != "off" and "landlock" not in plan.weaken and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
     install(filters, plan)
@@ -136,7 +148,7 @@ def _landlock(plan: SandboxPlan) -> None:
 
 
 def writable_places(plan: SandboxPlan) -> Iterator[str]:
-    """Yield what Landlock leaves writable: scratch, devices, /proc/self, the writable binds, and where grants appear."""
+    """Yield what Landlock leaves writable: scratch, devices, /proc/self, writable binds, and where grants appear."""
     yield from ("/tmp", "/home/agent", "/dev", "/proc", "/workspace", "/grants")  # noqa: S108 - inside the sandbox
     yield from (bind.target for bind in plan.binds if bind.writable and bind.target != "/workspace")
 

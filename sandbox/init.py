@@ -11,11 +11,13 @@
       go                     ->                                         execve (end-of-file on the sync socket)
                                  reaps; writes the exit status
 
-Everything before the plan can be done ahead of need, and is, while the launcher is idle. Both are root of the host while
-they build, so that every namespace but the user namespace belongs to init: capabilities that an agent might ever regain
-govern nothing, and a fresh /proc mounts where the host's has covers. The network namespace comes before the user
+Everything before the plan can be done ahead of need, and is, while the launcher is idle. Both are root of the host
+while they build, so that every namespace but the user namespace belongs to init: capabilities that an agent might ever
+regain govern nothing, and a fresh /proc mounts where the host's has covers. The network namespace comes before the user
 namespace because from inside it could not be joined.
 """
+
+# ruff: noqa: PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import fcntl
@@ -41,6 +43,7 @@ FD_EXIT: Final = 3
 FD_STDOUT: Final = 4
 FD_STDERR: Final = 5
 FD_TERMINAL: Final = 6
+FD_CONTROL: Final = 7  # until it has given up everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +114,34 @@ def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], 
 
 
 def _warm(plan: SandboxPlan) -> None:
-    """Do what a launch does with values, so that the pages it touches are this process's own by then (copy on write)."""
+    """Do what a launch does with values, so that by then the pages it touches are this process's own."""
     SandboxPlan.from_json(plan.to_json())
     etc.files(plan)
 
 
+def _own_pages() -> None:
+    """Copy what this process shares with its parent before a launch waits for it; execve gives it all back.
+
+    A page that is copied when it is first written costs a fault, 1 to 4 us each, and Python writes to whatever it
+    reads.
+    """
+    with open("/proc/self/maps") as maps:
+        lines = maps.read().splitlines()
+    for line in lines:
+        words = line.split()
+        if words[1] == "rw-p" and (len(words) < 6 or words[5] in ("[heap]", "[stack]")):  # noqa: PLR2004 - named or not
+            start, end = (int(word, 16) for word in words[0].split("-"))
+            with contextlib.suppress(OSError):
+                syscalls.populate(start, end - start)
+
+
 @contextlib.contextmanager
-def _reporting(control: socket.socket) -> Iterator[NoReturn]:
-    """Tell the launcher of whatever goes wrong, and end this process in any case."""
+def _reporting(control: socket.socket, *, ends: bool = True) -> Iterator[None]:
+    """Tell the launcher of whatever goes wrong and end this process; with `ends`, end it in any case."""
+    failed = True
     try:
-        yield  # type: ignore[misc]
+        yield
+        failed = ends
     except StepError as error:
         with contextlib.suppress(OSError):
             send(control, {"error": error.to_json()})
@@ -128,7 +149,8 @@ def _reporting(control: socket.socket) -> Iterator[NoReturn]:
         with contextlib.suppress(OSError):
             send(control, {"error": StepError("build sandbox", 0, f"{type(error).__name__}: {error}").to_json()})
     finally:
-        os._exit(1)
+        if failed:
+            os._exit(1)
 
 
 def forget_launcher(control: socket.socket, keep: Sequence[int] = ()) -> None:
@@ -185,7 +207,7 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
     if "user_namespace" not in weak:
         with step("enter user namespace"):
             syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
-    _reap(plan, filters, agent, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
+    _reap(plan, filters, agent, control, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
 
 
 def _terminal(plan: SandboxPlan) -> tuple[int | None, int | None]:
@@ -208,15 +230,19 @@ def _read(fd: int) -> bytes:
 
 
 def _agent(control: socket.socket, built: socket.socket, standard: Standard | None) -> NoReturn:
-    """Wait for the plan and for the root, become the agent, wait for `go`, exec."""
+    """Wait for the plan and for the root, become the agent, wait for `go`, exec.
+
+    Needs nothing of the mounts to give up ids and capabilities, so it does that while pid 1 makes them.
+    """
     with _reporting(control):
         # The root that pid 1 pivots to becomes the root of whoever has the old one.
         os.chdir("/")
         if standard is not None:
-            _warm(standard.plan)
+            _own_pages()
         message, fds = receive(control)
         if message is None:
             os._exit(0)
+        clock = Clock()
         plan = SandboxPlan.from_json(message["plan"])
         given: dict[str, Any] = message["fds"]
         weak = frozenset(plan.weaken)
@@ -224,18 +250,21 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         if "network" not in weak:
             with step("enter network namespace"):
                 syscalls.setns(fds[given["network"]], syscalls.CLONE_NEWNET)
-        answer, streams = receive(built)
-        if answer is None:
-            os._exit(1)  # pid 1 has told the launcher why
-        clock = Clock()
-        os.chdir("/")
-        with step("take standard streams"):
-            _take_streams([None if index is None else fds[index] for index in given["stdio"]], streams)
+        confine.lower(plan)
         if "user_namespace" not in weak:
             with step("enter user namespace"):
                 syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
-        confine.give_up(plan, filters=filters, terminal=plan.tty is not None, first=True)
-        clock.mark("confine")
+        confine.give_up(plan)
+        clock.mark("stub give up")
+        answer, terminal = receive(built)
+        if answer is None:
+            os._exit(1)  # pid 1 has told the launcher why
+        clock.mark("stub wait")
+        os.chdir("/")
+        with step("take standard streams"):
+            _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
+        confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        clock.mark("stub close in")
         send(control, {"ready": True, "timings_us": answer["timings_us"] | clock.steps})
         message, _ = receive(control)
         if message is None or not message.get("go"):
@@ -267,26 +296,30 @@ def _reap(
     plan: SandboxPlan,
     filters: bytes,
     agent: int,
+    control: socket.socket,
     *,
     exit_fd: int,
     keep: tuple[int | None, int | None],
     master: int | None,
 ) -> NoReturn:
-    """Give up everything, reap until the agent's first process ends, write its status, end.
+    """Give up everything, say so, reap until the agent's first process ends, write its status, end.
 
     What is kept open: the file for the status, and the far ends of the agent's output, so that a launcher that dies
     blocks an agent that writes and does not break it. When pid 1 ends, the kernel kills what is left in its namespace.
     """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     confine.take_stdio(null, null, null)
-    _keep(dict(zip((FD_EXIT, FD_STDOUT, FD_STDERR, FD_TERMINAL), (exit_fd, *keep, master), strict=True)))
+    numbers = (FD_EXIT, FD_STDOUT, FD_STDERR, FD_TERMINAL, FD_CONTROL)
+    _keep(dict(zip(numbers, (exit_fd, *keep, master, control.detach()), strict=True)))
     if "private_pid" in plan.weaken:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
-    confine.become(INIT_INSIDE, INIT_INSIDE)
-    # The change of ids set it anew from fs.suid_dumpable.
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    confine.install(filters, plan)
+    with socket.socket(fileno=FD_CONTROL) as launcher, _reporting(launcher, ends=False):
+        confine.become(INIT_INSIDE, INIT_INSIDE)
+        # The change of ids set it anew from fs.suid_dumpable.
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+        syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+        confine.install(filters, plan)
+        send(launcher, {"sealed": True})
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     while True:

@@ -3,6 +3,8 @@
 Rights are those of the ABI that the running kernel has (landlock(7)); reading and executing are left to the mounts.
 """
 
+# ruff: noqa: PTH112 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+
 import os
 from collections.abc import Iterable
 from typing import Final
@@ -30,8 +32,8 @@ def rights(abi: int) -> int:
 def make_ruleset(writable: Iterable[str], abi: int) -> int:
     """Return a ruleset that lets only these paths (directories with all below them, or files) be written.
 
-    No scopes for signals and abstract sockets (ABI 6): a process started later by exec is in a domain of its own, and must
-    reach the others of its agent; the pid and network namespaces bound both already.
+    No scopes for signals and abstract sockets (ABI 6): a process started later by exec is in a domain of its own, and
+    must reach the others of its agent; the pid and network namespaces bound both already.
     """
     access = rights(abi)
     ruleset = syscalls.landlock_create_ruleset(access, abi=abi)
@@ -39,7 +41,7 @@ def make_ruleset(writable: Iterable[str], abi: int) -> int:
         for path in writable:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                allowed = access if os.path.isdir(path) else access & _ON_FILES  # noqa: PTH112 - Path costs time here
+                allowed = access if os.path.isdir(path) else access & _ON_FILES
                 syscalls.landlock_add_path(ruleset, allowed, fd)
             finally:
                 os.close(fd)

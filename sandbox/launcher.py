@@ -1,15 +1,18 @@
 """The launcher: a small root process with one thread that performs plans and holds what runs.
 
-Started as `python -I -S -E …/sandbox/launcher.py --run-dir DIR --instance NAME [--linger-seconds N]`, by systemd or by the
-daemon, and outlives a daemon that dies. It imports nothing but the standard library, because every launch forks it and it
-is root next to hostile code. Sockets: `DIR/launcher.sock` (mode 0600).
+Started as `python -I -S -E …/sandbox/launcher.py --run-dir DIR --instance NAME [--linger-seconds N]`, by systemd or by
+the daemon, and outlives a daemon that dies. It imports nothing but the standard library, because every launch forks it
+and it is root next to hostile code. Sockets: `DIR/launcher.sock` (mode 0600).
 """
+
+# ruff: noqa: PTH100, PTH102, PTH103, PTH108, PTH120 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import os
 import sys
 
-# -I and -S leave the path with the standard library only. Ours goes last: nothing there may stand in for a module of it.
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - before any import
+# -I and -S leave the path with the standard library only. Ours goes last: nothing there may stand in for a module of
+# it.
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before any import
 
 import argparse
 import contextlib
@@ -25,6 +28,7 @@ from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
+from sandbox.running import State
 from sandbox.serve import Server
 from sandbox.starters import READY, Starters
 from sandbox.userns import Holders
@@ -34,6 +38,7 @@ NETWORKS_READY: Final = 4
 IDLE_SECONDS: Final = 0.02
 WAIT_SECONDS: Final = 5.0
 BACKLOG: Final = 16
+_BEGINNING: Final = (State.BUILDING, State.BUILT, State.STARTING)
 
 
 def main() -> int:
@@ -71,7 +76,7 @@ def main() -> int:
     workshop.holders.close()
     workshop.pool.close()
     with contextlib.suppress(OSError):
-        os.unlink(f"{options.run_dir}/launcher.sock")  # noqa: PTH108 - strings throughout
+        os.unlink(f"{options.run_dir}/launcher.sock")
     os.close(lock)
     return 0
 
@@ -95,11 +100,11 @@ def _options() -> argparse.Namespace:
 
 
 def _make_directories(run_dir: str) -> None:
-    os.makedirs(run_dir, 0o711, exist_ok=True)  # noqa: PTH103 - strings throughout
+    os.makedirs(run_dir, 0o711, exist_ok=True)
     for name in ("agents", "filters", "root"):
         path = f"{run_dir}/{name}"
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)  # noqa: PTH102 - the same
+            os.mkdir(path, 0o700)
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
             raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
@@ -118,7 +123,7 @@ def _only_one(run_dir: str) -> int:
 def _listen(run_dir: str) -> socket.socket:
     path = f"{run_dir}/launcher.sock"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # noqa: PTH108 - the same
+        os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)  # 0600: the umask is 077
     listener.listen(BACKLOG)
@@ -157,7 +162,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             return
         if busy:
             full = False
-        else:
+        elif not any(agent.state in _BEGINNING for agent in server.agents.values()):
             # Stocks are filled when nobody waits, one piece a turn.
             more = workshop.holders.refill() or workshop.starters.refill()
             full = workshop.pool.refill(1) == 0 and not more

@@ -3,6 +3,8 @@
 Everything that was made is undone when a later step fails; `end()` of the agent undoes the rest.
 """
 
+# ruff: noqa: PTH102, PTH106, PTH108, PTH123, PTH208 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+
 import contextlib
 import json
 import os
@@ -14,7 +16,7 @@ from typing import Any, Final
 
 from sandbox import init, landlock, mounts, sync, syscalls
 from sandbox.attach import own_pipe
-from sandbox.cgroups import CannotConfine, Layout
+from sandbox.cgroups import Layout
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
@@ -67,7 +69,13 @@ class Workshop:
 
 
 def begin(
-    workshop: Workshop, plan: SandboxPlan, wire: dict[str, Any], meta: dict[str, Any], fds: list[int], built: Built
+    workshop: Workshop,
+    plan: SandboxPlan,
+    *,
+    wire: dict[str, Any],
+    meta: dict[str, Any],
+    fds: list[int],
+    built: Built,
 ) -> "tuple[Agent, Follow]":
     """Send a starter the plan (`wire` is its JSON); `built` is called once, when it waits for `go` or has failed.
 
@@ -106,7 +114,7 @@ def begin(
 def _gather(
     workshop: Workshop, agent: Agent, fds: list[int], mine: contextlib.ExitStack, undo: contextlib.ExitStack
 ) -> tuple[dict[str, Any], list[int]]:
-    """Return the descriptors for the children by name, as indices, and in order; what is only theirs goes onto `mine`."""
+    """Return the children's descriptors by name, as indices, and in order; what is only theirs goes onto `mine`."""
     plan, net = agent.plan, agent.net
     assert net is not None  # noqa: S101 - just taken
     given: list[int] = []
@@ -206,8 +214,8 @@ def _stdio(
 def remove_directory(path: str) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
-            os.unlink(f"{path}/{name}")  # noqa: PTH108 - strings are faster here
-        os.rmdir(path)  # noqa: PTH106 - the same
+            os.unlink(f"{path}/{name}")
+        os.rmdir(path)
 
 
 class Follow:
@@ -219,6 +227,8 @@ class Follow:
         self._agent = agent
         self._built: Built | None = built
         self._went: Built | None = None
+        self._sealed = False
+        self._wanted = False
         self._began = time.perf_counter_ns()
         agent.loop.watch(agent.control.fileno(), READ, lambda _e: self._stub_said())
         agent.loop.watch(agent.builder.fileno(), READ, lambda _e: self._builder_said())
@@ -240,7 +250,7 @@ class Follow:
         self._agent.end()
 
     def _drain_builder(self) -> None:
-        while self._agent.builder is not None and self._agent.state is State.BUILDING and self._more():
+        while self._agent.builder is not None and self._more():
             self._builder_said()
 
     def _more(self) -> bool:
@@ -265,6 +275,9 @@ class Follow:
             agent.agent_pidfd = fds[0]
         elif message.get("terminal"):
             self._adopt_terminal(fds[0])
+        elif message.get("sealed"):
+            self._sealed = True
+            self._perhaps_go()
 
     def _stub_said(self) -> None:
         agent = self._agent
@@ -297,8 +310,9 @@ class Follow:
             agent.loop.cancel(self._deadline)
             self._deadline = agent.loop.later(GO_SECONDS_MAX, self._late)
             built, self._built = self._built, None
-            save(agent)
             built(agent, None)
+            # Before `go` at the latest: an agent that a later launcher does not know is one it kills.
+            save(agent)
 
     def go(self, went: Built) -> None:
         """Let the agent exec; `went` is called when it has, or could not. Raises `StepError`."""
@@ -307,10 +321,18 @@ class Follow:
             raise StepError("go", 0, f"agent {agent.agent_id} is {agent.state.value}, not {State.BUILT.value}")
         self._went = went
         agent.state = State.STARTING
-        try:
-            send(agent.control, {"go": True})
-        except OSError as error:
-            self._fail(StepError.from_os("go", error))
+        self._wanted = True
+        self._perhaps_go()
+
+    def _perhaps_go(self) -> None:
+        """Let it go when that is wanted and pid 1 has given up everything too."""
+        agent = self._agent
+        if self._wanted and self._sealed and agent.control is not None:
+            self._wanted = False
+            try:
+                send(agent.control, {"go": True})
+            except OSError as error:
+                self._fail(StepError.from_os("go", error))
 
     def _ended(self) -> None:
         """End-of-file: `execve` happened, or the child is dead before it said anything."""
@@ -393,11 +415,11 @@ def save(agent: Agent) -> None:
         "start_ticks": start_ticks(agent.pid),
         "group": agent.group_name,
     }
-    with open(path, "x", encoding="utf-8") as file:  # noqa: PTH123 - strings are faster here
+    with open(path, "x", encoding="utf-8") as file:
         json.dump(state, file)
 
 
 def start_ticks(pid: int) -> int:
     """Return when the process began, in clock ticks since boot; with the pid this names it for good (proc(5))."""
-    with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - the same
+    with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read(4096).rpartition(b")")[2].split()[19])

@@ -1,10 +1,12 @@
 """The mounts of a sandbox: what the agent sees as its file system, built while still root of the host.
 
-Runs in the child, in a mount namespace of its own that is private already. Every function works below a directory that is
-the root of the sandbox to be; only `pivot` makes it so. Everything is nosuid; nodev everywhere but on the six devices and
-devpts. Nothing is looked up by a path that an agent could have shaped: sources are descriptors, targets are resolved with
-`openat2` below the new root without following links.
+Runs in the child, in a mount namespace of its own that is private already. Every function works below a directory that
+is the root of the sandbox to be; only `pivot` makes it so. Everything is nosuid; nodev everywhere but on the six
+devices and devpts. Nothing is looked up by a path that an agent could have shaped: sources are descriptors, targets are
+resolved with `openat2` below the new root without following links.
 """
+
+# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH114, PTH120, PTH123, PTH208, PTH211 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import errno
@@ -51,7 +53,7 @@ _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | sysc
 
 
 def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> None:
-    """Build at `base` (an existing directory) what does not depend on who the agent is; the working directory is there then.
+    """Build at `base` (an existing directory) what does not depend on who the agent is, and go there.
 
     `tree` is a detached mount of the directory that stands for `/`; None for the host's own.
     """
@@ -201,14 +203,14 @@ def _bundle(rootfs: int) -> bytes:
         fd = syscalls.openat2(rootfs, etc.CA_BUNDLE, os.O_RDONLY, resolve=syscalls.RESOLVE_IN_ROOT)
     except FileNotFoundError:
         return b""
-    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+    with open(fd, "rb") as file:
         return file.read(4 << 20) + b"\n"
 
 
 def _write(path: str, content: bytes) -> None:
-    parent = os.path.dirname(path)  # noqa: PTH120 - Path costs time here
+    parent = os.path.dirname(path)
     if "/" in parent:
-        os.makedirs(parent, 0o755, exist_ok=True)  # noqa: PTH103 - the same
+        os.makedirs(parent, 0o755, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.write(fd, content)
@@ -350,7 +352,7 @@ def clone_tree(fd: int, target: str, flags: int = 0) -> int:
             f"bind {target}",
             errno.EINVAL,
             "its descriptor is of another mount namespace",
-            "run stockaded without mount sandboxing (PrivateTmp=, ProtectSystem=, ProtectHome=) or the launcher with it",
+            "run stockaded without PrivateTmp=, ProtectSystem=, ProtectHome= and the like",
         ) from error
 
 

@@ -1,11 +1,11 @@
 """The plan of one sandbox: everything the launcher needs, as values; no I/O, no os, no clock.
 
-The daemon builds a `SandboxPlan` from a launch request and a policy, the launcher performs it. Between them it travels as
-JSON (`to_json`, `from_json`), and files travel beside it as descriptors: every `fd` field here is an *index* into the
-descriptors that came with the message, never a path, because a path checked now is another thing later.
+The daemon builds a `SandboxPlan` from a launch request and a policy, the launcher performs it. Between them it travels
+as JSON (`to_json`, `from_json`), and files travel beside it as descriptors: every `fd` field here is an *index* into
+the descriptors that came with the message, never a path, because a path checked now is another thing later.
 
-`from_json` takes nothing on trust: unknown keys, wrong types and values out of bounds raise `InvalidPlan` that names the
-field. `describe()` gives the lines that `--dry-run` prints.
+`from_json` takes nothing on trust: unknown keys, wrong types and values out of bounds raise `InvalidPlan` that names
+the field. `describe()` gives the lines that `--dry-run` prints.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import json
 import struct
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
@@ -97,8 +97,8 @@ class Rootfs:
 class Bind:
     """A directory or file of the host made visible inside.
 
-    `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped mount.
-    Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
+    `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped
+    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
     """
 
     fd: int
@@ -381,57 +381,79 @@ def unpack_filters(blob: bytes) -> tuple[bytes, ...]:
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
-_hints: dict[type, dict[str, Any]] = {}
+Decoder = Callable[[object, str], Any]
+_decoders: dict[type, dict[str, Decoder]] = {}
 
 
 def decode(kind: type[T], value: object, where: str) -> T:
     """Make a dataclass of a JSON object, strictly: no unknown key, no missing one, no conversion."""
+    if kind not in _decoders:
+        names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        hints = typing.get_type_hints(kind)
+        _decoders[kind] = {name: _decoder(hints[name]) for name in names}
     if not isinstance(value, dict):
         raise InvalidPlan(f"{where}: must be an object")
-    hints = _hints.get(kind)
-    if hints is None:
-        hints = _hints[kind] = {n: h for n, h in typing.get_type_hints(kind).items() if n in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-        hints.pop("VERSION", None)
-    if unknown := value.keys() - hints.keys():
-        raise InvalidPlan(f"{where}: unknown key {min(unknown)!r}")
-    fields = {name: _decode_value(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    decoders = _decoders[kind]
+    fields = {}
+    for name, item in value.items():
+        decoder = decoders.get(name)
+        if decoder is None:
+            raise InvalidPlan(f"{where}: unknown key {name!r}")
+        fields[name] = decoder(item, f"{where}.{name}")
     try:
         return kind(**fields)
     except TypeError as error:
         raise InvalidPlan(f"{where}: {error}") from error
 
 
-def _decode_value(hint: Any, value: object, where: str) -> Any:  # noqa: PLR0911 - one return a kind of hint
+def _decoder(hint: Any) -> Decoder:  # noqa: PLR0911 - one return a kind of hint
+    """Return what decodes a value of this type; made once for each field, because every launch decodes thrice."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return _decode_value(inner, value, where)
+        (inner,) = (_decoder(a) for a in arguments if a is not type(None))
+        return lambda value, where: None if value is None else inner(value, where)
     if origin is Literal:
-        if value not in arguments:
-            raise InvalidPlan(f"{where}: must be one of {', '.join(map(str, arguments))}")
-        return value
+        return lambda value, where: _literal(arguments, value, where)
     if origin is tuple:
-        return _decode_tuple(arguments, value, where)
+        if arguments[-1] is Ellipsis:
+            each = _decoder(arguments[0])
+            return lambda value, where: tuple(
+                [each(item, f"{where}[{i}]") for i, item in enumerate(_list(value, where))]
+            )
+        inners = [_decoder(argument) for argument in arguments]
+        return lambda value, where: _fixed(inners, value, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return decode(hint, value, where)
-    if hint is float and type(value) is int:
-        return float(value)
+        kind = hint
+        return lambda value, where: decode(kind, value, where)
+    if hint is float:
+        return lambda value, where: float(value) if type(value) is int else _plain(float, value, where)
+    return lambda value, where: _plain(hint, value, where)
+
+
+def _plain(kind: type, value: object, where: str) -> object:
     # type(), not isinstance: True is an int for Python, not for a plan.
-    if type(value) is not hint:
-        raise InvalidPlan(f"{where}: must be of type {hint.__name__}, not {type(value).__name__}")
+    if type(value) is not kind:
+        raise InvalidPlan(f"{where}: must be of type {kind.__name__}, not {type(value).__name__}")
     return value
 
 
-def _decode_tuple(arguments: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+def _literal(allowed: tuple[Any, ...], value: object, where: str) -> object:
+    if value not in allowed:
+        raise InvalidPlan(f"{where}: must be one of {', '.join(map(str, allowed))}")
+    return value
+
+
+def _list(value: object, where: str) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise InvalidPlan(f"{where}: must be a list")
-    if arguments[-1] is Ellipsis:
-        return tuple(_decode_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise InvalidPlan(f"{where}: must have {len(arguments)} entries")
-    return tuple(_decode_value(a, item, where) for a, item in zip(arguments, value, strict=True))
+    return value
+
+
+def _fixed(inners: Sequence[Decoder], value: object, where: str) -> tuple[Any, ...]:
+    items = _list(value, where)
+    if len(items) != len(inners):
+        raise InvalidPlan(f"{where}: must have {len(inners)} entries")
+    return tuple([inner(item, where) for inner, item in zip(inners, items, strict=True)])
 
 
 def dumps(value: object) -> bytes:

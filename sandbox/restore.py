@@ -1,9 +1,11 @@
 """What survives a launcher: agents found again after a restart, and descriptors that systemd keeps meanwhile.
 
-An agent is found by its state file, and known to be the same process by pid and start time. Its output is fetched back out
-of pid 1, which keeps the read ends at fixed numbers (pidfd_getfd(2)); its listener comes from systemd's descriptor store
-(sd_pid_notify_with_fds(3)) or from the daemon (`adopt`).
+An agent is found by its state file, and known to be the same process by pid and start time. Its output is fetched back
+out of pid 1, which keeps the read ends at fixed numbers (pidfd_getfd(2)); its listener comes from systemd's descriptor
+store (sd_pid_notify_with_fds(3)) or from the daemon (`adopt`).
 """
+
+# ruff: noqa: PTH116, PTH123, PTH208 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import array
 import contextlib
@@ -70,7 +72,7 @@ def restore(server: Server, notifier: Notifier) -> None:
     """Take up the agents that an earlier launcher started, and clear away what is left of those that are dead."""
     run_dir = server.workshop.run_dir
     for digest in os.listdir(f"{run_dir}/filters"):
-        with open(f"{run_dir}/filters/{digest}", "rb") as file:  # noqa: PTH123 - strings throughout
+        with open(f"{run_dir}/filters/{digest}", "rb") as file:
             server.workshop.filters[digest] = file.read()
     for agent_id in sorted(os.listdir(f"{run_dir}/agents")):
         directory = f"{run_dir}/agents/{agent_id}"
@@ -99,7 +101,7 @@ def restore(server: Server, notifier: Notifier) -> None:
 def _load(server: Server, directory: str) -> Agent | None:
     """Return the agent of a state file, or None where it is over already."""
     try:
-        with open(f"{directory}/state.json", encoding="utf-8") as file:  # noqa: PTH123 - strings throughout
+        with open(f"{directory}/state.json", encoding="utf-8") as file:
             state = json.load(file)
         plan = SandboxPlan.from_json(state["plan"])
         exit_fd = os.open(f"{directory}/exit", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -146,6 +148,6 @@ def _reconnect(agent: Agent) -> None:
             agent.pumps.append(Pump(agent.loop, os.dup(agent.terminal), file))
             agent.feed = Feed(agent.loop, os.dup(agent.terminal), terminal=True)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:  # noqa: PTH123 - strings throughout
+        with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
             first = children.read().split()[0]
         agent.agent_pidfd = syscalls.pidfd_open(int(first))

@@ -2,8 +2,8 @@
 
     BUILDING -> BUILT -> STARTING -> RUNNING -> ENDING -> GONE        any -> ENDING
 
-`end()` is the only way out: cut the door, kill the group, wait until it is empty, copy the last bytes of output, let go of
-network, group and ids, leave the exit status in a file. It waits for nothing but the kernel.
+`end()` is the only way out: cut the door, kill the group, wait until it is empty, copy the last bytes of output, let go
+of network, group and ids, leave the exit status in a file. It waits for nothing but the kernel.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +22,8 @@ from sandbox.cgroups import CannotConfine
 from sandbox.sync import StepError, close_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sandbox.attach import Stream
     from sandbox.cgroups import Group
     from sandbox.loop import Loop

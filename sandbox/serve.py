@@ -1,22 +1,27 @@
-"""The launcher's channel: one JSON object a SEQPACKET message, requests with `rq`, answers with the same, events with `ev`.
+"""The launcher's channel: one JSON object a SEQPACKET message; requests have `rq`, answers the same `rq`, events `ev`.
 
-    hello                                            -> version, pid, agents; then an event `adopt` for each live agent
-    filter   digest + [memfd]                        -> ok
-    launch   plan, meta + [fds of the plan]          -> pid, posture, timings_us + [pidfd of pid 1, listener]
-    go       agent_id                                -> after execve: pid, started_at
-    abort    agent_id                                -> when undone
+    hello                                  -> version, pid, agents, filters; then an event `adopt` for each live agent
+    filter   digest + [memfd]              -> ok
+    launch   plan, meta + [fds of the plan] -> pid, cgroup, posture, timings_us + [pidfd of pid 1, listener]
+    go       agent_id                      -> after execve: pid, started_at
+    abort    agent_id                      -> when undone
     exec     agent_id, stream_id, argv, env, cwd, tty, stdin -> after execve: pid
-    stdin    stream_id, data (base64), eof           -> when written
-    resize   stream_id, rows, cols                   -> ok
-    signal   agent_id or stream_id, signal           -> ok
-    kill     agent_id, deadline_ms                   -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left
-    freeze   agent_id | thaw agent_id                -> ok, frozen
-    stats    agent_ids                               -> stats
-    adopt    agent_id + [listener]                   -> ok; a restarted launcher gets the door back
+    stdin    stream_id, data (base64), eof -> when written
+    resize   stream_id, rows, cols         -> ok
+    signal   agent_id or stream_id, signal -> ok
+    kill     agent_id, deadline_ms         -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left,
+                                              problem
+    freeze   agent_id; thaw agent_id       -> frozen
+    stats    agent_ids                     -> stats
+    adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
 
-Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`. Events: `adopt`, `exited`, `exec_exited`.
-The peer must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
+Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
+(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom) and `exec_exited` (agent_id, stream_id, status);
+a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
+must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
+
+# ruff: noqa: PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import base64
 import binascii
@@ -27,6 +32,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -259,15 +265,17 @@ class Server:
         self.workshop.filters[digest] = blob
         # A launcher that is restarted needs it for exec into agents that are older than itself.
         path = f"{self.workshop.run_dir}/filters/{digest}"
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
             file.write(blob)
 
     def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        began = time.perf_counter_ns()
         plan = SandboxPlan.from_json(message["plan"])
         meta = dict(message.get("meta") or {})
         if len(json.dumps(meta)) > launching.META_BYTES_MAX:
             raise StepError("check plan", errno.E2BIG, f"meta is longer than {launching.META_BYTES_MAX} bytes")
         self.workshop.check(plan, fds, self.agents.values())
+        decode_us = (time.perf_counter_ns() - began) // 1000
 
         def built(agent: Agent, error: StepError | None) -> None:
             if error is not None:
@@ -276,9 +284,12 @@ class Server:
                 return
             self._notify(agent, "built")
             posture = launching.posture(self.workshop, agent)
-            answer(pid=agent.pid, posture=posture, timings_us=agent.timings_us, fds=(agent.pidfd, agent.listener))
+            agent.timings_us["launch"] = (time.perf_counter_ns() - began) // 1000
+            fds = (agent.pidfd, agent.listener)
+            answer(pid=agent.pid, cgroup=agent.group_name, posture=posture, timings_us=agent.timings_us, fds=fds)
 
-        agent, follow = launching.begin(self.workshop, plan, message["plan"], meta, fds, built)
+        agent, follow = launching.begin(self.workshop, plan, wire=message["plan"], meta=meta, fds=fds, built=built)
+        agent.timings_us["decode"] = decode_us
         agent.gone.append(self.agent_gone)
         self.agents[plan.agent_id] = agent
         self._follows[plan.agent_id] = follow
@@ -311,7 +322,7 @@ class Server:
         env = message.get("env", [])
         # What the agent's own program was started with, and what this one sets beside it.
         given = list(env.items()) if isinstance(env, dict) else list(env)
-        merged = list((dict(agent.plan.env) | {name: value for name, value in given}).items())
+        merged = list((dict(agent.plan.env) | dict(given)).items())
         order = decode(ExecOrder, {name: message[name] for name in names} | {"env": merged}, "exec")
 
         def started(stream: Stream, error: StepError | None) -> None:
@@ -400,7 +411,7 @@ class Server:
         agent.end()
 
     def _killed_before(self, agent_id: str, answer: Answer) -> None:
-        if "/" in agent_id or not os.path.exists(f"{self.workshop.run_dir}/agents/{agent_id}/exit"):  # noqa: PTH110
+        if "/" in agent_id or not os.path.exists(f"{self.workshop.run_dir}/agents/{agent_id}/exit"):
             raise agent_error(agent_id, "kill")
         answer(
             processes_killed=0, egress_cut_ms=0.0, dead_ms=0.0, verified_empty=True, already=True, left=[], problem=""

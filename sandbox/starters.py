@@ -1,9 +1,11 @@
 """Sandboxes begun ahead of need: two processes in a cgroup and in namespaces of their own, waiting for a plan.
 
-A launch that finds one ready neither forks nor touches cold pages: most of its time is gone already. One that finds none
-makes one on the spot, by the same code. A starter has seen nothing of any agent; what it was made from (mounts of the host,
-its /etc) is compared before it is used, and one that is stale is thrown away.
+A launch that finds one ready neither forks nor touches cold pages: most of its time is gone already. One that finds
+none makes one on the spot, by the same code. A starter has seen nothing of any agent; what it was made from (mounts of
+the host, its /etc) is compared before it is used, and one that is stale is thrown away.
 """
+
+# ruff: noqa: PTH116 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import os
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from sandbox.cgroups import Group
 
 READY: Final = 2
-ENDED_MAX: Final = 4
+USUAL_MEMORY_BYTES_MIN: Final = 64 << 20
 # Lowered before a plan is sent; until then only code of ours runs.
 UNLIMITED: Final = Limits(memory_bytes=1 << 50, cpus=1024, pids=4 << 20)
 

@@ -3,6 +3,8 @@
 The bytes are never looked at here.
 """
 
+# ruff: noqa: PTH104, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+
 import contextlib
 import os
 from collections.abc import Callable
@@ -28,7 +30,7 @@ class RotatingFile:
         self._fd = self._open()
         self._size = os.fstat(self._fd).st_size
         self._base = 0
-        with contextlib.suppress(OSError, ValueError), open(path + ".base", encoding="ascii") as file:  # noqa: PTH123
+        with contextlib.suppress(OSError, ValueError), open(path + ".base", encoding="ascii") as file:
             self._base = int(file.read(64).split()[0])
 
     def _open(self) -> int:
@@ -50,18 +52,16 @@ class RotatingFile:
             view = view[written:]
 
     def _rotate(self) -> None:
-        os.rename(self._path, self._path + ".1")  # noqa: PTH104 - strings are faster here
+        os.rename(self._path, self._path + ".1")
         os.close(self._fd)
         self._base += self._size
         self._fd = self._open()
         self._size = 0
         temporary = self._path + ".base.new"
         with contextlib.suppress(OSError):
-            with open(  # noqa: PTH123 - a descriptor
-                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb"
-            ) as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
                 file.write(f"{self._base} {os.fstat(self._fd).st_ino}\n".encode())
-            os.rename(temporary, self._path + ".base")  # noqa: PTH104 - strings are faster here
+            os.rename(temporary, self._path + ".base")
 
     def close(self) -> None:
         os.close(self._fd)
@@ -111,7 +111,7 @@ class Pump:
 
 
 class Feed:
-    """Writes into a pipe or terminal as it takes bytes; `written(ok)` is called when all that was given is in. Owns it."""
+    """Writes into a pipe or terminal as it takes bytes; `written(ok)` tells when what was given is in. Owns it."""
 
     def __init__(self, loop: Loop, fd: int, *, terminal: bool) -> None:
         self._loop = loop

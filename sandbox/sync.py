@@ -1,7 +1,8 @@
 """Messages between processes that trust each other: one JSON object a SEQPACKET message, descriptors beside it.
 
-Used on the daemon's channel and between the launcher and the child that builds a sandbox. In the child the socket is also
-the sync pipe: it is close-on-exec, so end-of-file means that `execve` happened, and anything else names the step that failed.
+Used on the daemon's channel and between the launcher and the child that builds a sandbox. In the child the socket is
+also the sync pipe: it is close-on-exec, so end-of-file means that `execve` happened, and anything else names the step
+that failed.
 """
 
 import array

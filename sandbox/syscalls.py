@@ -195,8 +195,8 @@ def clone3(flags: int, *, cgroup: int | None = None, exit_signal: int = 17) -> t
     """Fork with the given namespaces; `(0, -1)` in the child, `(pid, pidfd)` in the parent.
 
     Only for a process with one thread: no at-fork handlers run, and glibc's cached thread id is stale in the child,
-    which must therefore not `abort()` and should exec or stay simple. CLONE_PIDFD is always added. With `CLONE_PARENT` the
-    signal must be 0 (the kernel takes the caller's own). Source: man page clone, section 2.
+    which must therefore not `abort()` and should exec or stay simple. CLONE_PIDFD is always added. With `CLONE_PARENT`
+    the signal must be 0 (the kernel takes the caller's own). Source: man page clone, section 2.
     """
     pidfd = c_int(-1)
     arguments = _CloneArgs()
@@ -297,7 +297,7 @@ class _MountAttr(ctypes.Structure):
 def mount_setattr(
     dirfd: int, path: str, flags: int, *, set_: int = 0, clear: int = 0, propagation: int = 0, userns_fd: int = 0
 ) -> None:
-    """Change the attributes of a mount; `flags` are AT_EMPTY_PATH and AT_RECURSIVE. Source: man page mount_setattr, section 2."""
+    """Change the attributes of a mount; `flags` are AT_EMPTY_PATH and AT_RECURSIVE."""
     attributes = _MountAttr(set_, clear, propagation, userns_fd)
     _syscall(
         "mount_setattr",
@@ -367,6 +367,15 @@ def memfd_create(name: str, content: bytes = b"") -> int:
     return fd
 
 
+MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
+
+
+def populate(address: int, length: int) -> None:
+    """Make private pages of this process's own now, as if it had written to each of them. Source: madvise(2)."""
+    if _libc.madvise(ctypes.c_void_p(address), c_size_t(length), MADV_POPULATE_WRITE) < 0:
+        raise_errno("madvise", f"{address:#x}, {length}")
+
+
 # --- confinement ---------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +402,7 @@ def seccomp_filter(program: bytes, flags: int = 0) -> None:
 
 
 def keyctl_join_session_keyring() -> None:
-    """Leave the session keyring of the parent for a new, empty and anonymous one. Source: man page keyctl, section 2."""
+    """Leave the session keyring of the parent for a new, empty and anonymous one."""
     _syscall("keyctl", "JOIN_SESSION_KEYRING", KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0)
 
 
@@ -426,7 +435,7 @@ class _LandlockPathBeneathAttr(ctypes.Structure):
 
 
 def landlock_abi() -> int:
-    """Return the Landlock ABI version, 0 where the kernel has none or it is switched off. Source: man page landlock, section 7."""
+    """Return the Landlock ABI version, 0 where the kernel has none or it is switched off."""
     result = int(
         _libc.syscall(
             c_long(_NR["landlock_create_ruleset"]), None, c_size_t(0), c_uint(LANDLOCK_CREATE_RULESET_VERSION)

@@ -1,7 +1,8 @@
 """User namespaces made ahead of time, to be joined by descriptor.
 
-A namespace needs a process in it until somebody holds a descriptor of it, and its maps can be written once. A holder is that
-process: forked while the launcher is idle, it waits; at launch its maps are written, its namespace opened, and it is killed.
+A namespace needs a process in it until somebody holds a descriptor of it, and its maps can be written once. A holder is
+that process: forked while the launcher is idle, it waits; at launch its maps are written, its namespace opened, and it
+is killed.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from sandbox import syscalls
 from sandbox.plan import IdRange
 
 HOLDERS: Final = 3
-ENDED_MAX: Final = 4
+USED_MAX: Final = 8
 
 
 class Holders:
@@ -21,30 +22,27 @@ class Holders:
 
     def __init__(self, size: int = HOLDERS) -> None:
         self._size = size
-        self._pids: list[tuple[int, int]] = []
-        self._ended: list[int] = []
+        self._ready: list[tuple[int, int]] = []
+        self._used: list[tuple[int, int]] = []
 
     def refill(self) -> bool:
-        """Make one more if one is missing; True where more are missing still."""
-        self._ended = [pid for pid in self._ended if not _reaped(pid)]
-        if len(self._pids) < self._size:
-            self._pids.append(_hold())
-        return len(self._pids) < self._size
+        """Let go of those that were used, make one more if one is missing; True where more are missing still."""
+        self._end_used()
+        if len(self._ready) < self._size:
+            self._ready.append(_hold())
+        return len(self._ready) < self._size
 
     def take(self, uid_map: str, gid_map: str) -> int:
         """Return a descriptor of a user namespace with these maps; the caller owns it."""
-        if len(self._ended) > ENDED_MAX:
-            self._ended = [pid for pid in self._ended if not _reaped(pid)]
-        pid, pidfd = self._pids.pop() if self._pids else _hold()
-        try:
-            # The order is free for a writer with CAP_SETGID in the parent namespace (user_namespaces(7)).
-            _write(f"/proc/{pid}/gid_map", gid_map)
-            _write(f"/proc/{pid}/uid_map", uid_map)
-            return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            # Its memory is torn down while the launch goes on; reaped when there is time.
-            _end(pidfd)
-            self._ended.append(pid)
+        if len(self._used) > USED_MAX:
+            self._end_used()
+        pid, pidfd = self._ready.pop() if self._ready else _hold()
+        # Ended when there is time: its memory would be torn down while the launch goes on.
+        self._used.append((pid, pidfd))
+        # The order is free for a writer with CAP_SETGID in the parent namespace (user_namespaces(7)).
+        _write(f"/proc/{pid}/gid_map", gid_map)
+        _write(f"/proc/{pid}/uid_map", uid_map)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
     def for_agent(self, ids: IdRange) -> int:
         line = f"0 {ids.start} {ids.size}"
@@ -55,14 +53,19 @@ class Holders:
         return self.take(f"{disk_uid} {host_uid} 1", f"{disk_gid} {host_gid} 1")
 
     def close(self) -> None:
-        while self._pids:
-            pid, pidfd = self._pids.pop()
-            _end(pidfd)
-            self._ended.append(pid)
-        for pid in self._ended:
+        self._used += self._ready
+        self._ready.clear()
+        self._end_used()
+
+    def _end_used(self) -> None:
+        for _, pidfd in self._used:
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
+        while self._used:
+            pid, pidfd = self._used.pop()
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-        self._ended.clear()
+            os.close(pidfd)
 
 
 def _hold() -> tuple[int, int]:
@@ -78,19 +81,6 @@ def _hold() -> tuple[int, int]:
         finally:
             os._exit(1)
     return pid, pidfd
-
-
-def _end(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
-    os.close(pidfd)
-
-
-def _reaped(pid: int) -> bool:
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True
 
 
 def _write(path: str, text: str) -> None:

@@ -184,7 +184,8 @@ listing = os.open('/proc/self/fd', os.O_RDONLY)
 fds = {int(e) for e in os.listdir(listing)} - {listing}
 extra = {fd: os.readlink(f'/proc/self/fd/{fd}') for fd in fds - {0, 1, 2} if os.path.exists(f'/proc/self/fd/{fd}')}
 assert fds >= {0, 1, 2}
-outside = [t for t in (os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 1, 2)) if t != '/dev/null' and not t.startswith('pipe:')]
+targets = [os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 1, 2)]
+outside = [t for t in targets if t != '/dev/null' and not t.startswith('pipe:')]
 (reached if extra or outside else refused)([extra, outside])
 """
 

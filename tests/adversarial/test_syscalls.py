@@ -145,7 +145,8 @@ def test_the_filter_is_on_every_thread(launcher: Launcher, weak_launcher: Launch
 
 LISTENER = """
 libc.prctl(38, 1, 0, 0, 0)
-class F(ctypes.Structure): _fields_ = [('code', ctypes.c_uint16), ('jt', ctypes.c_uint8), ('jf', ctypes.c_uint8), ('k', ctypes.c_uint32)]
+class F(ctypes.Structure):
+    _fields_ = [('code', ctypes.c_uint16), ('jt', ctypes.c_uint8), ('jf', ctypes.c_uint8), ('k', ctypes.c_uint32)]
 class P(ctypes.Structure): _fields_ = [('len', ctypes.c_uint16), ('filter', ctypes.POINTER(F))]
 allow = (F * 1)(F(6, 0, 0, 0x7fff0000)); program = P(1, allow)
 result, error = call(317, 1, FLAGS, ctypes.addressof(program))

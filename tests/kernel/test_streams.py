@@ -45,10 +45,10 @@ def test_without_stdin_there_is_an_end_of_file(launcher: Launcher) -> None:
 def test_stdin_that_nobody_reads_is_bounded(launcher: Launcher) -> None:
     agent = launcher.launch(["/bin/sleep", "60"], stdin=True)
     chunk = base64.b64encode(b"x" * (512 << 10)).decode()
+    for number in range(4):
+        # Answers to what waits come when it is written, or never: only the refusal is awaited here.
+        send_only(launcher, agent.agent_id, chunk, number)
     with pytest.raises(LauncherError, match="buffer is full"):
-        for number in range(4):
-            # Answers to what waits come when it is written, or never: only the refusal is awaited here.
-            send_only(launcher, agent.agent_id, chunk, number)
         launcher.request("stdin", stream_id=agent.agent_id, data=chunk, eof=False)
     launcher.kill(agent)
 

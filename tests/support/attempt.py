@@ -1,8 +1,8 @@
 """An attempt to get out of a sandbox: a probe that runs inside and says how far it came.
 
 A probe is a Python text. It calls `reached(what)` when the attempt worked, or came past the border that should stop it,
-and `refused(why)` when it was stopped. Probes are harmless where the border fails: pointers that fault, files opened and
-never written.
+and `refused(why)` when it was stopped. Probes are harmless where the border fails: pointers that fault, files opened
+and never written.
 """
 
 from __future__ import annotations

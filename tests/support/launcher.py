@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sandbox import seccomp, sync, syscalls
 from sandbox.cgroups import detect, reconcile
@@ -62,6 +62,7 @@ class Agent:
     posture: dict[str, Any]
     timings_us: dict[str, int]
     directory: Path
+    cgroup: str = ""
     status: dict[str, Any] | None = None
     oom: bool = False
 
@@ -92,7 +93,7 @@ class Launcher:
     @classmethod
     def start(cls, *, weakened: bool = False, arguments: Sequence[str] = (), filters: bool = True) -> Launcher:
         instance = "t" + secrets.token_hex(3)
-        run_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir="/tmp"))
+        run_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir="/dev/shm"))  # memory, as /run is
         run_dir.chmod(0o711)
         args = [*arguments, *(["--allow-weakened"] if weakened else [])]
         launcher = cls(run_dir, instance, _spawn(run_dir, instance, args), _connect(run_dir), _arguments=args)
@@ -105,7 +106,7 @@ class Launcher:
             raise
         return launcher
 
-    def __enter__(self) -> Launcher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,9 +122,9 @@ class Launcher:
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
-            for entry in os.listdir(self.run_dir / "agents"):
+            for entry in (self.run_dir / "agents").iterdir():
                 with contextlib.suppress(LauncherError):
-                    self.request("kill", agent_id=entry)
+                    self.request("kill", agent_id=entry.name)
         self.process.terminate()
         try:
             self.process.wait(10)
@@ -217,13 +218,16 @@ class Launcher:
         self._fds += received
         directory = self.run_dir / "agents" / plan.agent_id
         pidfd, listener = received
-        return Agent(
-            plan.agent_id, plan, answer["pid"], pidfd, listener, answer["posture"], answer["timings_us"], directory
-        )
+        posture, timings = answer["posture"], answer["timings_us"]
+        group = answer["cgroup"]
+        return Agent(plan.agent_id, plan, answer["pid"], pidfd, listener, posture, timings, directory, group)
 
     def launch(self, argv: Sequence[str], fds: Sequence[int] = (), **changes: Any) -> Agent:
         """Launch and let go; returns when the agent's program runs."""
-        agent = self.build(self.plan(argv, **changes), fds)
+        return self.start_plan(self.plan(argv, **changes), fds)
+
+    def start_plan(self, plan: SandboxPlan, fds: Sequence[int] = ()) -> Agent:
+        agent = self.build(plan, fds)
         self.request("go", agent_id=agent.agent_id)
         return agent
 

@@ -179,5 +179,5 @@ def test_etc_names_the_gateway_and_no_resolver() -> None:
     ("name", "shown"),
     [("ssl", True), ("java-21-openjdk", True), ("shadow", False), ("machine-id", False), ("docker", False)],
 )
-def test_little_of_the_hosts_etc_is_shown(name: str, shown: bool) -> None:
+def test_little_of_the_hosts_etc_is_shown(name: str, *, shown: bool) -> None:
     assert etc.wanted(name) is shown
