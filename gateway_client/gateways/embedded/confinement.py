@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# asyncio and sockets import these late, when the files may be out of reach: an interpreter can lie in a 0700 directory.
+import concurrent.futures.thread  # noqa: F401 - see above
+import encodings.idna  # noqa: F401 - see above
 from typing import Final
 
 from gateway_client.egress.confine import DIAL, STEADY, Confinement, confine

@@ -212,8 +212,8 @@ def test_translation_to_another_dialect_and_back_keeps_the_conversation(dialect:
 
 
 KEYS = [
-    "model", "messages", "input", "role", "content", "type", "text", "tools", "name", "function", "tool_calls", "call_id",
-    "id", "arguments", "output", "system", "max_tokens", "stream", "tool_choice", "tool_use_id",
+    "model", "messages", "input", "role", "content", "type", "text", "tools", "name", "function", "tool_calls",
+    "call_id", "id", "arguments", "output", "system", "max_tokens", "stream", "tool_choice", "tool_use_id",
 ]  # fmt: skip
 WORDS = ["user", "assistant", "tool", "function", "text", "tool_use", "tool_result", "function_call", "custom"]
 JSON = st.recursive(
