@@ -156,6 +156,16 @@ class Stream:
     def signal(self, number: int) -> None:
         syscalls.pidfd_send_signal(self.pidfd, number)
 
+    def end(self) -> None:
+        """Close with the agent, and tell whoever waits."""
+        was_running, waited_for = self.running, self.control is not None
+        self.running = False
+        self.close()
+        if was_running:
+            self.exited(self, {"code": None, "signal": int(signal.SIGKILL)})
+        elif waited_for:
+            self.started(self, StepError("exec", 0, f"agent {self.agent.agent_id} ended"))
+
     def close(self) -> None:
         """Kill what may run, copy what it wrote, let go of everything."""
         self.agent.streams.pop(self.stream_id, None)

@@ -234,6 +234,10 @@ class Follow:
         agent.loop.watch(agent.builder.fileno(), READ, lambda _e: self._builder_said())
         agent.loop.watch(agent.pidfd, READ, lambda _e: self._died())
         self._deadline = agent.loop.later(BUILD_SECONDS_MAX, self._late)
+        # Whoever waits hears of the end, however it came; only when everything is undone, so that it may launch again
+        # with the same ids.
+        self._error = StepError("launch", 0, f"agent {agent.agent_id} was killed before it ran")
+        agent.gone.append(lambda _agent: self._answer(self._error))
 
     def _late(self) -> None:
         if self._agent.state in (State.BUILDING, State.BUILT, State.STARTING):
@@ -352,8 +356,7 @@ class Follow:
         if agent.state in (State.ENDING, State.GONE):
             return
         agent.loop.cancel(self._deadline)
-        # The answer waits until everything is undone: who hears "failed" may launch again with the same ids.
-        agent.gone.append(lambda _agent: self._answer(error))
+        self._error = error
         agent.end()
 
     def _answer(self, error: StepError | None) -> None:

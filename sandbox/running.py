@@ -185,7 +185,7 @@ class Agent:
         ending = self.ending
         assert ending is not None  # noqa: S101 - as above
         for stream in list(self.streams.values()):
-            stream.close()
+            stream.end()
         for pump in self.pumps:
             pump.drain()
         self.pumps.clear()

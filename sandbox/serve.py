@@ -290,7 +290,8 @@ class Server:
 
         agent, follow = launching.begin(self.workshop, plan, wire=message["plan"], meta=meta, fds=fds, built=built)
         agent.timings_us["decode"] = decode_us
-        agent.gone.append(self.agent_gone)
+        # First: whoever hears of a failed launch finds nothing of it.
+        agent.gone.insert(0, self.agent_gone)
         self.agents[plan.agent_id] = agent
         self._follows[plan.agent_id] = follow
 

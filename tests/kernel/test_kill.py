@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sandbox import sync
 from sandbox.plan import Limits, Tty
 from tests.support.launcher import LauncherError
 
@@ -84,6 +85,21 @@ def test_killing_twice_and_what_never_was(launcher: Launcher) -> None:
     for agent_id in ("ag_never", "../etc"):
         with pytest.raises(LauncherError, match="there is no agent"):
             launcher.request("kill", agent_id=agent_id)
+
+
+def test_who_waits_for_a_launch_hears_of_its_end(launcher: Launcher) -> None:
+    agent = launcher.build(launcher.plan(["/bin/sleep", "1000"]))
+    receipt = launcher.kill(agent)
+    assert receipt["verified_empty"]
+    with pytest.raises(LauncherError, match="there is no agent"):
+        launcher.request("go", agent_id=agent.agent_id)
+    plan = launcher.plan(["/bin/sleep", "1000"])
+    # Both in one breath: the kill comes while the sandbox is being built.
+    sync.send(launcher.sock, {"op": "launch", "rq": -1, "plan": plan.to_json(), "meta": {}})
+    launcher.request("kill", agent_id=plan.agent_id)
+    answer = launcher.event(lambda e: e.get("rq") == -1)
+    assert (answer["ok"], answer["error"]["step"]) == (False, "launch")
+    assert not (launcher.run_dir / "agents" / plan.agent_id).exists()
 
 
 def test_a_frozen_agent_stops_and_can_be_killed(launcher: Launcher) -> None:

@@ -159,6 +159,8 @@ def test_exec_ends_with_the_agent(launcher: Launcher, sleeper: Agent) -> None:
     receipt = launcher.kill(sleeper)
     assert receipt["verified_empty"]
     assert receipt["processes_killed"] == 3
+    event = launcher.event(lambda e: e.get("stream_id") == "st_b")
+    assert event["status"] == {"code": None, "signal": 9}
     with pytest.raises(LauncherError):
         launcher.request("signal", stream_id="st_b", signal=15)
 
