@@ -9,6 +9,7 @@ the host, its /etc) is compared before it is used, and one that is stale is thro
 
 import contextlib
 import os
+import select
 import signal
 import socket
 from dataclasses import dataclass
@@ -52,13 +53,17 @@ class Starters:
         self._number = 0
         self._stock: list[Starter] = []
         self._leaving: list[Starter] = []
+        self._mounts = 0
+        self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._mounts_changed = select.poll()
+        self._mounts_changed.register(self._mountinfo, select.POLLPRI)
         self._standard = init.Standard(base, _usual(instance))
 
     def take(self, plan: SandboxPlan) -> Starter:
         """Return one that fits the plan, its group limited as the plan says; raises `StepError`."""
         usual = self._usual(plan)
         starter = None
-        seen = _signature()
+        seen = self._signature()
         while usual and self._stock and starter is None:
             starter = self._stock.pop()
             if starter.seen != seen:
@@ -84,7 +89,7 @@ class Starters:
     def refill(self) -> bool:
         """Make one more where one is missing, and let go of what has ended; True where more is to be done."""
         self.sweep()
-        seen = _signature()
+        seen = self._signature()
         for starter in [s for s in self._stock if s.seen != seen]:
             self._stock.remove(starter)
             self.discard(starter)
@@ -94,6 +99,13 @@ class Starters:
                 self._stock.append(self._make(init.FLAGS, self._standard, seen))
                 return len(self._stock) < self._size
         return bool(self._leaving)
+
+    def _signature(self) -> tuple[int, ...]:
+        """Return what changes when the host mounts something, or its root or /etc gets, loses or replaces an entry."""
+        # The kernel tells of a change to the mounts of this process once a change (proc(5), mountinfo).
+        if self._mounts_changed.poll(0):
+            self._mounts += 1
+        return (self._mounts, *(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr")))
 
     def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...]) -> Starter:
         self._number += 1
@@ -149,8 +161,3 @@ def _remove(group: "Group") -> None:
 
 def _usual(instance: str) -> SandboxPlan:
     return SandboxPlan("standard", instance, "standard", ("/bin/true",), (), IdRange(AGENT_ID_FIRST), scratch=Scratch())
-
-
-def _signature() -> tuple[int, ...]:
-    """Return what changes when the host's root or /etc has entries that come, go or are replaced."""
-    return tuple(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr"))

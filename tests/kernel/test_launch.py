@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandbox.plan import AGENT_ID_FIRST, Bind, EtcFile, IdRange, Limits, Rootfs, Scratch
-from tests.support.launcher import Agent, LauncherError
+from tests.support.launcher import Agent, Launcher, LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from tests.support.launcher import Launcher
 
 BAD_ID_RANGE_START = 65536
 STARTERS = 2  # what a launcher keeps ready
@@ -295,3 +293,17 @@ def test_a_hundred_launches_leave_nothing(launcher: Launcher) -> None:
     assert open_descriptors(launcher) == before
     children = Path(f"/proc/{launcher.process.pid}/task/{launcher.process.pid}/children").read_text().split()
     assert len(children) <= 20
+
+
+def test_what_the_host_mounts_later_is_seen() -> None:
+    """A sandbox begun before the mount is not used after it; all in a mount namespace of the launcher's own."""
+    place = "/usr/local/games"
+    with Launcher.start(wrapper=["unshare", "-m", "--propagation", "private"]) as launcher:
+        assert launcher.sh(f"ls {place}").stdout == ""
+        open_descriptors(launcher)
+        enter = ["nsenter", "-m", "-t", str(launcher.process.pid)]
+        subprocess.run([*enter, "mount", "-t", "tmpfs", "sktest", place], check=True)
+        subprocess.run([*enter, "touch", f"{place}/later"], check=True)
+        assert launcher.sh(f"ls {place}").stdout == "later\n"
+        assert launcher.sh(f"ls {place}").stdout == "later\n"
+    assert not (Path(place) / "later").exists()

@@ -89,14 +89,30 @@ class Launcher:
     _fds: list[int] = field(default_factory=list)
     _number: int = 0
     _arguments: list[str] = field(default_factory=list)
+    _wrapper: list[str] = field(default_factory=list)
 
     @classmethod
-    def start(cls, *, weakened: bool = False, arguments: Sequence[str] = (), filters: bool = True) -> Launcher:
+    def start(
+        cls,
+        *,
+        weakened: bool = False,
+        arguments: Sequence[str] = (),
+        filters: bool = True,
+        wrapper: Sequence[str] = (),
+    ) -> Launcher:
+        """Start one; `wrapper` is a command that execs the launcher (say `unshare -m`)."""
         instance = "t" + secrets.token_hex(3)
         run_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir="/dev/shm"))  # memory, as /run is
         run_dir.chmod(0o711)
         args = [*arguments, *(["--allow-weakened"] if weakened else [])]
-        launcher = cls(run_dir, instance, _spawn(run_dir, instance, args), _connect(run_dir), _arguments=args)
+        launcher = cls(
+            run_dir,
+            instance,
+            _spawn(run_dir, instance, args, wrapper),
+            _connect(run_dir),
+            _arguments=args,
+            _wrapper=list(wrapper),
+        )
         try:
             launcher.request("hello")
             if filters:
@@ -117,7 +133,7 @@ class Launcher:
         (self.process.kill if kill else self.process.terminate)()
         self.process.wait(10)
         self.sock.close()
-        self.process = _spawn(self.run_dir, self.instance, self._arguments)
+        self.process = _spawn(self.run_dir, self.instance, self._arguments, self._wrapper)
         self.sock = _connect(self.run_dir)
 
     def close(self) -> None:
@@ -258,8 +274,19 @@ class Launcher:
         return self.request("exec", agent_id=agent.agent_id, stream_id=stream_id, argv=list(argv), **order)
 
 
-def _spawn(run_dir: Path, instance: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-I", "-S", "-E", str(LAUNCHER), "--run-dir", str(run_dir), "--instance", instance]
+def _spawn(run_dir: Path, instance: str, arguments: Sequence[str], wrapper: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [
+        *wrapper,
+        sys.executable,
+        "-I",
+        "-S",
+        "-E",
+        str(LAUNCHER),
+        "--run-dir",
+        str(run_dir),
+        "--instance",
+        instance,
+    ]
     with (run_dir / "launcher.err").open("ab") as log:
         return subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
