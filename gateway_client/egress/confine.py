@@ -146,7 +146,8 @@ def _unshare_network() -> None:
 def _limit(open_files: int, processes_max: int) -> None:
     soft = min(open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
-    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
+    # Not RLIMIT_FSIZE: stderr may be a file, and no other can be opened.
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
         resource.setrlimit(limit, (0, 0))
     # 1, not 0: exceeding it shows only at fork, which the filter refuses anyway.
     resource.setrlimit(resource.RLIMIT_NPROC, (processes_max, processes_max))

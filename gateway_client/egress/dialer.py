@@ -136,8 +136,8 @@ class Dialer:
         try:
             message: messages.FromDaemonToDialer = messages.decode(frame, messages.FROM_DAEMON_TO_DIALER)
         except BadFrame as error:
-            sys.stderr.write(f"dialer: {error}\n")
             self._daemon.close()
+            sys.stderr.write(f"dialer: {error}\n")
         else:
             self._obey(message, fds)
         for fd in fds:
@@ -192,8 +192,8 @@ class Dialer:
         try:
             message: messages.Done = messages.decode(frame, messages.FROM_WORKER_TO_DIALER)
         except BadFrame as error:
-            sys.stderr.write(f"dialer: worker {worker_id}: {error}\n")
             self._workers[worker_id].close()
+            sys.stderr.write(f"dialer: worker {worker_id}: {error}\n")
             return
         kept = self._table.by_key.get((worker_id, message.x))
         if kept is not None:

@@ -115,6 +115,9 @@ class Connection:
             self.upstream.freeze(frozen=frozen)
 
     async def run(self) -> None:
+        if self._was_cut:  # before it was open
+            self.stream.reset()
+            return
         try:
             while (head := await self._next_head()) is not None:
                 if not await self._serve(head):

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
@@ -79,8 +78,8 @@ class Worker:
             message: messages.FromDaemonToWorker = messages.decode(frame, messages.FROM_DAEMON_TO_WORKER)
         except BadFrame as error:
             # A daemon of another version: going on would be guessing.
-            sys.stderr.write(f"egress worker: {error}\n")
             self._daemon.close()
+            _log.error("%s", error)
         else:
             if isinstance(message, messages.Listen) and fds:
                 self._listen(message, fds.pop(0))
@@ -124,8 +123,8 @@ class Worker:
         try:
             message: messages.FromDialerToWorker = messages.decode(frame, messages.FROM_DIALER_TO_WORKER)
         except BadFrame as error:
-            sys.stderr.write(f"egress worker: {error}\n")
             self._dialer.close()
+            _log.error("%s", error)
             return
         waiter = self._upstreams.get(message.x)
         if isinstance(message, messages.UpstreamFailed):
@@ -182,13 +181,14 @@ class Worker:
             if agent is None or len(agent.connections) >= self.configuration.limits.connections_per_agent_max:
                 _turn_away(accepted)
                 continue
-            self._spawn(self._adopt(agent, accepted))
+            # Counted here, not in the task: a burst is accepted before any task runs.
+            connection = Connection(self, agent, Stream())
+            agent.connections.add(connection)
+            self._spawn(self._adopt(agent, connection, accepted))
 
-    async def _adopt(self, agent: Agent, accepted: socket.socket) -> None:
+    async def _adopt(self, agent: Agent, connection: Connection, accepted: socket.socket) -> None:
+        stream = connection.stream
         accepted.setblocking(False)
-        stream = Stream()
-        connection = Connection(self, agent, stream)
-        agent.connections.add(connection)
         try:
             await self._loop.connect_accepted_socket(lambda: stream, accepted)
             if agent.frozen:
