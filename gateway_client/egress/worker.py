@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -332,6 +333,8 @@ def _turn_away(accepted: socket.socket) -> None:
     status, body = problem(Refuse(503, Reason.LIMIT, "the agent has too many connections open"))
     with accepted:
         accepted.setblocking(False)
+        with contextlib.suppress(OSError):
+            accepted.recv(64 * 1024)  # what is unread at close turns the answer into a reset
         try:
             accepted.send(response(status, body, content_type="application/problem+json", keep_alive=False))
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -39,8 +40,7 @@ def padded(size: int) -> bytes:
     [
         b"GET /v1/models HTTP/1.1\nHost: gateway.internal\n\n",
         b"POST /v1/messages HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 0, 0\r\n\r\n",
-        b"POST /v1/messages HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 9\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"GET http://a@b.example/ HTTP/1.1\r\nHost: b.example\r\n\r\n",
         b"CONNECT example.com HTTP/1.1\r\nHost: example.com\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -148,8 +148,11 @@ async def test_connections_of_one_agent_are_bounded_and_another_is_served() -> N
             writer.close()
             await writer.wait_closed()
         deadline = asyncio.get_running_loop().time() + 5
-        while not (await plane.exchange(MODELS)).startswith(b"HTTP/1.1 200 "):
+        answer = b""
+        while not answer.startswith(b"HTTP/1.1 200 "):
             assert asyncio.get_running_loop().time() < deadline
+            with contextlib.suppress(ConnectionResetError):  # turned away as it was sending
+                answer = await plane.exchange(MODELS)
 
 
 async def test_exchanges_of_a_worker_are_bounded() -> None:
