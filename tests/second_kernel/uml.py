@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(scratch: Path, *tests: str, seconds_max: float) -> Report:
     console = _boot(
         *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={INIT}"),
         *(f"ubd0={disk}", f"mem={MEMORY_MIB}M", "quiet", "loglevel=1", "panic=1"),
-        *(f"STOCKADE_OUT={out}", f"STOCKADE_TESTS={','.join(tests)}"),
+        *(f"STOCKADE_OUT={out}", f"STOCKADE_TESTS={','.join(tests)}", f"STOCKADE_PYTHON={sys.executable}"),
         scratch=scratch,
         seconds_max=seconds_max,
     )

@@ -1,0 +1,120 @@
+"""What must hold on cgroup v2 and on another kernel, shown by running kernel tests in a User-Mode Linux guest.
+
+The tests that run there are the host's own; what is judged here is that they ran, where, and how they ended.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.second_kernel import uml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.timeout(500),  # whichever test comes first waits for the guest
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the guest reads the host's files"),
+    pytest.mark.skipif(not uml.KERNEL.exists(), reason=f"needs {uml.KERNEL} (Debian's user-mode-linux)"),
+    pytest.mark.skipif(shutil.which("modprobe") is None, reason="needs modprobe (Debian's kmod)"),
+]
+
+# What the guest's kernel lacks: nftables for IPv4, hence the second layer of the network.
+SKIPPED_IN_GUEST = {
+    "test_binding_to_the_device_does_not_get_around_the_missing_route",
+    "test_broadcast_and_multicast_datagrams_do_not_leave",
+    "test_only_packets_to_the_proxy_port_are_seen_in_the_gate",
+    "test_the_firewall_alone_would_hold_the_gate",
+}
+LAUNCH = "tests/kernel/test_launch.py"
+KILL = "tests/kernel/test_kill.py"
+
+
+def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
+    report = uml.run(directory, *tests, seconds_max=seconds_max)
+    failed = [f"{case.name}: {case.text}" for case in report.cases if case.outcome == "failed"]
+    assert failed == [], "\n\n".join(failed)
+    skipped = {case.name.partition("[")[0] for case in report.cases if case.outcome == "skipped"}
+    assert skipped <= SKIPPED_IN_GUEST, "a skip that nobody expects hides what the run is worth"
+    return report
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
+    directory = tmp_path_factory.mktemp("guest")
+    yield guest(
+        directory,
+        "tests/kernel/test_cgroups.py",
+        "tests/kernel/test_cgroups_launch.py",
+        f"{LAUNCH}::test_identity_and_environment_come_from_the_plan_alone",
+        f"{LAUNCH}::test_one_route_and_the_proxy_only",
+        f"{LAUNCH}::test_workspace_is_writable_as_the_owner_on_disk",
+        f"{LAUNCH}::test_workspace_of_root_read_only_shows_as_the_agents",
+        f"{KILL}::test_a_frozen_agent_stops_and_can_be_killed",
+        f"{KILL}::test_killing_twice_and_what_never_was",
+        seconds_max=400,
+    )
+    shutil.rmtree(directory)
+
+
+def test_the_guest_is_another_kernel_with_controllers_on_v2(limits: uml.Report) -> None:
+    assert limits.kernel != os.uname().release
+    assert limits.cgroup == "cgroup2fs"
+    assert {"cpu", "memory", "pids"} <= set(limits.controllers)
+    assert limits.temporary == "ext2/ext3", "owners are mapped on a real file system"
+
+
+@pytest.mark.parametrize("resource", ["cpu", "memory", "pids"])
+def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -> None:
+    assert limits.outcome(f"test_{resource}_limit_holds_for_an_agent") == "passed"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_every_limit_is_in_force_before_the_first_instruction",
+        "test_swap_is_no_way_around_the_limit",
+        "test_kill_leaves_nobody_and_events_tell",
+        "test_kill_reaches_a_fork_storm",
+        "test_freeze_stops_time_and_thaw_gives_it_back",
+        "test_reconcile_takes_the_dead_and_leaves_the_living_and_the_neighbours",
+        "test_a_frozen_agent_stops_and_can_be_killed",
+        "test_one_route_and_the_proxy_only",
+        "test_workspace_is_writable_as_the_owner_on_disk",
+    ],
+)
+def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
+    assert limits.outcome(name) == "passed"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)
+def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
+    report = guest(
+        tmp_path,
+        *("tests/kernel/test_network.py", "tests/kernel/test_doctor.py", LAUNCH),
+        f"--deselect={LAUNCH}::test_a_hundred_launches_leave_nothing",  # minutes, on one slow processor
+        seconds_max=900,
+    )
+    assert report.outcome("test_without_the_second_layer_the_gate_alone_leads_nowhere") == "passed"
+    assert {name: report.outcome(name) for name in SKIPPED_IN_GUEST} == dict.fromkeys(SKIPPED_IN_GUEST, "skipped")
+
+
+def test_a_guest_that_does_not_end_is_ended_and_leaves_no_process(tmp_path: Path) -> None:
+    with pytest.raises(uml.GuestFailed, match="did not power off in 6 s"):
+        uml.run(tmp_path, "tests/kernel/test_cgroups.py", seconds_max=6)
+    listed = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert listed.stdout == ""
+
+
+def test_a_failing_test_in_the_guest_is_not_taken_for_a_passing_one(tmp_path: Path) -> None:
+    """The twin of everything above: the harness can fail."""
+    report = uml.run(tmp_path, "tests/kernel/test_cgroups.py::test_there_is_no_such_test", seconds_max=100)
+    with pytest.raises(uml.GuestFailed, match="did not run in the guest"):
+        report.outcome("test_there_is_no_such_test")
