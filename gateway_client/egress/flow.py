@@ -8,17 +8,18 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
-from gateway_client.egress import tls
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream
 from gateway_client.egress.exchange import Event
+from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, endpoint, read_call
 from gateway_client.egress.passing import Passing, UpstreamError, open_through_proxy, read_status
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.stream import Reset
+from gateway_client.egress.tunnel import client_hello, relay
 from gateway_client.egress.upstream import GatewayAdapter, Identity, forward_head, model_head
-from gateway_client.egress.wire import End, Head, Reject, RequestReader, WireError
+from gateway_client.egress.wire import Head, Reject, WireError
 from gateway_client.gateways.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -31,14 +32,12 @@ if TYPE_CHECKING:
     from gateway_client.egress.wire import Headers
     from gateway_client.gateways.prices import PriceTable
 
-self_body_bytes_max: Final = 8 * 1024
-forward_body_peek_bytes_max: Final = 64 * 1024
+self_body_bytes_max: Final = 4 * 1024
 connects_nested_max: Final = 2
 linger_bytes_max: Final = 1024 * 1024
 linger_seconds_max: Final = 2.0
 
 _OPENED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(slots=True)
@@ -47,6 +46,7 @@ class Agent:
 
     identity: Identity
     frozen: bool = False
+    buffered: Buffered = field(default_factory=Buffered)
     connections: set[Connection] = field(default_factory=set)
 
 
@@ -85,7 +85,7 @@ class Connection:
         self.upstream: Stream | None = None
         self._desk = desk
         self._limits = desk.configuration.limits
-        self._reader = RequestReader(self._limits)
+        self._intake = Intake(stream, self._limits, agent.buffered)
         self._inside: Authority | None = None
         self._nested = 0
         self._task: asyncio.Task[None] | None = None
@@ -119,8 +119,10 @@ class Connection:
             self.stream.reset()
             return
         try:
-            while (head := await self._next_head()) is not None:
-                if not await self._serve(head):
+            while (head := await self._intake.next_head()) is not None:
+                keep = await self._serve(head)
+                self._intake.release()
+                if not keep:
                     break
         except WireError as error:
             self._desk.rejected(self.agent.identity.agent_id, error.reject)
@@ -130,59 +132,8 @@ class Connection:
         except (Reset, TimeoutError):
             pass
         finally:
+            self._intake.release()
             self.stream.close()
-
-    # --- reading
-
-    async def _next_head(self) -> Head | None:
-        """Give the next head, or None where the agent has ended or sent nothing for long."""
-        loop = asyncio.get_running_loop()
-        deadline: float | None = None
-        while True:
-            head = self._reader.next_head()
-            if head is not None:
-                return head
-            if deadline is None and self._reader.has_bytes:
-                deadline = loop.time() + self._limits.head_seconds_max
-            seconds = self._limits.idle_seconds_max if deadline is None else deadline - loop.time()
-            try:
-                data = await self.stream.read(max(seconds, 0.001))
-            except TimeoutError as error:
-                if deadline is None:
-                    return None
-                raise WireError(Reject(408, "head_too_slow", "the head did not come in time")) from error
-            if not data:
-                return None
-            self._reader.feed(data)
-
-    async def _body(self) -> AsyncIterator[bytes]:
-        while True:
-            piece = self._reader.next_body()
-            if piece is End.OF_BODY:
-                return
-            if piece is not None:
-                yield piece
-                continue
-            data = await self.stream.read(self._limits.body_seconds_max)
-            if not data:
-                raise Reset
-            self._reader.feed(data)
-
-    async def _whole_body(self, head: Head, bytes_max: int) -> bytes:
-        too_large = WireError(Reject(413, "body_too_large", f"the body is over {bytes_max} bytes"))
-        if head.content_length is not None and head.content_length > bytes_max:
-            raise too_large
-        if head.expects_continue:
-            self.stream.put(_CONTINUE)
-        body = bytearray()
-        try:
-            async for piece in self._body():
-                body += piece
-                if len(body) > bytes_max:
-                    raise too_large
-        except TimeoutError as error:
-            raise WireError(Reject(408, "body_too_slow", "the body did not come in time")) from error
-        return bytes(body)
 
     # --- serving
 
@@ -203,7 +154,7 @@ class Connection:
                 assert_never(head.form)
 
     async def _serve_self(self, head: Head) -> bool:
-        body = await self._whole_body(head, self_body_bytes_max)
+        body = await self._intake.whole_body(head, self_body_bytes_max)
         try:
             text = body.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -230,7 +181,7 @@ class Connection:
         where = endpoint(head.method, head.path)
         call = Call(model=where.model if where else "", stream=False, max_tokens=None, body=b"")
         if where is not None and head.method == "POST":
-            body = await self._whole_body(head, self._limits.model_body_bytes_max)
+            body = await self._intake.whole_body(head, self._limits.model_body_bytes_max)
             try:
                 call = read_call(where, body)
             except BadCall as error:
@@ -286,16 +237,7 @@ class Connection:
             )
 
     async def _serve_forward(self, head: Head) -> bool:
-        body: bytes | None = b""
-        begun = bytearray()
-        pieces = self._body()
-        if head.content_length is None:
-            # A chunked body can turn out malformed: what is short is read whole before anything leaves.
-            if head.expects_continue:
-                self.stream.put(_CONTINUE)
-            body = await self._peek_body(pieces, begun)
-        elif head.has_body:
-            body = None
+        body = await self._intake.checked_body(head)
         async with self._asked(_request(head)) as verdict:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
@@ -304,7 +246,7 @@ class Connection:
             if mode is ForwardMode.PREFACE:
                 await self._upstream_step(read_status(upstream, self._limits.dial_seconds_max))
             if head.expects_continue and head.content_length is not None:
-                self.stream.put(_CONTINUE)
+                self._intake.tell_to_go_on()
             target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY)
             passing = Passing(
                 self.stream,
@@ -316,16 +258,7 @@ class Connection:
                 keep_alive=_keeps(head),
                 credential="",
             )
-            return await self._pass(passing, target, headers, _joined(bytes(begun), pieces) if body is None else body)
-
-    @staticmethod
-    async def _peek_body(pieces: AsyncIterator[bytes], begun: bytearray) -> bytes | None:
-        """Give the body if it is short; else None, with its beginning in `begun`."""
-        async for piece in pieces:
-            begun += piece
-            if len(begun) > forward_body_peek_bytes_max:
-                return None
-        return bytes(begun)
+            return await self._pass(passing, target, headers, body)
 
     async def _pass(
         self, passing: Passing, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes | AsyncIterator[bytes]
@@ -365,12 +298,10 @@ class Connection:
 
     async def _go_inside(self, authority: Authority) -> bool:
         """Answer the CONNECT here and parse what is inside: plain HTTP is judged request by request."""
-        rest = self._reader.take_rest()
         await self._write(_OPENED)
         self._nested += 1
         self._inside = authority
-        self._reader = RequestReader(self._limits, inside=authority)
-        self._reader.feed(rest)
+        self._intake.enter(authority)
         return True
 
     async def _tunnel(self, head: Head, request: EgressRequest) -> None:
@@ -382,47 +313,20 @@ class Connection:
             await self._upstream_step(open_through_proxy(upstream, str(head.authority), limits.dial_seconds_max))
         await self._write(_OPENED)
         exchange.status = 200
-        hello = await self._client_hello(head.authority.host)
+        try:
+            hello = await client_hello(self.stream, self._intake.take_rest(), head.authority.host, limits)
+        except WireError as error:  # 200 was said: no answer can follow
+            exchange.error = error.reject.reason_code
+            self._desk.rejected(self.agent.identity.agent_id, error.reject)
+            self.stream.reset()
+            raise Reset from error
         upstream.put(hello)
         up_before, down_before = self.stream.received_bytes - len(hello), upstream.received_bytes
         try:
-            await self._relay(upstream)
+            await relay(self.stream, upstream, limits)
         finally:
             exchange.bytes_up = self.stream.received_bytes - up_before
             exchange.bytes_down = upstream.received_bytes - down_before
-
-    async def _client_hello(self, host: str) -> bytes:
-        """Give the first bytes of the tunnel once they are a ClientHello for the host; else nothing has gone up."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._limits.head_seconds_max
-        data = self._reader.take_rest()
-        while True:
-            found = tls.peek(data)
-            if isinstance(found, tls.Hello) and tls.fits(found, host):
-                return data
-            if found is not tls.Peek.NEED_MORE:
-                code = "sni_mismatch" if isinstance(found, tls.Hello) else "not_tls"
-                self._open_exchange.error = code
-                self._desk.rejected(
-                    self.agent.identity.agent_id, Reject(400, code, "the tunnel did not begin with TLS for its host")
-                )
-                self.stream.reset()
-                raise Reset
-            more = await self.stream.read(max(deadline - loop.time(), 0.001))
-            if not more:
-                raise Reset
-            data += more
-
-    async def _relay(self, upstream: Stream) -> None:
-        """Relay until both sides ended, one is lost, or nothing moved for long."""
-        end = self.stream.splice(upstream)
-        moved = -1
-        while not end.done():
-            await asyncio.wait((end,), timeout=self._limits.tunnel_idle_seconds_max)
-            now = self.stream.received_bytes + upstream.received_bytes
-            if now == moved:
-                return
-            moved = now
 
     # --- the exchange
 
@@ -514,13 +418,6 @@ def _request(head: Head, **more: object) -> EgressRequest:
 def _keeps(head: Head) -> bool:
     said = b",".join(value for name, value in head.headers if name in (b"connection", b"proxy-connection")).lower()
     return head.http11 and b"close" not in said
-
-
-async def _joined(begun: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    if begun:
-        yield begun
-    async for piece in pieces:
-        yield piece
 
 
 def _retry(status: int) -> str:

@@ -82,6 +82,8 @@ class Limits:
     header_count_max: int = 128
     request_line_bytes_max: int = 16 * 1024
     model_body_bytes_max: int = 16 * 1024 * 1024
+    buffered_bytes_per_agent_max: int = 64 * 1024 * 1024
+    """Of all bodies that are held whole at one time."""
     head_seconds_max: float = 15.0
     """From the first byte of a head to its last; a connection that sends nothing has `idle_seconds_max`."""
     body_seconds_max: float = 60.0

@@ -40,7 +40,7 @@ def padded(size: int) -> bytes:
     [
         b"GET /v1/models HTTP/1.1\nHost: gateway.internal\n\n",
         b"POST /v1/messages HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 0, 0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: gateway.internal\r\nContent-Length: 5\r\nTransfer-Encoding:chunked\r\n\r\n0\r\n\r\n",
         b"GET http://a@b.example/ HTTP/1.1\r\nHost: b.example\r\n\r\n",
         b"CONNECT example.com HTTP/1.1\r\nHost: example.com\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -104,6 +104,22 @@ async def test_a_model_body_is_bounded() -> None:
             b"HTTP/1.1 413 "
         )
         assert upstream.connections == 1
+
+
+async def test_bodies_an_agent_has_in_flight_are_bounded_and_given_back() -> None:
+    limits = messages.Limits(buffered_bytes_per_agent_max=10_000)
+    async with running(Upstream(), limits=limits) as plane:
+        plane.answer = lambda _ask: None
+        held = asyncio.create_task(plane.exchange(chat(padded(6_000))))
+        await until(lambda: plane.asks)
+        answer = await plane.exchange(chat(padded(6_000)))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"in flight" in answer
+        plane.to_worker(messages.Answer(plane.asks[0].x, messages.Refuse(403, "no", "no")))
+        assert (await held).startswith(b"HTTP/1.1 403 ")
+        plane.answer = None
+        plane.grant("llm:*")
+        assert (await plane.exchange(chat(padded(6_000)))).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_a_client_that_waits_for_100_is_told_to_go_on() -> None:
