@@ -14,7 +14,7 @@ from supervisord.actions.checkpoint import Signer, open_checkpoint
 from supervisord.actions.files import load_signer, read_checkpoint
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
-from supervisord.actions.types import Action, CannotRecord, Durability, Entry, Proof, Report
+from supervisord.actions.types import Action, CannotReadLog, CannotRecord, Durability, Entry, Proof, Report
 from supervisord.actions.verify import Until, verify
 from supervisord.actions.writer import Settings, Writer
 
@@ -158,7 +158,12 @@ class ActionLog:
         with self._listeners.listening() as event:
             while not self._closed:
                 event.clear()
-                page = await self.query(after_seq=after_seq, limit=SUBSCRIBER_ENTRIES)
+                try:
+                    page = await self.query(after_seq=after_seq, limit=SUBSCRIBER_ENTRIES)
+                except CannotReadLog:
+                    if self._closed:
+                        return
+                    raise
                 for entry in page:
                     yield entry
                     after_seq = entry.seq

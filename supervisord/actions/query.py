@@ -25,6 +25,7 @@ LIMIT_MAX: Final = 10_000
 QUEUE_ROWS_MAX: Final = 100_000  # beyond it rows are read from the segments again
 BATCH_ROWS_MAX: Final = 5_000
 GATHER_SECONDS: Final = 0.02
+RETRY_SECONDS: Final = 0.5
 OPEN_FILES_MAX: Final = 16
 READ_BYTES: Final = 1024  # most entries fit
 FRAME_BYTES_MAX: Final = segments.FRAME_HEADER_BYTES + segments.PAYLOAD_BYTES_MAX
@@ -179,34 +180,44 @@ class Index:
 
     def _work(self) -> None:
         try:
-            self._open()
-            while self._step():
-                pass
-        except (sqlite3.Error, OSError, segments.Damaged, CannotReadLog) as error:
-            # Queries fail from here on; recording goes on, it does not need the index.
-            failure = CannotReadLog(
-                f"cannot query the action log: its index failed: {error}",
-                remedy=f"restart the daemon; where that does not help, remove {self._directory / INDEX}",
-            )
-            self._drain(failure)
-        else:
-            self._drain(CannotReadLog("cannot query the action log: it is closed"))
+            while True:
+                try:
+                    self._open()
+                    while self._step():
+                        pass
+                except (sqlite3.Error, OSError, segments.Damaged, CannotReadLog) as error:
+                    # Recording goes on, it does not need the index; queries fail until this thread succeeds again.
+                    self._fail_jobs(f"its index failed: {error}")
+                    self._discard(damaged=type(error) is sqlite3.DatabaseError)
+                    with self._condition:
+                        if self._condition.wait_for(lambda: self._stop, timeout=RETRY_SECONDS):
+                            break
+                else:
+                    break
         finally:
+            self._fail_jobs("it is closed")
+            self._discard(damaged=False)
             for fd in self._files.values():
                 os.close(fd)
-            if self._database is not None:
-                self._database.close()
 
-    def _drain(self, failure: CannotReadLog) -> None:
-        while True:
-            with self._condition:
-                while not (self._jobs or self._stop):
-                    self._rows.clear()
-                    self._condition.wait()
-                if not self._jobs:
-                    return
-                _, _, fail = self._jobs.popleft()
-            fail(failure)
+    def _fail_jobs(self, cause: str) -> None:
+        with self._condition:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            self._rows.clear()  # they are read from the segments when the index works again
+        for _, _, fail in jobs:
+            fail(CannotReadLog(f"cannot query the action log: {cause}", remedy=f"look after {self._directory}"))
+
+    def _discard(self, *, damaged: bool) -> None:
+        """Close the database, and remove it where it is damaged: it is made again from the segments."""
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
+            self._database = None
+        if damaged:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    (self._directory / (INDEX + suffix)).unlink()
 
     def _step(self) -> bool:
         with self._condition:
@@ -233,22 +244,21 @@ class Index:
         try:
             self._database = self._connect(path)
             (self._indexed,) = self._database.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
+        except sqlite3.OperationalError:
+            raise  # a full disk, say: there is nothing wrong with the file
         except sqlite3.DatabaseError:
-            self._indexed = self._size + 1
-        if self._indexed > self._size:
+            self._indexed = -1
+        if not 0 <= self._indexed <= self._size:
             # Damaged, of another version, or of entries that a crash took: begin again.
-            if self._database is not None:
-                self._database.close()
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    path.with_name(path.name + suffix).unlink()
+            self._discard(damaged=True)
             self._database = self._connect(path)
             self._indexed = 0
 
     def _connect(self, path: Path) -> sqlite3.Connection:
+        path.touch(mode=0o600)
         database = sqlite3.connect(path, isolation_level=None)
-        database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt
+        database.execute("PRAGMA journal_mode = WAL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version == 0:
             database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")

@@ -45,7 +45,8 @@ class Opened:
 def open_directory(directory: Path, signer: Signer) -> Opened:
     """Raises CannotOpenLog where the directory is in use, or holds what no crash can explain."""
     try:
-        (directory / SEGMENTS).mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        (directory / SEGMENTS).mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CannotOpenLog(f"cannot open the action log in {directory}: {error}") from error
