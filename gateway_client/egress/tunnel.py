@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) -> bytes:
-    """Give the first bytes of the tunnel once they are a ClientHello for the host; raise WireError where they are not."""
+    """Give the first bytes of the tunnel once they are a ClientHello for the host; raise WireError if they are not."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limits.head_seconds_max
     data = begun
