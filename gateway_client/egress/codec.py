@@ -16,6 +16,8 @@ from typing import Any, Final, TypeVar, Union
 
 frame_bytes_max: Final = 64 * 1024
 
+_PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+
 Message = TypeVar("Message")
 
 
@@ -51,6 +53,8 @@ def decode(frame: bytes, expected: tuple[type[Message], ...]) -> Message:
 
 
 def _to_json(value: Any) -> Any:
+    if type(value) in _PLAIN:  # most are, and this runs for every field of every frame
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         tag = {"verdict": type(value).__name__} if type(value) in _tagged() else {}
         return {**tag, **{field.name: _to_json(getattr(value, field.name)) for field in _fields(type(value))}}
