@@ -129,9 +129,7 @@ class Instance:
 
     def processes(self) -> list[int]:
         """Pids of launcher and egress processes of this instance, by what they were started with."""
-        found = []
-        for path in (self.run_dir / "processes").glob("*.json"):
-            found.append(int(json.loads(path.read_text())["pid"]))
+        found = [int(json.loads(path.read_text())["pid"]) for path in (self.run_dir / "processes").glob("*.json")]
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
