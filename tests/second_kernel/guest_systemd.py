@@ -7,6 +7,7 @@ step that fails is a fact as well ("error"), and the steps after it still run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ REPOSITORY = Path(str(Path(__file__).resolve()).removeprefix("/host")).parents[2
 PREFIX = Path("/opt/stockade")
 AGENTS = Path("/sys/fs/cgroup/stockade.slice/stockade-agents.service/agents")
 WORKSPACE = Path("/srv/workspace")
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 60.0
 AGENT = "n=0; while :; do n=$((n+1)); echo $n > /workspace/ticks.new; mv /workspace/ticks.new /workspace/ticks; sleep 0.2; done"
 FACTS: dict[str, Any] = {}
 
@@ -71,11 +72,20 @@ def goes_on() -> bool:
     return bool(until(lambda: ticks() > before + 1))
 
 
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
 def processes(agent_id: str) -> list[int]:
-    found: set[int] = set()
-    for file in AGENTS.rglob("cgroup.procs"):
-        if agent_id in str(file):
-            found.update(int(word) for word in file.read_text().split())
+    """Every process on this host whose uid lies in the agent's range: nothing else may have such a one."""
+    first, size = FACTS["ids"][agent_id]
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if first <= int(status_of(int(entry.name))["Uid"].split()[0]) < first + size:
+                    found.append(int(entry.name))
     return sorted(found)
 
 
@@ -83,9 +93,7 @@ def confinement(agent_id: str) -> dict[str, Any]:
     """What holds the processes of an agent, as the kernel says it: equal before and after means nothing was loosened."""
     facts: dict[str, Any] = {}
     for pid in processes(agent_id):
-        status = dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
-        )
+        status = status_of(pid)
         if status["Name"] == "sleep":
             continue  # a new one each time
         facts[str(pid)] = {
@@ -148,10 +156,17 @@ def start() -> dict[str, Any]:
     socket = Path("/run/stockade/control.sock").stat()
     return {
         "stderr": started.stderr,
-        "journal": "" if started.returncode == 0 else run("journalctl", "-b", "--no-pager", "-u", "stockade*", "-n", "80").stdout,
+        "journal": ""
+        if started.returncode == 0
+        else run("journalctl", "-b", "--no-pager", "-u", "stockade*", "-n", "80").stdout,
         "states": {
             unit: properties(unit, "ActiveState")["ActiveState"]
-            for unit in ("stockaded.socket", "stockaded.service", "stockade-launcher.service", "stockade-agents.service")
+            for unit in (
+                "stockaded.socket",
+                "stockaded.service",
+                "stockade-launcher.service",
+                "stockade-agents.service",
+            )
         },
         "control_mode": oct(socket.st_mode & 0o7777),
         "control_group": run("getent", "group", str(socket.st_gid)).stdout.split(":")[0],
@@ -159,24 +174,40 @@ def start() -> dict[str, Any]:
     }
 
 
+def ids(agent: Any) -> list[int]:
+    return [int(agent.posture["ids"]["start"]), int(agent.posture["ids"]["size"])]
+
+
+def effective(group: Path, name: str) -> list[str]:
+    """What limits a group: its own value and those of the groups above it, up to where all agents live."""
+    chain = [group, *(parent for parent in group.parents if AGENTS in (parent, *parent.parents))]
+    return [value for place in chain if (value := (place / name).read_text().strip()).split()[0] != "max"]
+
+
 def launch() -> dict[str, Any]:
     from stockade.client import Stockade, Workspace
 
     with Stockade() as stockade:
         agent = stockade.launch(
-            ["sh", "-c", AGENT], name="ticker", workspace=Workspace(str(WORKSPACE), "rw"), memory_bytes=64 << 20, pids=50
+            ["sh", "-c", AGENT],
+            name="ticker",
+            workspace=Workspace(str(WORKSPACE), "rw"),
+            memory_bytes=64 << 20,
+            pids=50,
         )
         FACTS["ticker"] = agent.agent_id
+        FACTS["ids"] = {agent.agent_id: ids(agent)}
         for name, code in (("seven", 7), ("nine", 9)):
             wait = f"while [ ! -e /workspace/end-{name} ]; do sleep 0.1; done; exit {code}"
             other = stockade.launch(["sh", "-c", wait], name=name, workspace=Workspace(str(WORKSPACE), "rw"))
             FACTS[name] = other.agent_id
+            FACTS["ids"][other.agent_id] = ids(other)
     until(lambda: ticks() > 1)
-    limits = {}
-    for name in ("memory.max", "pids.max", "cpu.max"):
-        files = [file for file in AGENTS.rglob(name) if FACTS["ticker"] in str(file)]
-        limits[name] = sorted({file.read_text().strip() for file in files})
+    groups = {Path(f"/proc/{pid}/cgroup").read_text().strip() for pid in processes(FACTS["ticker"])}
+    group = Path("/sys/fs/cgroup" + min(groups, key=len).removeprefix("0::"))
+    limits = {name: effective(group, name) for name in ("memory.max", "pids.max", "cpu.max")}
     return {
+        "groups": sorted(groups),
         "state": agent.state,
         "posture": {key: str(value) for key, value in agent.posture.items()},
         "limits": limits,
@@ -190,7 +221,9 @@ def seen() -> dict[str, Any]:
 
     def states() -> dict[str, Any]:
         with Stockade() as stockade:
-            agents = stockade.agents(Selector(agents=(FACTS["ticker"], FACTS["seven"], FACTS["nine"])), include_ended=True)
+            agents = stockade.agents(
+                Selector(agents=(FACTS["ticker"], FACTS["seven"], FACTS["nine"])), include_ended=True
+            )
             return {agent.name: [agent.state, agent.exit_code] for agent in agents}
 
     return {"states": until(states), "goes_on": goes_on(), "confinement": confinement(FACTS["ticker"])}
