@@ -103,7 +103,10 @@ def test_grants_expire_unasked_and_uses_are_counted(stockade: Instance) -> None:
 
 def test_a_frozen_agent_makes_no_progress_until_it_is_thawed(stockade: Instance) -> None:
     stockade.launch("--name", "ticker", "--", "sh", "-c", "while :; do echo tick; sleep 0.05; done")
-    ticks = lambda: stockade.ctl("logs", "ticker").out.count("tick")  # noqa: E731 - said three times below
+
+    def ticks() -> int:
+        return stockade.ctl("logs", "ticker").out.count("tick")
+
     stockade.wait(lambda: ticks() > 2)
     assert stockade.ctl("freeze", "ticker").code == 0
     before = ticks()
