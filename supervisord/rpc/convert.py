@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from google.protobuf.duration_pb2 import Duration
-    from sandbox.doctor import Finding
 
+    from sandbox.doctor import Finding
     from supervisord.actions.types import Entry, Report
     from supervisord.explain import Explanation
     from supervisord.holds import Hold
