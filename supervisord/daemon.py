@@ -277,7 +277,7 @@ class Daemon:
             run_dir=self.config.run_dir,
             instance=self.config.instance,
             networks=self.config.pool_netns,
-            managed=bool(os.environ.get("INVOCATION_ID") and os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
+            managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
         )
         self._recovery = Recovery(
             agents=self._agents,

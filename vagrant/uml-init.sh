@@ -20,7 +20,15 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev 2> /dev/null
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+# A clone below one of these directories must not vanish under the memory that is mounted there.
+clone=$(dirname "$here")
+mkdir /dev/keep
+mount --bind "$clone" /dev/keep
 for directory in /dev/shm /run /tmp /mnt; do mount -t tmpfs tmpfs "$directory"; done
+case $clone in
+    /run/* | /tmp/* | /mnt/*) mkdir -p "$clone" && mount --move /dev/keep "$clone" ;;
+    *) umount /dev/keep ;;
+esac
 mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup 2> /dev/null
 umount /sys/fs/cgroup 2> /dev/null
 mount -t cgroup2 -o nsdelegate cgroup2 /sys/fs/cgroup
