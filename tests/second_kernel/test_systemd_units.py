@@ -25,6 +25,7 @@ RUNNING = ["RUNNING", None]
 LIVED_THROUGH = ("restart_daemon", "end_while_daemon_is_away", "kill_daemon", "restart_launcher", "kill_launcher")
 
 pytestmark = [
+    pytest.mark.long,  # minutes where the machine is loaded: ./bootstrap test-full
     pytest.mark.timeout(BOOT_SECONDS_MAX + 300),
     pytest.mark.skipif(not guest_image.KERNEL.exists(), reason="no User-Mode Linux here: install user-mode-linux"),
     pytest.mark.skipif(shutil.which("mmdebstrap") is None, reason="no image can be made: install mmdebstrap"),
@@ -99,9 +100,11 @@ def test_the_agent_lives_on_and_is_known(facts: Facts, step: str) -> None:
 
 @pytest.mark.parametrize("step", LIVED_THROUGH)
 def test_the_agent_is_confined_as_before(facts: Facts, step: str) -> None:
-    # The same processes, namespaces, filters, ids and cgroup as right after the launch.
-    assert facts["launch"]["confinement"]
-    assert facts[step]["confinement"] == facts["launch"]["confinement"]
+    # The same namespaces, filters, ids and cgroup as right after the launch; a child of the agent may come and go.
+    before, now = facts["launch"]["confinement"], facts[step]["confinement"]
+    lasting = before.keys() & now.keys()
+    assert len(lasting) >= 2
+    assert {pid: now[pid] for pid in lasting} == {pid: before[pid] for pid in lasting}
 
 
 def test_restarts_were_restarts(facts: Facts) -> None:
