@@ -208,7 +208,9 @@ def test_agents_that_ended_without_a_launcher_are_told_of(launcher: Launcher) ->
         time.sleep(0.02)
     assert json.loads((agent.directory / "exit").read_text())["code"] == 4
     assert agent.cgroup
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/stockade-{launcher.instance}/{agent.cgroup}"))
+    while list(Path("/sys/fs/cgroup").glob(f"**/stockade-{launcher.instance}/{agent.cgroup}")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert launcher.kill(agent)["already"]
 
 
