@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 30.0
 END_SECONDS = 20.0
+SLOTS = Path("/run/stockade-slots")  # where instances claim ranges of uids
 OWNER = 1000  # somebody who is not root: workspaces belong to people
 
 
@@ -125,6 +126,12 @@ class Instance:
                 continue
         reconcile(self.name, set())
         shutil.rmtree(self.run_dir, ignore_errors=True)
+        for path in (SLOTS / f".{self.name}", *SLOTS.glob("[0-9]*")):
+            try:
+                if path.read_text() == self.name:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def processes(self) -> list[int]:
