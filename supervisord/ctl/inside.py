@@ -154,7 +154,8 @@ def terminal_size() -> tuple[int, int]:
             size = os.get_terminal_size(descriptor)
         except OSError:
             continue
-        return size.lines, size.columns
+        if size.lines and size.columns:  # a pseudo-terminal that nobody gave a size has none
+            return size.lines, size.columns
     return USUAL_TERMINAL
 
 
@@ -169,7 +170,7 @@ def raw_terminal(session: Session, *, resize: bool, raw: bool) -> Iterator[None]
     handler = signal.signal(signal.SIGWINCH, resized) if resize else None
     try:
         if raw:
-            tty.setraw(STDIN)
+            tty.setraw(STDIN, termios.TCSADRAIN)  # what was typed ahead stays
         yield
     finally:
         if resize:
