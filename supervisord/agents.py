@@ -168,6 +168,15 @@ class Agents:
         self._forget_old()
         self._note(agent)
 
+    def remember(self, agent: Agent) -> None:
+        """Take in an agent that ended under an earlier daemon: its name may be that of a live or a later one by now."""
+        self._by_id[agent.agent_id] = agent
+        other = self._named(agent.name)
+        if other is None or (not other.live and other.what.launched_at_ns < agent.what.launched_at_ns):
+            self._latest[agent.name] = agent.agent_id
+        self._forget_old()
+        self._note(agent)
+
     def get(self, agent_id: str) -> Agent | None:
         return self._by_id.get(AgentId(agent_id))
 

@@ -155,22 +155,24 @@ class Recovery:
     async def find_ended(self, live: Iterable[str]) -> list[Agent]:
         """Agents that ended while no daemon ran: from the files that the launcher left of them."""
         alive = set(live)
+        directories = list(self._output_dir.iterdir()) if self._output_dir.is_dir() else []
+        left = [
+            agent
+            for directory in directories
+            if directory.name not in alive and self._agents.get(directory.name) is None
+            if (agent := self._ended_agent(directory)) is not None
+        ]
         found = []
-        for directory in sorted(self._output_dir.iterdir()) if self._output_dir.is_dir() else []:
-            if directory.name in alive or self._agents.get(directory.name) is not None:
-                continue
-            agent = self._ended_agent(directory)
-            if agent is None:
-                continue
+        for agent in sorted(left, key=lambda agent: agent.what.launched_at_ns):
             row = self._history.get(agent.agent_id)
             if row is not None:
                 remember(agent, row)
             if row is not None and State(row.state) in ENDED:
                 agent.state = State(row.state)  # it had ended before; this daemon only remembers it
                 agent.ended.set()
-                self._agents.add(agent)
+                self._agents.remember(agent)
                 continue
-            self._agents.add(agent)
+            self._agents.remember(agent)
             self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
             found.append(agent)
             await self._actions.append(exit_action(agent))

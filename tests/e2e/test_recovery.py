@@ -1,0 +1,313 @@
+"""The daemon, the launcher or a worker dies: agents stay confined, nothing unlogged leaves, all is known afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from stockade.client import Stockade
+
+from tests.support.census import census, cgroups_of, launcher_pid, of_agent, started, text
+from tests.support.instance import Instance
+from tests.support.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
+
+NAME = "status.example"
+SCOPE = f"http:GET:http://{NAME}/**"
+FETCH = "curl -sS -m 10 -o /dev/null -w '%{http_code}\\n' http://" + NAME
+UNTIL_GO = "while [ ! -e /workspace/go ]; do sleep 0.05; done"
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with Site() as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def stockade(site: Site) -> Iterator[Instance]:
+    hosts = f'[gateway]\nkind = "embedded"\n[gateway.hosts]\n"{NAME}" = "127.0.0.1:{site.port}"\n'
+    with Instance.start(hosts) as instance:
+        yield instance
+
+
+@pytest.fixture(autouse=True)
+def nobody_left(stockade: Instance) -> Iterator[None]:
+    yield
+    if stockade.process is None:
+        stockade.up()
+    stockade.ctl("kill", "--all")
+
+
+def output(stockade: Instance, agent: dict[str, Any]) -> str:
+    """What an agent wrote, by the file: no daemon is needed to see it."""
+    return text(stockade.run_dir / "agents" / agent["agent_id"] / "stdout.log")
+
+
+def confinement(agent: dict[str, Any]) -> dict[int, tuple[str, ...]]:
+    """The facts of each process of the agent that make it confined."""
+    facts = {}
+    for pid in of_agent(agent):
+        status = text(Path(f"/proc/{pid}/status"))
+        kept = [line for line in status.splitlines() if line.startswith(("Seccomp:", "NoNewPrivs:", "CapEff:", "Uid:"))]
+        spaces = [str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for kind in ("net", "mnt", "pid", "user", "ipc")]
+        facts[pid] = (*kept, *spaces, *map(str, cgroups_of(pid)))
+    return facts
+
+
+@dataclass
+class Before:
+    """What there is when the daemon goes."""
+
+    lives: dict[str, Any]
+    ends: dict[str, Any]
+    asleep: dict[str, Any]
+    timed: dict[str, Any]
+    counted: dict[str, Any]
+    gone: dict[str, Any]
+    workspace: Path
+    log_size: int
+
+
+def prepared(stockade: Instance) -> Before:
+    """One agent that calls out again and again, one that will end, a frozen one, and grants of each kind."""
+    workspace = stockade.workspace()
+    calls = f"while :; do {FETCH}/tick; sleep 0.1; done"
+    lives = stockade.launch("--name", "lives", "--label", "a=b", "--", "sh", "-c", calls)
+    until = f"{UNTIL_GO}; echo last words; exit 9"
+    ends = stockade.launch("--name", "ends", "--workspace", f"{workspace}:rw", "--", "sh", "-c", until)
+    asleep = stockade.launch("--name", "asleep", "--", "sh", "-c", "while :; do echo tick; sleep 0.05; done")
+    stockade.json("freeze", "asleep")
+    timed = stockade.json("grant", "lives", f"http:GET:http://{NAME}/tick", "--ttl", "10m")
+    counted = stockade.json("grant", "lives", f"http:GET:http://{NAME}/once", "--max-uses", "2")
+    assert stockade.ctl("exec", "lives", "--", "sh", "-c", f"{FETCH}/once").out == "200\n"
+    gone = stockade.json("grant", "lives", "llm:taken-back")
+    stockade.json("revoke", gone["grant_id"])
+    stockade.wait(lambda: "200" in output(stockade, lives))
+    size = int(stockade.json("log", "verify")["size"])
+    return Before(lives, ends, asleep, timed, counted, gone, workspace, size)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_agents_outlive_the_daemon_and_are_taken_up_again(
+    stockade: Instance, site: Site, number: signal.Signals
+) -> None:
+    before = prepared(stockade)
+    lives, ends, asleep = before.lives, before.ends, before.asleep
+    confined = confinement(lives)
+
+    stockade.down(number)
+
+    # Confined as before, and cut off: every new request is answered with 503, and nothing arrives.
+    assert len(confinement(lives).keys() & confined.keys()) >= 2
+    assert all(confinement(lives).get(pid, facts) == facts for pid, facts in confined.items())
+    stockade.wait(lambda: "503" in output(stockade, lives))
+    seen, length = len(site.seen), len(output(stockade, lives))
+    stockade.wait(lambda: output(stockade, lives)[length:].count("\n") > 2)
+    assert set(output(stockade, lives)[length:].split()) == {"503"}
+    assert len(site.seen) == seen
+    (before.workspace / "go").touch()
+    stockade.wait(lambda: not of_agent(ends), 20)
+    assert of_agent(ends) == []
+
+    stockade.up()
+
+    status = {entry["agent_id"]: entry for entry in stockade.json("status")}
+    assert status[lives["agent_id"]]["state"] == "RUNNING"
+    assert status[lives["agent_id"]]["started_at"] == lives["started_at"]
+    assert (status[ends["agent_id"]]["state"], status[ends["agent_id"]]["exit_code"]) == ("EXITED", 9)
+    assert stockade.ctl("logs", "ends").out == "last words\n"
+    assert stockade.json("inspect", "lives")["posture"] == lives["posture"]
+    check_grants(stockade, before)
+    length = len(output(stockade, lives))
+    stockade.wait(lambda: "200" in output(stockade, lives)[length:])
+    assert len(site.seen) > seen
+    # The frozen one is still frozen, and can go on.
+    assert status[asleep["agent_id"]]["state"] == "FROZEN"
+    ticks = output(stockade, asleep)
+    assert output(stockade, asleep) == ticks
+    stockade.json("thaw", "asleep")
+    stockade.wait(lambda: output(stockade, asleep) != ticks)
+    assert output(stockade, asleep) != ticks
+    assert stockade.ctl("launch", "--name", "lives", "--", "true").code == 5
+    assert {r["name"] for r in stockade.json("kill", "--label", "a=b")} == {"lives"}
+    assert stockade.json("kill", "asleep")[0]["verified_empty"] is True
+    assert of_agent(lives) == []
+    check_log(stockade, before, number)
+
+
+def check_grants(stockade: Instance, before: Before) -> None:
+    grants = {grant["grant_id"]: grant for grant in stockade.json("grants", "lives")}
+    ends = datetime.fromisoformat(grants[before.timed["grant_id"]]["expires_at"])
+    assert abs(ends - datetime.fromisoformat(before.timed["expires_at"])) < timedelta(seconds=1)
+    assert grants[before.counted["grant_id"]]["uses_left"] == 1
+    assert before.gone["grant_id"] not in grants
+    codes = [stockade.ctl("exec", "lives", "--", "sh", "-c", f"{FETCH}/once").out for _ in range(2)]
+    assert codes == ["200\n", "403\n"]
+
+
+def check_log(stockade: Instance, before: Before, number: signal.Signals) -> None:
+    assert stockade.json("log", "verify")["ok"] is True
+    entries = stockade.actions("--after", str(before.log_size))
+    recovered = [entry["details"] for entry in entries if entry["verb"] == "daemon.recover"]
+    assert [set(details["adopted"]) for details in recovered] == [{before.lives["agent_id"], before.asleep["agent_id"]}]
+    assert recovered[0]["ended"] == [before.ends["agent_id"]]
+    exits = [e for e in entries if e["verb"] == "agent.exit" and e["agent_id"] == before.ends["agent_id"]]
+    assert [(entry["verdict"], entry["details"]["code"]) for entry in exits] == [("done", 9)]
+    stops = [entry for entry in entries if entry["verb"] == "daemon.stop"]
+    assert len(stops) == (number is signal.SIGTERM)
+
+
+def test_a_name_that_was_used_before_is_the_live_ones_after_a_restart(stockade: Instance) -> None:
+    for _ in range(2):
+        stockade.launch("--wait", "--name", "reused", "--", "true")
+    live = stockade.launch("--name", "reused", "--", "sleep", "1000")
+    stockade.down(signal.SIGKILL)
+    stockade.up()
+    assert stockade.json("status", "reused")[0]["agent_id"] == live["agent_id"]
+    stockade.json("kill", "reused")
+    last = stockade.launch("--wait", "--name", "reused", "--", "sh", "-c", "exit 4")
+    stockade.down(signal.SIGKILL)
+    stockade.up()
+    # Of those that have ended, the last one has the name.
+    assert stockade.json("status", "reused")[0]["agent_id"] == last["agent_id"]
+    assert stockade.json("status", live["agent_id"])[0]["state"] == "KILLED"
+
+
+def test_a_grant_that_ran_out_meanwhile_is_not_given_again(stockade: Instance, site: Site) -> None:
+    stockade.launch("--name", "late", "--", "sleep", "1000")
+    grant = stockade.json("grant", "late", SCOPE, "--ttl", "1s")
+    stockade.down(signal.SIGKILL)
+    stockade.wait(lambda: grant["expires_at"] < now())
+    site.seen.clear()
+    stockade.up()
+    assert grant["grant_id"] not in {entry["grant_id"] for entry in stockade.json("grants", "late")}
+    assert stockade.ctl("exec", "late", "--", "sh", "-c", f"{FETCH}/late").out == "403\n"
+    assert site.seen == []
+    stockade.wait(lambda: any(entry["verb"] == "grant.expire" for entry in stockade.actions("late")))
+    assert [e["verdict"] for e in stockade.actions("late") if e["verb"] == "grant.expire"] == ["done"]
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + ".000000Z"
+
+
+def test_a_relay_that_is_open_ends_with_the_daemon(stockade: Instance, site: Site) -> None:
+    """A stream that nobody could cut or settle any more must not flow on."""
+    site.cut.clear()
+    agent = stockade.launch("--", "sh", "-c", f"while ! curl -sS -N -f http://{NAME}/slow; do sleep 0.1; done")
+    stockade.json("grant", agent["agent_id"], SCOPE)
+    stockade.wait(lambda: "piece" in output(stockade, agent))
+    stockade.down(signal.SIGKILL)
+    assert site.cut.wait(10), "the site still has its client"
+
+
+def test_a_launcher_that_dies_leaves_agents_confined_and_killable(stockade: Instance, site: Site) -> None:
+    agent = stockade.launch("--name", "orphan", "--", "sh", "-c", f"while :; do {FETCH}/x; sleep 0.1; done")
+    stockade.json("grant", "orphan", SCOPE)
+    stockade.wait(lambda: "200" in output(stockade, agent))
+    before = confinement(agent)
+    launcher = launcher_pid(stockade)
+    os.kill(launcher, signal.SIGKILL)
+
+    stockade.wait(lambda: launcher_pid(stockade) not in (0, launcher))
+    assert all(confinement(agent).get(pid, facts) == facts for pid, facts in before.items())
+    assert of_agent(agent)
+    # The next launcher serves launches, knows the orphan, enters and kills it.
+    stockade.wait(lambda: stockade.ctl("run", "--", "true").code == 0, 20)
+    assert stockade.ctl("run", "--", "true").code == 0
+    assert stockade.json("status", "orphan")[0]["state"] == "RUNNING"
+    receipt = stockade.json("kill", "orphan")[0]
+    assert receipt["verified_empty"] is True
+    assert of_agent(agent) == []
+    seen = len(site.seen)
+    assert stockade.json("log", "verify")["ok"] is True
+    assert len(site.seen) == seen
+
+
+def test_a_kill_does_not_wait_for_a_launcher(stockade: Instance) -> None:
+    """A launcher that hangs delays the receipt, not the death: pid 1 is killed without it."""
+    agent = stockade.launch("--", "sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000")
+    launcher = launcher_pid(stockade)
+    os.kill(launcher, signal.SIGKILL)
+    with Stockade(f"unix:{stockade.run_dir}/control.sock") as client:
+        receipt = client.agent(agent["agent_id"]).kill("at once")
+    assert receipt.verified_empty
+    assert of_agent(agent) == []
+
+
+@pytest.mark.parametrize("kind", ["egress-w1", "egress-dialer", "gateway"])
+def test_a_part_of_egress_that_dies_is_started_again(stockade: Instance, kind: str) -> None:
+    agent = stockade.launch("--", "sh", "-c", f"while :; do {FETCH}/y; sleep 0.1; done")
+    stockade.json("grant", agent["agent_id"], SCOPE)
+    stockade.wait(lambda: "200" in output(stockade, agent))
+    record = stockade.run_dir / "processes" / f"{kind}.json"
+    pid = int(json.loads(record.read_text())["pid"])
+    os.kill(pid, signal.SIGKILL)
+    stockade.wait(lambda: record.exists() and int(json.loads(record.read_text())["pid"]) != pid)
+    length = len(output(stockade, agent))
+    stockade.wait(lambda: "200" in output(stockade, agent)[length:], 20)
+    assert "200" in output(stockade, agent)[length:]
+    assert stockade.json("kill", agent["agent_id"])[0]["verified_empty"] is True
+    assert of_agent(agent) == []
+
+
+def test_a_daemon_that_dies_between_plan_and_exec_leaves_nothing_half_built(stockade: Instance) -> None:
+    """Launches are under way when the daemon dies, at moments that differ."""
+    reference = lasting(stockade)
+    for pause in (0.002, 0.006, 0.012, 0.03):
+        with Stockade(f"unix:{stockade.run_dir}/control.sock") as client, ThreadPoolExecutor(8) as callers:
+            assert client.verify_log().ok  # it is connected: what follows takes milliseconds
+            size = client.verify_log().size
+            answers = [callers.submit(client.launch, ["sleep", "1000"]) for _ in range(8)]
+            time.sleep(pause)
+            stockade.down(signal.SIGKILL)
+        answered = {answer.result().agent_id for answer in answers if answer.exception() is None}
+        stockade.up()
+        running = {entry["agent_id"] for entry in stockade.json("status") if entry["state"] == "RUNNING"}
+        recorded = {entry["agent_id"] for entry in stockade.actions("--verb", "agent.launch", "--after", str(size))}
+        # What was answered runs, and nothing runs that is not in the log.
+        assert answered <= running <= recorded
+        stockade.ctl("kill", "--all")
+    stockade.wait(lambda: lasting(stockade) == reference, 20)
+    assert lasting(stockade) == reference
+    assert stockade.json("log", "verify")["ok"] is True
+
+
+def lasting(stockade: Instance) -> tuple[int, ...]:
+    """What agents leave if anything does; a new daemon has descriptors of its own."""
+    seen = census(stockade)
+    return seen.processes, seen.cgroups, seen.networks, seen.slots
+
+
+def test_the_daemon_does_not_take_a_pid_for_a_process(stockade: Instance) -> None:
+    """A record of a former daemon's process names pid and start: another process with that pid is left alone."""
+    stockade.launch("--", "sleep", "1000")
+    stockade.down(signal.SIGKILL)
+    record = stockade.run_dir / "processes" / "egress-w1.json"
+    left = int(json.loads(record.read_text())["pid"])
+    with subprocess.Popen(["sleep", "1000"]) as bystander:
+        try:
+            stockade.wait(lambda: started(bystander.pid) < 1 << 62)
+            forged = {**json.loads(record.read_text()), "pid": bystander.pid}
+            record.write_text(json.dumps(forged))
+            stockade.up()
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
