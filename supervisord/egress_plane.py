@@ -201,9 +201,12 @@ class EgressPlane:
         if worker is not None:
             self._tell(worker, messages.Answer(x, verdict))
 
-    def dial(self, order: messages.Dial) -> None:
-        """Have a socket connected and passed on; the worker learns of a failure from the dialer."""
-        self._tell_dialer(order)
+    def dial(self, order: messages.Dial) -> bool:
+        """Have a socket connected and passed on; the worker learns of a failure from the dialer.
+
+        False where there is no dialer to tell just now: nobody will answer the worker then.
+        """
+        return self._tell_dialer(order)
 
     # --- workers
 
@@ -395,13 +398,15 @@ class EgressPlane:
         except StockadeError as error:
             log.warning("cannot tell an egress worker", worker=worker.worker_id, cause=error.message)
 
-    def _tell_dialer(self, message: object, fds: Sequence[int] = ()) -> None:
+    def _tell_dialer(self, message: object, fds: Sequence[int] = ()) -> bool:
         if self._dialer is None:
-            return
+            return False
         try:
             self._dialer.send(messages.encode(message), fds)
         except StockadeError as error:
             log.warning("cannot tell the dialer", cause=error.message)
+            return False
+        return True
 
     async def _wait_ready(self, what: str, event: asyncio.Event) -> None:
         try:

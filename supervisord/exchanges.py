@@ -180,7 +180,9 @@ class Exchanges:
                 verdict = await self._decide(worker_id, agent, ask)
             if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
                 assert agent is not None  # noqa: S101 - only an agent is allowed anything
-                self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
+                told = self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
+                if not told:  # the outcome of the refusal gives back what was set aside
+                    verdict = messages.Refuse(502, Reason.UPSTREAM_FAILED, "the way to the gateway is being restarted")
             self._plane.answer(worker_id, ask.x, verdict)
         finally:
             count = self._asking[ask.agent_id] - 1
