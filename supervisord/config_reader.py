@@ -25,7 +25,7 @@ from supervisord.config import (
     Role,
     UsersConfig,
 )
-from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Problem
+from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
 from supervisord.errors import InvalidInput, StockadeError
 from supervisord.ids import instance_name, shown
 from supervisord.tables import Findings, Table
@@ -72,12 +72,19 @@ def load_config(path: Path) -> Config:
     return parse_config(text, source=str(path))
 
 
+def _not_toml(source: str, said: str) -> Problem:
+    """What tomllib said, with its place where every other problem has it."""
+    found = re.search(r" \(at line (\d+), column (\d+)\)$", said)
+    position = None if found is None else Position(int(found[1]), int(found[2]))
+    return Problem(source, position, "", f"not TOML: {said if found is None else said[: found.start()]}")
+
+
 def parse_config(text: str, *, source: str) -> Config:
     """Gives the configuration of a TOML text; raises InvalidDocument with every problem, each with its line."""
     try:
         root = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InvalidDocument("configuration", [Problem(source, None, "", f"not TOML: {error}")]) from error
+        raise InvalidDocument("configuration", [_not_toml(source, str(error))]) from error
     except RecursionError as error:
         raise InvalidDocument("configuration", [Problem(source, None, "", "nested too deeply")]) from error
     findings = Findings(source, text)

@@ -96,7 +96,7 @@ def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> L
 
 def _workspace(spec: agents_pb2.LaunchSpec) -> Workspace:
     mode = spec.workspace.mode
-    if mode == agents_pb2.WORKSPACE_MODE_UNSPECIFIED:
+    if mode not in (agents_pb2.WORKSPACE_MODE_READ_ONLY, agents_pb2.WORKSPACE_MODE_READ_WRITE):
         raise InvalidInput("cannot launch: the workspace has no mode", remedy="say read-only or read-write")
     path = PurePosixPath(spec.workspace.path)
     if not path.is_absolute():

@@ -239,7 +239,7 @@ def test_every_key_arrives() -> None:
         ('[agents]\non_stop = "kil"', "did you mean kill?"),
         ("[pool]\nnetns = -1", "pool.netns"),
         ("[egress]\nworkers = 0", "egress.workers"),
-        ("a = 1\na = 2\n", "not TOML: Cannot overwrite a value (at line 2"),
+        ("a = 1\na = 2\n", "2:6: not TOML: Cannot overwrite a value"),
         ("a = [", "not TOML"),
     ],
 )
