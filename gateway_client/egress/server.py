@@ -7,7 +7,6 @@ the daemon goes, it goes on answering 503: an agent then sees a clear refusal an
 from __future__ import annotations
 
 import argparse
-import asyncio
 import encodings.idna  # noqa: F401 - looked up by name at run time, when nothing can be opened any more
 import gc
 import logging
@@ -52,7 +51,7 @@ async def serve(user: str) -> None:
     )
     posture = confine(Confinement(user=user, system_calls=STEADY, own_network=True))
     worker.ready(posture)
-    await asyncio.get_running_loop().create_future()
+    await worker.over.wait()
 
 
 def main() -> int:

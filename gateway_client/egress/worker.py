@@ -63,6 +63,8 @@ class Worker:
         self._rejects: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_x = 1
+        self.over = asyncio.Event()
+        """Set when there is nothing left to do: the daemon is gone, and so is every agent it was to be answered for."""
         self._daemon = Link(self._loop, daemon, on_frame=self._from_daemon, on_gone=self._daemon_gone)
         self._dialer = Link(self._loop, dialer, on_frame=self._from_dialer, on_gone=self._dialer_gone)
 
@@ -119,6 +121,11 @@ class Worker:
             for connection in list(agent.connections):
                 if connection.upstream is not None:
                     connection.cut()
+        self._end_if_alone()
+
+    def _end_if_alone(self) -> None:
+        if self._daemon.gone and not self._listeners:
+            self.over.set()
 
     def _from_dialer(self, frame: bytes, fds: list[int]) -> None:
         try:
@@ -167,6 +174,7 @@ class Worker:
         if listener is not None:
             self._loop.remove_reader(listener.fileno())
             listener.close()
+        self._end_if_alone()
 
     def _accept(self, agent_id: str, listener: socket.socket) -> None:
         for _ in range(accepts_per_turn_max):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stockade.client import Stockade
 
-from tests.support.census import census, cgroups_of, launcher_pid, of_agent, started, text
+from tests.support.census import GONE, census, cgroups_of, launcher_pid, of_agent, started, text
 from tests.support.instance import Instance
 from tests.support.site import Site
 
@@ -216,6 +216,22 @@ def test_a_relay_that_is_open_ends_with_the_daemon(stockade: Instance, site: Sit
     assert site.cut.wait(10), "the site still has its client"
 
 
+def test_what_served_agents_ends_when_daemon_and_agents_are_gone(stockade: Instance) -> None:
+    """The worker answers 503 as long as an agent may ask; then nobody is left to end it, and it ends itself."""
+    workspace = stockade.workspace()
+    agent = stockade.launch("--workspace", f"{workspace}:rw", "--", "sh", "-c", UNTIL_GO)
+    worker = int(json.loads((stockade.run_dir / "processes" / "egress-w1.json").read_text())["pid"])
+    launcher = launcher_pid(stockade)
+    stockade.down(signal.SIGKILL)
+    stockade.wait(lambda: launcher_pid(stockade) == 0, 1)
+    assert started(worker) < GONE
+    assert launcher_pid(stockade) == launcher
+    (workspace / "go").touch()
+    stockade.wait(lambda: not of_agent(agent) and started(worker) == GONE and launcher_pid(stockade) == 0, 20)
+    assert started(worker) == GONE
+    assert launcher_pid(stockade) == 0
+
+
 def test_a_launcher_that_dies_leaves_agents_confined_and_killable(stockade: Instance, site: Site) -> None:
     agent = stockade.launch("--name", "orphan", "--", "sh", "-c", f"while :; do {FETCH}/x; sleep 0.1; done")
     stockade.json("grant", "orphan", SCOPE)
@@ -302,7 +318,7 @@ def test_the_daemon_does_not_take_a_pid_for_a_process(stockade: Instance) -> Non
     left = int(json.loads(record.read_text())["pid"])
     with subprocess.Popen(["sleep", "1000"]) as bystander:
         try:
-            stockade.wait(lambda: started(bystander.pid) < 1 << 62)
+            stockade.wait(lambda: started(bystander.pid) < GONE)
             forged = {**json.loads(record.read_text()), "pid": bystander.pid}
             record.write_text(json.dumps(forged))
             stockade.up()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 IDS_PER_AGENT = 65536
 SLOTS = Path("/run/stockade-slots")
 CGROUPS = Path("/sys/fs/cgroup")
+GONE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def launcher_pid(stockade: Instance) -> int:
 
 
 def started(pid: int) -> int:
-    """When a process began, in clock ticks (proc_pid_stat(5), field 22)."""
+    """When a process began, in clock ticks (proc_pid_stat(5), field 22); GONE where there is none or a zombie."""
     fields = text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return int(fields[19]) if fields else 1 << 62
+    return int(fields[19]) if fields and fields[0] != "Z" else GONE
 
 
 def of_uids(start: int) -> list[int]:
