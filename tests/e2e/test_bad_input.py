@@ -14,7 +14,7 @@ import pytest
 from stockade.client import Conflict, InvalidArgument, NotFound, Selector, Stockade, StockadeError
 from stockade.v1 import agents_pb2, agents_pb2_grpc, grants_pb2, grants_pb2_grpc
 
-from tests.support.census import census
+from tests.support.census import Census, census, settled
 from tests.support.instance import Instance, bin_dir
 
 if TYPE_CHECKING:
@@ -36,22 +36,23 @@ def client(stockade: Instance) -> Iterator[Stockade]:
         yield connected
 
 
+@pytest.fixture(scope="module")
+def reference(stockade: Instance, client: Stockade) -> tuple[object, ...]:
+    client.launch(["true"]).wait(20)
+    return lasting(settled(stockade))
+
+
+def lasting(seen: Census) -> tuple[object, ...]:
+    return seen.processes, seen.cgroups, seen.networks, seen.slots, seen.files, seen.mounts, seen.links
+
+
 @pytest.fixture(autouse=True)
-def nothing_left(stockade: Instance, client: Stockade) -> Iterator[None]:
+def nothing_left(stockade: Instance, client: Stockade, reference: tuple[object, ...]) -> Iterator[None]:
     """Whatever a test sends, there is afterwards what there was before."""
-    before = census(stockade)
-    running = len(client.agents())
     yield
-    assert len(client.agents()) == running
-
-    def same() -> bool:
-        after = census(stockade)
-        return (after.processes, after.cgroups, after.networks, after.slots, after.files, after.mounts) == (
-            before.processes, before.cgroups, before.networks, before.slots, before.files, before.mounts,
-        )  # fmt: skip
-
-    stockade.wait(same)
-    assert same(), (before, census(stockade))
+    assert client.agents() == []
+    stockade.wait(lambda: lasting(census(stockade)) == reference, 20)
+    assert lasting(census(stockade)) == reference
 
 
 # --- configuration

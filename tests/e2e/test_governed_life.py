@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.census import census, cgroups_of, of_agent
+from tests.support.census import cgroups_of, of_agent, settled
 from tests.support.instance import Instance
 from tests.support.operators import WAYS, Operator, Step, operator
 from tests.support.site import Site
@@ -166,7 +166,7 @@ def test_a_frozen_agent_does_nothing_and_reaches_nothing(by: Operator, stockade:
 
 def test_a_kill_leaves_nothing_and_says_so(by: Operator, stockade: Instance, site: Site) -> None:
     assert by.verified()  # the client's connection is there and counted
-    before = census(stockade)
+    before = settled(stockade)
     storm = "trap '' TERM INT HUP; for i in $(seq 20); do setsid sleep 1000 & (sleep 1000 &) & done;"
     started = by.launch("doomed", f"{storm} while ! curl -sS -N -f http://{NAME}/slow; do :; done")
     by.grant("doomed", SCOPE)
@@ -186,8 +186,7 @@ def test_a_kill_leaves_nothing_and_says_so(by: Operator, stockade: Instance, sit
     assert receipt["agent_id"] == started["agent_id"]
     assert site.cut.wait(5), "the site still has its client"
     assert not any(path.exists() for path in groups)
-    stockade.wait(lambda: census(stockade) == before)
-    assert census(stockade) == before
+    assert settled(stockade) == before
     assert by.kill(started["agent_id"])["receipt_id"] == receipt["receipt_id"]
     assert by.state("doomed") == "KILLED"
     assert by.grants("doomed") == {}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stockade.client import Stockade
 
-from tests.support.census import GONE, census, cgroups_of, launcher_pid, of_agent, started, text
+from tests.support.census import GONE, cgroups_of, launcher_pid, of_agent, settled, started, text
 from tests.support.instance import Instance
 from tests.support.site import Site
 
@@ -299,14 +299,13 @@ def test_a_daemon_that_dies_between_plan_and_exec_leaves_nothing_half_built(stoc
         # What was answered runs, and nothing runs that is not in the log.
         assert answered <= running <= recorded
         stockade.ctl("kill", "--all")
-    stockade.wait(lambda: lasting(stockade) == reference, 20)
     assert lasting(stockade) == reference
     assert stockade.json("log", "verify")["ok"] is True
 
 
 def lasting(stockade: Instance) -> tuple[int, ...]:
     """What agents leave if anything does; a new daemon has descriptors of its own."""
-    seen = census(stockade)
+    seen = settled(stockade)
     return seen.processes, seen.cgroups, seen.networks, seen.slots
 
 

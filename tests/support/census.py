@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ IDS_PER_AGENT = 65536
 SLOTS = Path("/run/stockade-slots")
 CGROUPS = Path("/sys/fs/cgroup")
 GONE = 1 << 62
+SETTLED_SECONDS = 0.6
+SETTLE_SECONDS_MAX = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ def census(stockade: Instance) -> Census:
         daemon_fds=len(descriptors(daemon)),
         launcher_fds=len(descriptors(launcher)),
     )
+
+
+def settled(stockade: Instance) -> Census:
+    """The census once what is made ahead of need has been made: when it has not changed for a while."""
+    last, since = census(stockade), time.monotonic()
+    deadline = since + SETTLE_SECONDS_MAX
+    while time.monotonic() < min(deadline, since + SETTLED_SECONDS):
+        time.sleep(0.05)
+        seen = census(stockade)
+        if seen != last:
+            last, since = seen, time.monotonic()
+    return last
 
 
 def launcher_pid(stockade: Instance) -> int:

@@ -59,7 +59,9 @@ class Instance:
 
     @classmethod
     @contextmanager
-    def start(cls, extra: str = "", *, policies: dict[str, str] | None = None) -> Iterator[Instance]:
+    def start(
+        cls, extra: str = "", *, policies: dict[str, str] | None = None, state_dir: str | None = None
+    ) -> Iterator[Instance]:
         """Start with `extra` appended to the configuration and `policies` as {file name: text}."""
         name = f"t{secrets.token_hex(3)}"
         directory = Path(tempfile.mkdtemp(prefix="sktest-", dir="/var/tmp"))
@@ -70,7 +72,7 @@ class Instance:
             (directory / "policies" / file).write_text(text)
         config = directory / "stockade.toml"
         config.write_text(
-            f'instance = "{name}"\nstate_dir = "{directory}/state"\nrun_dir = "{run_dir}"\n'
+            f'instance = "{name}"\nstate_dir = "{state_dir or directory}/state"\nrun_dir = "{run_dir}"\n'
             f'policy_dirs = ["{directory}/policies"]\n{extra}\n'
         )
         environment = {**os.environ, "STOCKADE_SOCKET": str(run_dir / "control.sock")}
