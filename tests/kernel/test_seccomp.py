@@ -325,7 +325,7 @@ const server = http.createServer((q, r) => r.end("fine")).listen(0, "127.0.0.1",
 """
 PROGRAMS = {
     "gcc": (f"printf '{C}' > a.c && gcc -o a a.c && ./a", "compiled"),
-    "python": (f"cat > a.py <<'END'\n{ASYNCIO}\nEND\n/usr/bin/python3 a.py", "fine"),
+    "python3": (f"cat > a.py <<'END'\n{ASYNCIO}\nEND\npython3 a.py", "fine"),
     "node": (f"cat > a.js <<'END'\n{NODE}\nEND\nnode a.js", "fine"),
     "git": (
         # every way of making files and directories that git knows
