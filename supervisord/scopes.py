@@ -124,6 +124,7 @@ class GrantBook:
         self._ended: OrderedDict[GrantId, Grant] = OrderedDict()
         self._lapsed: dict[AgentId, deque[GrantId]] = {}
         self._views: dict[AgentId, tuple[GrantView, ...]] = {}
+        self._unreported: list[Grant] = []
 
     def add(
         self,
@@ -193,18 +194,25 @@ class GrantBook:
 
     def revoke(self, grant_id: GrantId) -> Grant:
         """Takes the grant back and gives it as it now is; again is the same answer; raises NotFound."""
-        self.expire()
+        self._sweep()
         grant = self.get(grant_id)
         return grant if grant.ended else self._end(grant, Ended.REVOKED)
 
     def expire(self) -> tuple[Grant, ...]:
-        """Ends every grant whose time is up and gives those."""
+        """Ends every grant whose time is up and gives each that ended so, once, whoever noticed it first."""
+        self._sweep()
+        expired, self._unreported = tuple(self._unreported), []
+        return expired
+
+    def _sweep(self) -> None:
         now = self._now()
         due = [grant for grant in self._live.values() if not grant.live(now)]
-        return tuple(self._end(grant, Ended.EXPIRED) for grant in due)
+        self._unreported += (self._end(grant, Ended.EXPIRED) for grant in due)
 
     def next_expiry(self) -> float | None:
         """Gives the monotonic time at which expire() has something to do."""
+        if self._unreported:
+            return self._now()
         return min((g.expires_mono for g in self._live.values() if g.expires_mono is not None), default=None)
 
     def use(self, grant_id: GrantId) -> Grant:
@@ -247,7 +255,7 @@ class GrantBook:
 
     def all(self, *, include_ended: bool = False) -> tuple[Grant, ...]:
         """Gives every live grant, oldest first, after those that ended lately where asked for."""
-        self.expire()
+        self._sweep()
         return (*(self._ended.values() if include_ended else ()), *self._live.values())
 
     def view(self, agent_id: AgentId) -> tuple[GrantView, ...]:

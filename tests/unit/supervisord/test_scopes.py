@@ -87,6 +87,19 @@ def test_a_grant_allows_until_its_time_is_up_without_anybody_asking(book: GrantB
     assert book.get(grant.grant_id).ended is Ended.EXPIRED
 
 
+def test_whoever_notices_an_expiry_first_keeps_it_from_nobody(book: GrantBook, clock: Clock) -> None:
+    """A list or a revocation at the moment of the expiry: the log still gets its entry, the relay its reset."""
+    ended = book.add(AGENT, LLM, by="x", ttl_seconds=10)
+    other = book.add(AGENT, SITE, by="x")
+    clock.mono += 10
+    assert [grant.grant_id for grant in book.all()] == [other.grant_id]
+    book.revoke(other.grant_id)
+    assert book.next_expiry() == clock.mono
+    assert [grant.grant_id for grant in book.expire()] == [ended.grant_id]
+    assert book.expire() == ()
+    assert book.next_expiry() is None
+
+
 def test_setting_the_wall_clock_changes_nothing(book: GrantBook, clock: Clock) -> None:
     book.add(AGENT, LLM, by="x", ttl_seconds=10)
     clock.wall -= 10**6
