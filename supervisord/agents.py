@@ -104,6 +104,7 @@ class Agent:
     pidfd: int | None = None
     listener: int | None = None
     version: int = 0
+    slot_held: bool = True
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -297,7 +297,10 @@ class Launching:
         self._exchanges.forget(agent.agent_id)
         close_all([fd for fd in (agent.pidfd, agent.listener) if fd is not None])
         agent.pidfd = agent.listener = None
-        self._slots.release(agent.what.slot)
+        # Once: a kill that overtakes a launch comes here twice, and the slot may be another's by then.
+        if agent.slot_held:
+            agent.slot_held = False
+            self._slots.release(agent.what.slot)
 
     async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
         details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
