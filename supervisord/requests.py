@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -26,7 +27,7 @@ from supervisord.ids import AgentId, shown
 from supervisord.sizes import parse_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from gateway_client.egress.request import EgressRequest
     from gateway_client.egress.scope import Scope
@@ -67,6 +68,7 @@ class Request:
     decided_at_ns: int | None = None
     grant_id: str = ""
     answer: str = ""
+    deciding: bool = False
     decided: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -119,16 +121,18 @@ class Requests:
             )
         if actor == f"agent:{request.agent_id}":
             raise PermissionDenied("cannot approve one's own request", remedy="have another person approve it")
-        made = await grant(request)
+        with _deciding(request):
+            made = await grant(request)
         request.grant_id = made.grant_id
         self._decide(request, RequestState.APPROVED, actor=actor)
         return request, made
 
     async def deny(self, request_id: str, *, actor: str, reason: str) -> Request:
         request = self._pending(request_id)
-        await self._actions.record(
-            Action(request.agent_id, actor, "request.deny", format_scope(request.scope), "done", reason)
-        )
+        with _deciding(request):
+            await self._actions.record(
+                Action(request.agent_id, actor, "request.deny", format_scope(request.scope), "done", reason)
+            )
         request.answer = reason
         self._decide(request, RequestState.DENIED, actor=actor)
         return request
@@ -165,7 +169,8 @@ class Requests:
             async with asyncio.timeout(HOLD_SECONDS_MAX):
                 await request.decided.wait()
         except TimeoutError:
-            self._decide(request, RequestState.EXPIRED, actor="daemon")
+            if not request.deciding:
+                self._decide(request, RequestState.EXPIRED, actor="daemon")
         return request.state is RequestState.APPROVED
 
     async def _post(self, agent: Agent, body: str) -> messages.Verdict:
@@ -233,10 +238,9 @@ class Requests:
 
     def _pending(self, request_id: str) -> Request:
         request = self.get(request_id)
-        if request.state is not RequestState.PENDING:
-            raise Conflict(
-                f"cannot decide request {request_id}: it is {request.state.value}", remedy="see `stockadectl requests`"
-            )
+        if request.state is not RequestState.PENDING or request.deciding:
+            state = "being decided by somebody else" if request.deciding else request.state.value
+            raise Conflict(f"cannot decide request {request_id}: it is {state}", remedy="see `stockadectl requests`")
         return request
 
     def _decide(self, request: Request, state: RequestState, *, actor: str) -> None:
@@ -250,6 +254,16 @@ class Requests:
         self.version += 1
         woken, self._changed = self._changed, asyncio.Event()
         woken.set()
+
+
+@contextmanager
+def _deciding(request: Request) -> Iterator[None]:
+    """Keep everybody else from deciding while this decision waits for the disk: one request makes one grant."""
+    request.deciding = True
+    try:
+        yield
+    finally:
+        request.deciding = False
 
 
 def _shown_to_agent(request: Request) -> dict[str, object]:
