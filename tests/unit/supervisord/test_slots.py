@@ -1,0 +1,54 @@
+"""Ranges of ids: claimed once on the whole host, rested long, given back by whoever claimed them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from supervisord.errors import Exhausted
+from supervisord.slots import Slots
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_two_instances_never_have_one_slot(tmp_path: Path) -> None:
+    one, two = (Slots(tmp_path, instance=name, count=64) for name in ("one", "two"))
+    with ThreadPoolExecutor(8) as pool:
+        claims = [pool.submit((one, two)[n % 2].claim) for n in range(64)]
+    slots = [claim.result() for claim in claims]
+    assert sorted(slots) == list(range(64))
+    with pytest.raises(Exhausted, match="64"):
+        one.claim()
+    one.release(slots[0])
+    assert two.claim() == slots[0]
+
+
+def test_a_slot_rests_before_it_is_taken_again(tmp_path: Path) -> None:
+    slots = Slots(tmp_path, instance="one", count=4)
+    first = slots.claim()
+    slots.release(first)
+    assert [slots.claim() for _ in range(4)] == [1, 2, 3, 0]
+
+
+def test_a_start_gives_back_ones_own_and_nobody_elses(tmp_path: Path) -> None:
+    one, two = (Slots(tmp_path, instance=name, count=8) for name in ("one", "two"))
+    mine, lost, others = one.claim(), one.claim(), two.claim()
+    one.release(mine)  # its file was lost, and the agent lives
+    again = Slots(tmp_path, instance="one", count=8)
+    again.reconcile([mine])
+    names = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
+    assert names == {str(mine), str(others)}
+    assert str(lost) not in names
+    assert (tmp_path / str(mine)).read_text() == "one"
+    assert again.claim() not in (mine, others)
+
+
+def test_giving_back_twice_is_no_error(tmp_path: Path) -> None:
+    slots = Slots(tmp_path, instance="one", count=2)
+    slot = slots.claim()
+    slots.release(slot)
+    slots.release(slot)
+    assert slots.claim() == 1
