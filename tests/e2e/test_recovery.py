@@ -64,7 +64,10 @@ def confinement(agent: dict[str, Any]) -> dict[int, tuple[str, ...]]:
     for pid in of_agent(agent):
         status = text(Path(f"/proc/{pid}/status"))
         kept = [line for line in status.splitlines() if line.startswith(("Seccomp:", "NoNewPrivs:", "CapEff:", "Uid:"))]
-        spaces = [str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for kind in ("net", "mnt", "pid", "user", "ipc")]
+        try:
+            spaces = [str(Path(f"/proc/{pid}/ns/{kind}").readlink()) for kind in ("net", "mnt", "pid", "user", "ipc")]
+        except FileNotFoundError:
+            continue  # one of those that come and go
         facts[pid] = (*kept, *spaces, *map(str, cgroups_of(pid)))
     return facts
 
