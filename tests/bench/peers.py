@@ -206,9 +206,11 @@ def bare_cgroup_kill(directory: Path, count: int) -> float:
     """Kill a tree of `count` sleeping processes by cgroup.kill alone; gives milliseconds until it is empty."""
     directory.mkdir()
     try:
-        script = f"echo $$ > {directory}/cgroup.procs; for i in $(seq {count - 1}); do sleep 1000 & done; wait"
+        script = f"echo $$ > {directory}/cgroup.procs; for i in $(seq {count - 1}); do sleep 1000 & done; exec sleep 1000"
         process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL)
         while len(pids_of(directory)) < count:
+            if process.poll() is not None:
+                raise SystemExit(f"bench: only {len(pids_of(directory))} of {count} processes could be started")
             time.sleep(0.02)
         began = time.perf_counter()
         (directory / "cgroup.kill").write_text("1")
