@@ -8,7 +8,7 @@ Each is harmless where the border fails: pointers that fault, descriptors that a
 no packet but to the gate of a network that was found to be the agent's own.
 """
 
-# ruff: noqa: PTH101, PTH115, PTH116, PTH118, PTH123, PTH208 - strings and descriptors: pathlib costs time here
+# ruff: noqa: PTH115, PTH116, PTH123, PTH208 - strings and descriptors: pathlib costs time here
 
 import contextlib
 import errno
@@ -189,7 +189,7 @@ def _terminal_input(_plan: SandboxPlan) -> str:
 
 
 def _set_id_bit(_plan: SandboxPlan) -> str:
-    """chmod 4755, on a file without a name."""
+    """Chmod 4755, on a file without a name."""
     fd = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)  # noqa: S108 - of the sandbox
     try:
         os.fchmod(fd, 0o4755)

@@ -26,6 +26,11 @@ class Control:
     protects: str
     remedy: str
 
+    @property
+    def required(self) -> bool:
+        """Whether nothing at all is launched without it."""
+        return self.absence is Absence.STOPS
+
 
 class Demanded(Exception):  # noqa: N818 - reads as what it was
     """A control that is demanded is missing."""
@@ -95,9 +100,7 @@ CONTROLS: Final = (
         "give these ids up: they are for agents, and must never belong to anyone else",
     ),
     Control("core-pattern", Absence.TOLD, "the host's core dump handler", ""),
-    Control(
-        "descriptors", Absence.TOLD, "the number of agents", "raise LimitNOFILE= or `ulimit -n` for the launcher"
-    ),
+    Control("descriptors", Absence.TOLD, "the number of agents", "raise LimitNOFILE= or `ulimit -n` for the launcher"),
     Control("host-memory", Absence.TOLD, "the host against agents that use their whole limit", "add memory"),
     Control(
         "state-disk",
@@ -120,6 +123,6 @@ def degraded(lacking: Mapping[str, str], *, require: Collection[str], degraded_o
     for name, how in lacking.items():
         control = BY_NAME[name]
         refused = control.absence is Absence.REFUSED and name not in degraded_ok
-        if name in require or refused or control.absence is Absence.STOPS:
+        if name in require or refused or control.required:
             raise Demanded(control, how, required=name in require)
     return [f"{name}: {how}" for name, how in lacking.items()]

@@ -176,9 +176,7 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     return count, found
 
 
-def _drift_of_limits(
-    plan: SandboxPlan, limits: Mapping[str, Any], rlimits: Mapping[str, Sequence[int]]
-) -> list[str]:
+def _drift_of_limits(plan: SandboxPlan, limits: Mapping[str, Any], rlimits: Mapping[str, Sequence[int]]) -> list[str]:
     found = []
     for name, slack in (("memory_bytes", PAGE_BYTES), ("pids", 0), ("cpus", 0.005)):
         if name in limits and not 0 < limits[name] <= getattr(plan.limits, name) + slack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
@@ -47,6 +48,7 @@ log = structlog.get_logger()
 
 NAME_CHARACTERS_MAX: Final = 40
 OBJECT_CHARACTERS_MAX: Final = 512
+VERSION: Final = version("stockade")
 
 
 class Launching:
@@ -254,6 +256,7 @@ class Launching:
         agent.posture = dict(posture) if isinstance(posture, dict) else {}
         agent.posture["policy"] = agent.what.policy
         agent.posture["policy_digest"] = agent.what.policy_digest
+        agent.posture["stockade"] = VERSION
         timings = reply.body.get("timings_us")
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
@@ -331,8 +334,6 @@ def _unmet(policy: Policy) -> str:
         return "a rootfs other than the host's"
     if policy.home is Home.PERSISTENT:
         return "home: persistent"
-    if policy.canary:
-        return "canary"
     return ""
 
 
