@@ -142,7 +142,7 @@ def examine(agent: "Agent") -> dict[str, Any]:
     pid = pid_of(agent.agent_pidfd)
     seen = confinement(pid) | identity(pid)
     found = drift(plan, agent.filters, seen)
-    more = {
+    more: dict[str, Any] = {
         "limits": agent.group.in_force() if agent.group is not None else {},
         "rlimits": {name: list(resource.prlimit(pid, number)) for name, number in _RLIMITS.items()},
         "network": network(pid),

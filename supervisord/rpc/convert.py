@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -212,7 +212,7 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None) -> agents_p
     return message
 
 
-def effective(message: agents_pb2.Agent, found: Mapping[str, object]) -> None:
+def effective(message: agents_pb2.Agent, found: dict[str, Any]) -> None:
     """Put what was read from the kernel into an agent's message."""
     json_format.ParseDict(found, message.effective)
 

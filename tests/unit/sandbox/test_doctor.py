@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from sandbox import doctor
+from sandbox.controls import CONTROLS
 
 
 def find(control: str, host: doctor.Host) -> doctor.Finding:
     """The finding of one control alone."""
-    (row,) = (item for item in doctor.CONTROLS if item.name == control)
+    (row,) = (item for item in CONTROLS if item.name == control)
     return doctor._find(row, host)
 
 
@@ -155,9 +156,9 @@ def test_a_probe_that_breaks_counts_as_missing_and_hides_nothing(tmp_path: Path)
 
 
 def test_every_required_control_has_a_remedy_and_a_name_of_its_own() -> None:
-    names = [control.name for control in doctor.CONTROLS]
+    names = [control.name for control in CONTROLS]
     assert len(set(names)) == len(names)
-    assert all(control.remedy for control in doctor.CONTROLS if control.required)
+    assert all(control.remedy for control in CONTROLS if control.required)
     assert names == list(doctor._PROBES)
 
 
