@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KINDS: Final = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 CAPABILITIES: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 FILE_BYTES_MAX: Final = 1 << 18
+_SHORT_BYTES_MAX: Final = 1 << 13
 PROCESSES_MAX: Final = 64  # looked at one by one; the launcher serves everybody meanwhile
 DRIFT_MAX: Final = 32
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -43,8 +44,12 @@ _RLIMITS: Final = {
 
 
 def _read(path: str) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return file.read(FILE_BYTES_MAX).decode("utf-8", "replace")
+    """Return a short file of /proc, which one read gives whole."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _SHORT_BYTES_MAX).decode("utf-8", "replace")
+    finally:
+        os.close(fd)
 
 
 def _whole(path: str) -> str:
@@ -59,10 +64,10 @@ def namespaces(pid: int | str) -> dict[str, int]:
 
 
 def _status(pid: int | str) -> dict[str, str]:
-    pairs = (line.partition(":") for line in _read(f"/proc/{pid}/status").splitlines())
-    return {key: value.strip() for key, _, value in pairs}
+    return dict(_STATUS_LINE.findall(_read(f"/proc/{pid}/status")))
 
 
+_STATUS_LINE: Final = re.compile(r"^(Uid|Gid|Groups|Cap\w+|NoNewPrivs|Seccomp\w*):\t?(.*?) *$", re.MULTILINE)
 # Of the launcher, and so of the host; taken when the process starts. Its own filters stay below those of every agent.
 HOST: Final = namespaces("self")
 FILTERS_BEFORE: Final = int(_status("self").get("Seccomp_filters", "0"))
@@ -98,7 +103,7 @@ def pid_of(pidfd: int) -> int:
 
 def at_launch(agent: "Agent") -> dict[str, Any]:
     """Return what is read back for every launch. Raises `OSError`."""
-    pid = pid_of(agent.agent_pidfd)
+    pid = agent.agent_pid or pid_of(agent.agent_pidfd)
     return confinement(pid) | identity(pid)
 
 

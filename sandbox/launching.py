@@ -290,6 +290,9 @@ class Follow:
             self._fail(ToldError(message["error"]))
         elif "forked" in message:
             agent.agent_pidfd = fds[0]
+            # Now, while the launcher waits for the child anyway. One that died meanwhile is told of by its pidfd.
+            with contextlib.suppress(OSError):
+                agent.agent_pid = examine.pid_of(fds[0])
         elif message.get("terminal"):
             self._adopt_terminal(fds[0])
         elif message.get("sealed"):

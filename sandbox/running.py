@@ -74,6 +74,7 @@ class Agent:
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
+    agent_pid: int = 0  # of the launcher's namespace; known from the launch on, and asked of the pidfd later
     own_child: bool = True
     exit_fd: int = -1
     control: socket.socket | None = None

@@ -1,4 +1,4 @@
-"""The canaries' own workings, without a sandbox: what came through, what could not be tried, and silence are findings."""
+"""The canaries' own workings, without a sandbox: what came through, could not be tried or kept silent is a finding."""
 
 from __future__ import annotations
 
