@@ -22,7 +22,7 @@ from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
 from supervisord.hostfiles import open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
-from supervisord.lifecycle import Event, State, can
+from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
@@ -240,7 +240,7 @@ class Launching:
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
-            if not can(agent.state, Event.EXEC_OK) or agent.state is State.KILLING:
+            if agent.state is not State.STARTING:
                 raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
             await self._launcher.call("go", agent_id=agent.agent_id)
         except BaseException as error:
