@@ -37,10 +37,12 @@ class Demanded(Exception):  # noqa: N818 - reads as what it was
 
     def __init__(self, control: Control, how: str, *, required: bool) -> None:
         super().__init__(f"this host lacks {control.name}: {how}")
-        way = f"`require: [{control.name}]` out of the policy" if required else f"`degraded_ok: [{control.name}]`"
-        self.remedy = f"{control.remedy}; or, where {control.protects} may go without it, " + (
-            f"take {way}" if required else f"allow that in the policy with {way}"
-        )
+        if required:
+            key = f"`require: [{control.name}]`" + (" or `landlock: required`" if control.name == "landlock" else "")
+            way = f"take {key} out of the policy"
+        else:
+            way = f"allow it in the policy by `degraded_ok: [{control.name}]`"
+        self.remedy = f"{control.remedy}; or, if that may be done without, {way}"
 
 
 _NEWER: Final = "use a newer kernel: Debian 12 (6.1) and Ubuntu 22.04 (5.15) have everything required"

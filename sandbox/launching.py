@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import canaries, controls, examine, init, landlock, mounts, sync, syscalls
+from sandbox import canaries, capabilities, controls, examine, init, landlock, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
 from sandbox.loop import READ, Loop
@@ -403,6 +403,9 @@ def _verify(agent: Agent, said: dict[str, Any]) -> None:
     if "canary" in said:
         agent.seen["canary"] = {"digest": canaries.digest(), **said["canary"]}
     drift = examine.drift(agent.plan, agent.filters, agent.seen)
+    # Only the process itself can read these (capabilities(7)); it was ours when it said so.
+    if said["securebits"] != capabilities.SECUREBITS and "capabilities" not in agent.plan.weaken:
+        drift.append(f"securebits: {said['securebits']:#x}, not {capabilities.SECUREBITS:#x}")
     agent.timings_us["read back"] = (time.perf_counter_ns() - began) // 1000
     if drift:
         raise StepError(

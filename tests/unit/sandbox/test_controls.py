@@ -17,7 +17,7 @@ def test_names_are_unique_and_everything_a_launch_can_lack_has_a_remedy() -> Non
 def test_what_is_required_is_required_whatever_else_is_said(name: str) -> None:
     with pytest.raises(Demanded, match=f"this host lacks {name}: it shows") as caught:
         degraded({name: "it shows"}, require=(name,), degraded_ok=(name,))
-    assert f"`require: [{name}]` out of the policy" in caught.value.remedy
+    assert f"take `require: [{name}]`" in caught.value.remedy
     assert BY_NAME[name].remedy in caught.value.remedy
     assert degraded({}, require=(name,), degraded_ok=()) == []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sandbox import examine
+from sandbox import examine, launching
 from sandbox.plan import AGENT_ID_FIRST, IdRange, SandboxPlan, pack_filters
+from sandbox.sync import StepError
 
 PLAN = SandboxPlan("ag_x", "t", "host", ("/bin/true",), (), IdRange(AGENT_ID_FIRST))
 FILTERS = pack_filters([bytes(8), bytes(8)])
@@ -59,6 +61,27 @@ def test_what_a_test_leaves_out_is_not_missed() -> None:
     assert examine.drift(replace(PLAN, weaken=("network",)), FILTERS, SEEN | {"namespaces": shared}) == []
     bare = SEEN | {"seccomp_mode": 0, "seccomp_filters": 0}
     assert examine.drift(replace(PLAN, weaken=("seccomp",)), b"", bare) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "securebits", "told"),
+    [
+        ({}, 0xEF, ""),
+        ({"no_new_privs": False}, 0xEF, "no_new_privs: not set"),
+        ({}, 0x10, "securebits: 0x10, not 0xef"),
+    ],
+)
+def test_what_is_not_confined_as_planned_never_runs(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], securebits: int, told: str
+) -> None:
+    agent: Any = SimpleNamespace(plan=PLAN, filters=FILTERS, seen={}, timings_us={})
+    monkeypatch.setattr(examine, "at_launch", lambda _agent: SEEN | changes)
+    if told:
+        with pytest.raises(StepError, match=f"not in force as planned: {told}"):
+            launching._verify(agent, {"securebits": securebits})
+    else:
+        launching._verify(agent, {"securebits": securebits})
+        assert agent.seen["securebits"] == "0xef"
 
 
 MOUNTINFO = """\
