@@ -174,7 +174,7 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     for pid in [pid for pid in pids if pid != first][: PROCESSES_MAX - 1]:
         try:
             differs = drift(init if pid == agent.pid else agent.plan, agent.filters, confinement(pid))
-        except (OSError, KeyError):
+        except (OSError, LookupError):
             continue  # it ended meanwhile
         count += 1
         found += [f"process {pid}: {text}" for text in differs]

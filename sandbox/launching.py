@@ -397,8 +397,13 @@ def _hear(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 def _verify(agent: Agent, said: dict[str, Any]) -> None:
     """Read back what is in force before the program runs; raises `StepError` where that is not what was planned."""
     began = time.perf_counter_ns()
-    with step("read back confinement"):
+    try:
         agent.seen = examine.at_launch(agent)
+    except OSError as error:
+        raise StepError.from_os("read back confinement", error, "it may have been killed") from error
+    except (LookupError, ValueError) as error:
+        # Of a kernel that tells it in another way: whatever it is, it must not end the process that holds every agent.
+        raise StepError("read back confinement", 0, f"{type(error).__name__}: {error}", "report this") from error
     agent.seen["securebits"] = hex(said["securebits"])
     if "canary" in said:
         agent.seen["canary"] = {"digest": canaries.digest(), **said["canary"]}

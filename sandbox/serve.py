@@ -465,7 +465,7 @@ class Server:
         agent = self._running(message)
         try:
             effective = examine.examine(agent)
-        except (OSError, KeyError) as error:
+        except (OSError, LookupError, ValueError) as error:
             raise StepError("examine", getattr(error, "errno", 0) or 0, f"{error}", "it may have ended") from error
         answer(effective=effective | {"launcher": {"pid": os.getpid(), "protocol": VERSION}})
 
