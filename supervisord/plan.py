@@ -162,6 +162,9 @@ def build(
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
+        require=tuple(sorted(policy.require)),
+        degraded_ok=tuple(sorted(policy.degraded_ok)),
+        canary=policy.canary,
         tty=order.tty,
         stdin=order.stdin,
     )
