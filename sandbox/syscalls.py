@@ -355,6 +355,12 @@ def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 
     )
 
 
+def syncfs(fd: int) -> None:
+    """Have everything reach the disk of the file system that this is on. Source: man page syncfs, section 2."""
+    if _libc.syncfs(c_int(fd)) < 0:
+        raise_errno("syncfs", f"fd {fd}")
+
+
 def close_range(first: int, last: int = FD_MAX, flags: int = 0) -> None:
     _syscall("close_range", f"{first}..{last}", c_uint(first), c_uint(last), c_uint(flags))
 
