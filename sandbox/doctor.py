@@ -36,7 +36,7 @@ DESCRIPTORS_LEAST: Final = 4096
 MEMORY_BYTES_LEAST: Final = 512 << 20
 STATE_DISK_BYTES_LEAST: Final = 256 << 20
 NAMESPACES: Final = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-USERS: Final = ("stockade-egress", "stockade-dialer", "stockade-gateway")
+USERS: Final = ("stockade-egress", "stockade-dialer", "stockade-gateway", "stockade-images")
 _PROBE_SECONDS_MAX: Final = 10
 
 

@@ -86,13 +86,28 @@ class IdRange:
 
 @dataclass(frozen=True, slots=True)
 class Rootfs:
-    """What the agent sees as `/`: the host's /usr with a minimal /etc, or a directory given by descriptor."""
+    """What the agent sees as `/`: the host's /usr with a minimal /etc, or a directory given by descriptor.
+
+    `form`, `source` and `digest` say where that directory came from; they are for the posture and act on nothing.
+    """
 
     kind: Literal["host", "directory"] = "host"
     fd: int | None = None
+    form: str = ""
+    source: str = ""
+    digest: str = ""
 
     def describe(self) -> str:
-        return "read-only view of the host's /usr" if self.kind == "host" else f"read-only root from fd {self.fd}"
+        if self.kind == "host":
+            return "read-only view of the host's /usr"
+        origin = f", {self.form or 'directory'} {self.source}" if self.source else ""
+        return f"read-only root from fd {self.fd}{origin}{f', {self.digest}' if self.digest else ''}"
+
+    def facts(self) -> dict[str, str]:
+        """Say it for the posture; a directory that is no image has no digest, for it can change at any time."""
+        if self.kind == "host":
+            return {"rootfs": "host", "rootfs_source": "", "rootfs_digest": ""}
+        return {"rootfs": self.form or self.kind, "rootfs_source": self.source, "rootfs_digest": self.digest}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from sandbox.images.limits import ImageLimits
+
 # Clear of the ranges systemd gives to containers, dynamic users and homes (systemd.io/UIDS-GIDS).
 UID_FIRST: Final = 1879048192
 UID_LAST: Final = 2147352575
@@ -108,6 +110,7 @@ class UsersConfig:
     egress: str = "stockade-egress"
     dialer: str = "stockade-dialer"
     gateway: str = "stockade-gateway"
+    images: str = "stockade-images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,7 @@ class Config:
     control: ControlConfig = ControlConfig()
     users: UsersConfig = UsersConfig()
     agents: AgentsConfig = AgentsConfig()
+    images: ImageLimits = field(default_factory=ImageLimits)
     pool_netns: int = 4
     egress_workers: int = 1
     source: str = ""

@@ -36,6 +36,7 @@ from supervisord.exchanges import Exchanges, Route
 from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
+from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
@@ -100,6 +101,7 @@ class Daemon:
         self._history = {row.agent_id: row for row in await self._store.agents()}
         self._agents.on_change.append(self._changed)
         self._wire(Holds(await self._store.holds()))
+        await self._images.start()
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
@@ -110,7 +112,7 @@ class Daemon:
     def _wire(self, holds: Holds) -> None:
         config = self.config
         users = config.users
-        for name in (users.egress, users.dialer, users.gateway):
+        for name in (users.egress, users.dialer, users.gateway, users.images):
             user_id(name)
         self._plane = EgressPlane(
             users=users,
@@ -149,6 +151,14 @@ class Daemon:
             count=(ids.uid_last + 1 - ids.uid_first) // IDS_PER_AGENT,
         )
         self._filters = _compile_filters()
+        self._images = Images(
+            directory=config.state_dir / "images",
+            records=config.run_dir / "processes",
+            user=users.images,
+            limits=config.images,
+            own=(config.state_dir, config.run_dir),
+            record=self._actions.record,
+        )
         self._launching = Launching(
             config=config,
             agents=self._agents,
@@ -160,6 +170,7 @@ class Daemon:
             exchanges=self._exchanges,
             slots=self._slots,
             holds=holds,
+            images=self._images,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,
@@ -246,7 +257,10 @@ class Daemon:
             ActionService(agents=self._agents, actions=self._actions), server
         )
         policies_pb2_grpc.add_PolicyServiceServicer_to_server(
-            PolicyService(config=config, policies=self._policies, agents=self._agents, book=self._book), server
+            PolicyService(
+                config=config, policies=self._policies, agents=self._agents, book=self._book, images=self._images
+            ),
+            server,
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
             SystemService(
@@ -439,6 +453,7 @@ class Daemon:
         await self._server.stop(STOP_SECONDS)
         for task in self._background:
             task.cancel()
+        await self._images.stop()
         if not left:
             await self._plane.stop()
         if self._gateway is not None:
@@ -456,7 +471,7 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_plane", "_gateway")):
+        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway")):
             if part is not None:
                 await part.stop()
         for task in self._background:

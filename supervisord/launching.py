@@ -23,12 +23,12 @@ from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeErr
 from supervisord.hostfiles import open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State
-from supervisord.plan import LaunchOrder, build, check_order, wanted_files
+from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
+    from supervisord.images import Images
     from supervisord.launcher_link import LauncherLink, Reply
+    from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
     from supervisord.scopes import GrantBook
     from supervisord.slots import Slots
@@ -67,6 +69,7 @@ class Launching:
         exchanges: Exchanges,
         slots: Slots,
         holds: Holds,
+        images: Images,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -81,6 +84,7 @@ class Launching:
         self._exchanges = exchanges
         self._slots = slots
         self._holds = holds
+        self._images = images
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -92,6 +96,10 @@ class Launching:
         agent_id = new_agent_id(self._entropy)
         files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
         close_all(fds)
+        root = None
+        if policy.rootfs is not None:
+            form, digest = self._images.glance(policy.rootfs)
+            root = Root(len(fds), form, str(policy.rootfs), digest)
         plan = build(
             order,
             policy,
@@ -102,6 +110,7 @@ class Launching:
             slot=0,
             files=files,
             filter_digest=self._filters[policy.seccomp],
+            root=root,
         )
         return "\n".join(plan.describe())
 
@@ -116,35 +125,67 @@ class Launching:
         chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
         name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
         self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+        fds: list[int] = []
         try:
-            slot = self._slots.claim()
-            try:
-                plan = build(
-                    order,
-                    policy,
-                    agent_id=chosen,
-                    name=name,
-                    instance=self._config.instance,
-                    id_first=self._config.agents.uid_first,
-                    slot=slot,
-                    files=files,
-                    filter_digest=self._filters[policy.seccomp],
-                )
-                what = self._description(
-                    order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
-                )
-                agent = Agent(what)
-                self._agents.add(agent)
-            except BaseException:
-                self._slots.release(slot)
-                raise
-            if idempotency_key:
-                self._keys[caller.actor, idempotency_key] = chosen
+            image = None if policy.rootfs is None else await self._images.open(policy.rootfs)
+            if image is not None:
+                fds.append(image.fd)
+                # That may have taken minutes: somebody may have launched the same meanwhile, or forbidden it.
+                known = self._known(order, caller=caller, agent_id=agent_id, idempotency_key=idempotency_key)
+                if known is not None:
+                    return known, True
+                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+            files, opened = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+            root = None
+            if image is not None:
+                root = Root(len(opened), image.form, str(policy.rootfs), image.digest, image.path)
+            fds[:0] = opened  # indices of files count from the first
+            agent, plan = self._register(
+                order, policy, chosen, name=name, files=files, root=root, caller=caller, idempotency_key=idempotency_key
+            )
             await self._perform(agent, policy, plan, fds=fds, caller=caller)
         finally:
             close_all(fds)
         return agent, False
+
+    def _register(
+        self,
+        order: LaunchOrder,
+        policy: Policy,
+        agent_id: AgentId,
+        *,
+        name: AgentName,
+        files: Sequence[OpenedFile],
+        root: Root | None,
+        caller: Caller,
+        idempotency_key: str,
+    ) -> tuple[Agent, SandboxPlan]:
+        """Plan the launch, and have the agent in the table with a slot of its own; raises StockadeError."""
+        slot = self._slots.claim()
+        try:
+            plan = build(
+                order,
+                policy,
+                agent_id=agent_id,
+                name=name,
+                instance=self._config.instance,
+                id_first=self._config.agents.uid_first,
+                slot=slot,
+                files=files,
+                filter_digest=self._filters[policy.seccomp],
+                root=root,
+            )
+            what = self._description(
+                order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
+            )
+            agent = Agent(what)
+            self._agents.add(agent)
+        except BaseException:
+            self._slots.release(slot)
+            raise
+        if idempotency_key:
+            self._keys[caller.actor, idempotency_key] = agent_id
+        return agent, plan
 
     def _known(self, order: LaunchOrder, *, caller: Caller, agent_id: str, idempotency_key: str) -> Agent | None:
         """An earlier attempt of the same caller for the same thing; raises Conflict where it was another thing."""
@@ -232,7 +273,7 @@ class Launching:
     async def _perform(
         self, agent: Agent, policy: Policy, plan: SandboxPlan, *, fds: list[int], caller: Caller
     ) -> None:
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
         building = asyncio.ensure_future(
             self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
         )
@@ -330,14 +371,12 @@ def _unmet(policy: Policy) -> str:
     """Name what the policy asks for and this version has not, or nothing."""
     if policy.egress.transparent:
         return "egress.transparent"
-    if policy.rootfs is not None:
-        return "a rootfs other than the host's"
     if policy.home is Home.PERSISTENT:
         return "home: persistent"
     return ""
 
 
-def _intent(agent: Agent, policy: Policy, caller: Caller) -> Action:
+def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> Action:
     what = agent.what
     details: dict[str, JSON] = {
         "name": what.name,
@@ -354,6 +393,7 @@ def _intent(agent: Agent, policy: Policy, caller: Caller) -> Action:
         "pids": what.pids,
         "budget": dict(what.budget),
         "uid_slot": what.slot,
+        **plan.rootfs.facts(),
     }
     return Action(what.agent_id, caller.actor, "agent.launch", _object(agent), "allowed", "", details)
 

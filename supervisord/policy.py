@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -81,6 +82,32 @@ class EgressRules:
 
 
 @dataclass(frozen=True, slots=True)
+class RootfsName:
+    """A root file system other than the host's: a path on the host, and which image of it where it has several."""
+
+    path: PurePosixPath
+    selector: str = ""
+    """A tag, a full name, or `sha256:…`; empty where there is one image, or none at all (a plain directory)."""
+
+    @classmethod
+    def parse(cls, text: str) -> "RootfsName":
+        found = _SELECTOR.fullmatch(text)
+        if found is None:
+            return cls(PurePosixPath(text))
+        return cls(PurePosixPath(found["path"]), found["tag"] or found["digest"])
+
+    def __str__(self) -> str:
+        mark = "@" if self.selector.startswith("sha256:") else "#"
+        return f"{self.path}{mark}{self.selector}" if self.selector else str(self.path)
+
+
+_SELECTOR: Final = re.compile(
+    r"(?P<path>/.*)(?:#(?P<tag>[A-Za-z0-9_][A-Za-z0-9._/:-]{0,255})|@(?P<digest>sha256:[0-9a-f]{64}))",
+    re.ASCII | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """One policy after `extends` was followed.
 
@@ -97,7 +124,7 @@ class Policy:
     extends: str | None = None
     widen: Mapping[str, str] = field(default_factory=dict)
     user: User = User.AGENT
-    rootfs: PurePosixPath | None = None
+    rootfs: RootfsName | None = None
     hide: tuple[PurePosixPath, ...] = ()
     home: Home = Home.EPHEMERAL
     allow_root_owned: bool = False

@@ -23,7 +23,17 @@ from supervisord.documents import (
 )
 from supervisord.errors import StockadeError
 from supervisord.ids import shown
-from supervisord.policy import AgentSpec, EgressRules, LimitsWanted, Policy, Workspace, digest, effect, wider
+from supervisord.policy import (
+    AgentSpec,
+    EgressRules,
+    LimitsWanted,
+    Policy,
+    RootfsName,
+    Workspace,
+    digest,
+    effect,
+    wider,
+)
 from supervisord.sizes import format_size, parse_size
 
 MEMORY_BYTES_MIN: Final = 16 << 20
@@ -243,7 +253,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         extends=extends if isinstance(extends, str) else None,
         widen=read.texts("widen"),
         user=read.one_of(("user",), base.user),
-        rootfs=base.rootfs if rootfs is None else None if rootfs == "host" else PurePosixPath(str(rootfs)),
+        rootfs=base.rootfs if rootfs is None else None if rootfs == "host" else RootfsName.parse(str(rootfs)),
         hide=base.hide if hide is None else hide,
         home=read.one_of(("home",), base.home),
         allow_root_owned=read.flag(("allow_root_owned",), default=base.allow_root_owned),

@@ -61,7 +61,7 @@ def _check(stockade: Stockade, options: Namespace) -> int:
     answer = stockade.call(methods.CHECK_POLICY, request)
     problems = [convert.problem(message) for message in answer.problems]
     if options.output == "json":
-        print_json({"ok": answer.ok, "problems": problems})
+        print_json({"ok": answer.ok, "problems": problems, "notes": list(answer.notes)})
         return OK if answer.ok else FAILED
     for found in problems:
         where = ":".join(str(part) for part in (found.filename or options.subject, found.line, found.column) if part)
@@ -70,6 +70,8 @@ def _check(stockade: Stockade, options: Namespace) -> int:
             complain(f"  {found.remedy}")
     if answer.ok:
         say(f"good: {options.subject}")
+        for note in answer.notes:
+            say(f"  {note}")
     return OK if answer.ok else FAILED
 
 

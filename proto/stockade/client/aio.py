@@ -10,7 +10,13 @@ import grpc
 from stockade.client import convert, methods
 from stockade.client.errors import Failed, from_rpc
 from stockade.client.session import INPUT_BYTES_MAX
-from stockade.client.sync import CALL_SECONDS_MAX, CHANNEL_OPTIONS, EXEC_OUTPUT_BYTES_MAX, default_target
+from stockade.client.sync import (
+    CALL_SECONDS_MAX,
+    CHANNEL_OPTIONS,
+    EXEC_OUTPUT_BYTES_MAX,
+    default_target,
+    launch_seconds,
+)
 from stockade.client.values import Completed, ExitStatus, Selector
 from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, requests_pb2
 
@@ -78,7 +84,8 @@ class AsyncStockade:
 
     async def launch(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> AsyncAgent:
         """An agent that runs: when this returns, its execve has happened."""
-        answer = await self.call(methods.LAUNCH, convert.launch_request(command, **options))
+        request = convert.launch_request(command, **options)
+        answer = await self.call(methods.LAUNCH, request, timeout_seconds=launch_seconds(self._timeout))
         return AsyncAgent(self, convert.agent(answer.agent))
 
     async def plan(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> str:

@@ -26,6 +26,7 @@ from supervisord.policy import (
     OnLoss,
     Policy,
     Risk,
+    RootfsName,
     User,
     Worker,
     policy_yaml,
@@ -113,7 +114,7 @@ canary: true
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
     assert full.ceiling is not None
     assert full.egress == EgressRules(OnDeny.ASK, transparent=True, worker=Worker.DEDICATED)
-    assert full.rootfs == PurePosixPath("/srv/images/agent")
+    assert full.rootfs == RootfsName(PurePosixPath("/srv/images/agent"))
     assert full.hide == (PurePosixPath("/usr/local"), PurePosixPath("/opt"))
     assert (full.risk, full.user, full.home, full.seccomp) == (Risk.HIGH, User.ROOT, Home.PERSISTENT, "strict")
     assert (full.landlock, full.on_supervisor_loss) == (Demand.REQUIRED, OnLoss.KILL)
@@ -259,7 +260,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
     cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary", "require"}
     everything = Policy(
-        name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=PurePosixPath("/x"), home=Home.PERSISTENT,
+        name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50), scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
@@ -492,3 +493,22 @@ def test_check_judges_both_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["default", "coding-agent", "python-agent", "claude-code", "codex", "high-risk"])
 def test_every_shipped_policy_works_behind_a_gateway_without_forward_proxy(name: str) -> None:
     assert PolicyShelf([], gateway=CLOSED).get(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "selector"),
+    [
+        ("/srv/root", "/srv/root", ""),
+        ("/srv/image.tar#v1.2", "/srv/image.tar", "v1.2"),
+        ("/srv/image#example.com:5000/team/image:v1", "/srv/image", "example.com:5000/team/image:v1"),
+        ("/srv/image@sha256:" + "a" * 64, "/srv/image", "sha256:" + "a" * 64),
+        ("/srv/a#b#c", "/srv/a#b", "c"),
+        ("/srv/a#", "/srv/a#", ""),
+        ("/srv/a@sha256:12", "/srv/a@sha256:12", ""),
+        ("/srv/a#b c", "/srv/a#b c", ""),
+    ],
+)
+def test_a_rootfs_names_a_path_and_perhaps_one_image_of_it(text: str, path: str, selector: str) -> None:
+    name = RootfsName.parse(text)
+    assert name == RootfsName(PurePosixPath(path), selector)
+    assert str(name) == text
