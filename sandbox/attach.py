@@ -6,6 +6,7 @@ namespace.
 """
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any, Final, NoReturn
 
 from sandbox import confine, sync, syscalls
 from sandbox.init import forget_launcher
-from sandbox.loop import READ, Loop
+from sandbox.loop import READ, AnyLoop
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_environment, check_strings, check_target, check_terminal
 from sandbox.running import Agent, State
 from sandbox.stdio import Feed, Pump, RotatingFile
@@ -67,7 +68,7 @@ class Stream:
 
     agent: Agent
     order: ExecOrder
-    loop: Loop
+    loop: AnyLoop
     started: Callable[["Stream", StepError | None], None]
     exited: Callable[["Stream", dict[str, Any]], None]
     control: socket.socket | None = None
@@ -79,10 +80,16 @@ class Stream:
     feed: Feed | None = None
     terminal: int = -1
     running: bool = False
+    deadline: int = 0
 
     @property
     def stream_id(self) -> str:
         return self.order.stream_id
+
+    def late(self) -> None:
+        """Give up an exec that is still under way: its file may be held by a lease, and it must not start later."""
+        if self.control is not None:
+            self._failed(StepError("exec", errno.ETIMEDOUT, "not done in time"))
 
     def _heard(self, _events: int) -> None:
         assert self.control is not None  # noqa: S101 - watched only while it is there
@@ -149,6 +156,7 @@ class Stream:
 
     def _close_control(self) -> None:
         if self.control is not None:
+            self.loop.cancel(self.deadline)
             self.loop.forget(self.control.fileno())
             self.control.close()
             self.control = None
@@ -190,7 +198,7 @@ class Stream:
             self.terminal = -1
 
 
-def reap(loop: Loop, pid: int) -> None:
+def reap(loop: AnyLoop, pid: int) -> None:
     """Collect a child that was killed, now or as soon as it is dead: pid 1 of its sandbox waits for that."""
     with contextlib.suppress(ChildProcessError):
         if os.waitpid(pid, os.WNOHANG)[0] == 0:
@@ -229,6 +237,7 @@ def start(
         theirs.close()
         undo.pop_all()
     stream.control = ours
+    stream.deadline = agent.loop.later(agent.exec_seconds, stream.late)
     agent.streams[order.stream_id] = stream
     if order.tty is None:
         _pump(stream, mine)
@@ -277,6 +286,8 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
                 os.write(fd, b"0")
         target = agent.pidfd
         forget_launcher(control, keep=[target, *(fd for fd in given if fd is not None)])
+        # Here: in the sandbox's /proc this process does not exist, and in its user namespace it has no say.
+        confine.limit(agent.plan)
         weak = set(agent.plan.weaken)
         wanted = _ALL
         wanted &= ~syscalls.CLONE_NEWPID if "private_pid" in weak else ~0
@@ -294,7 +305,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         with step("take standard streams"):
             confine.take_stdio(*streams)
-        confine.lower(agent.plan)
+        confine.start_session()
         confine.give_up(agent.plan)
         confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.

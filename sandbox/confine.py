@@ -23,6 +23,11 @@ from sandbox.sync import StepError, step
 
 SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LOCKED_MEMORY_BYTES: Final = 8 << 20
+SIGNALS_PENDING: Final = 4096
+QUEUE_BYTES: Final = 819_200  # what Linux gives to everybody
+# setrlimit(2), <asm-generic/resource.h>; Python 3.11 has no names for them.
+_RLIMIT_SIGPENDING: Final = 11
+_RLIMIT_MSGQUEUE: Final = 12
 # The kernel's killer takes agents before services of the host (proc(5), oom_score_adj).
 OOM_SCORE: Final = 500
 # Of what Python sets to "ignore" at its start; a program expects the default.
@@ -60,17 +65,33 @@ def resize(terminal: int, tty: Tty) -> None:
 
 def lower(plan: SandboxPlan) -> None:
     """Start a session and set resource limits; comes before the user namespace, whose /proc files would not open."""
-    weak = frozenset(plan.weaken)
+    start_session()
+    limit(plan)
+
+
+def start_session() -> None:
     with step("start session"):
         os.setsid()
         os.umask(0o022)
         for number in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def limit(plan: SandboxPlan) -> None:
+    """Set resource limits and the score; while still root of the host, and with a /proc that shows this process."""
     with step("set resource limits"):
-        _limit(plan, core="rlimits" not in weak)
-        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(OOM_SCORE))
+        _limit(plan, core="rlimits" not in plan.weaken)
+        let_be_killed()
+
+
+def let_be_killed() -> None:
+    """Stand first in line of the kernel's killer.
+
+    Root's word (CAP_SYS_RESOURCE) is also the least there may be later: an agent cannot go back to the launcher's.
+    """
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(OOM_SCORE))
 
 
 def give_up(plan: SandboxPlan) -> None:
@@ -88,13 +109,14 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
     """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
 
     Landlock is for the first process and all its descendants. A process that exec starts later cannot join that domain,
-    and from a domain of its own it could not see the agent in /proc; it has the same mounts. The agent cannot look into
-    it either.
+    and from a domain of its own it cannot see the agent in /proc: it has one where the policy requires it, and
+    otherwise only the same mounts. The agent cannot look into it either.
     """
+    wanted = plan.landlock == "required" or (first and plan.landlock == "if-present")
     if terminal:
         with step("take terminal"):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    if first and plan.landlock != "off" and "landlock" not in plan.weaken and landlock.ABI:
+    if wanted and "landlock" not in plan.weaken and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
     install(filters, plan)
@@ -114,6 +136,8 @@ def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
     with step("drop capabilities"):
         if not keep_capabilities:
             capabilities.drop()
+    # The change of ids set it anew from fs.suid_dumpable: until execve nobody of these ids may look into this process.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
 def install(filters: bytes, plan: SandboxPlan) -> None:
@@ -129,9 +153,16 @@ def _limit(plan: SandboxPlan, *, core: bool) -> None:
     _lower(resource.RLIMIT_NOFILE, plan.limits.open_files)
     _lower(resource.RLIMIT_MEMLOCK, LOCKED_MEMORY_BYTES)
     _lower(resource.RLIMIT_RTPRIO, 0)
+    limit_counted()
     if core:
         # 1 and not 0: with 0 a core_pattern that is a pipe still starts its handler, as root of the host (core(5)).
         _lower(resource.RLIMIT_CORE, 1)
+
+
+def limit_counted() -> None:
+    """Limit what the kernel counts per user and not per process: memory of its own that no cgroup is charged for."""
+    _lower(_RLIMIT_SIGPENDING, SIGNALS_PENDING)
+    _lower(_RLIMIT_MSGQUEUE, QUEUE_BYTES)
 
 
 def _lower(what: int, value: int) -> None:

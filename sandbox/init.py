@@ -90,6 +90,7 @@ def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], 
             for fd in entries:
                 os.write(fd, b"0")
         forget_launcher(control, keep=[stub.fileno()])
+        confine.let_be_killed()  # the launcher's own score is not for what it starts
         os.setsid()
         os.umask(0o022)  # the launcher's is 077; what is made here is for the agent to see
         with step("enter cgroup namespace"):
@@ -320,8 +321,6 @@ def _reap(
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with socket.socket(fileno=FD_CONTROL) as launcher, _reporting(launcher, ends=False):
         confine.become(INIT_INSIDE, INIT_INSIDE)
-        # The change of ids set it anew from fs.suid_dumpable.
-        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
         confine.install(filters, plan)
         send(launcher, {"sealed": True})

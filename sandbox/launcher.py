@@ -17,6 +17,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # 
 import argparse
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import stat
@@ -28,7 +29,7 @@ from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
-from sandbox.running import State
+from sandbox.running import EXEC_SECONDS_MAX, State
 from sandbox.serve import Server
 from sandbox.starters import READY, Starters
 from sandbox.userns import Holders
@@ -45,6 +46,7 @@ def main() -> int:
     options = _options()
     os.umask(0o077)
     syscalls.set_process_name("stockade-launch")
+    _allow_descriptors()
     _make_directories(options.run_dir)
     lock = _only_one(options.run_dir)
     loop = Loop()
@@ -58,6 +60,7 @@ def main() -> int:
         holders=Holders(),
         starters=Starters(layout, options.instance, f"{options.run_dir}/root", options.starters),
         allow_weakened=options.allow_weakened,
+        exec_seconds=options.exec_seconds,
     )
     notifier = Notifier()
     server = Server(workshop, _listen(options.run_dir))
@@ -81,6 +84,12 @@ def main() -> int:
     return 0
 
 
+def _allow_descriptors() -> None:
+    """Take all that the hard limit gives: every agent needs some twenty, and has limits of its own."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="stockade-launcher", description="performs sandbox plans; started by stockaded"
@@ -96,6 +105,7 @@ def _options() -> argparse.Namespace:
         "--allow-weakened", action="store_true", help="for tests: perform plans that leave controls out"
     )
     parser.add_argument("--starters", type=int, default=READY, help="sandboxes begun ahead of need")
+    parser.add_argument("--exec-seconds", type=float, default=EXEC_SECONDS_MAX, help="limit on one execve")
     return parser.parse_args()
 
 

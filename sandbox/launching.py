@@ -6,6 +6,7 @@ Everything that was made is undone when a later step fails; `end()` of the agent
 # ruff: noqa: PTH102, PTH106, PTH108, PTH123, PTH208 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -19,15 +20,16 @@ from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
-from sandbox.plan import SandboxPlan
-from sandbox.running import Agent, State
+from sandbox.plan import OWNER_INSIDE, SandboxPlan
+from sandbox.running import EXEC_SECONDS_MAX, Agent, State
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sync import StepError, ToldError, receive, send, step
-from sandbox.userns import Holders
+from sandbox.userns import Holders, Making
 
+# Below what the daemon waits for an answer (launcher_link): it hears of a failure, and that nothing is left.
 BUILD_SECONDS_MAX: Final = 20.0
-GO_SECONDS_MAX: Final = 60.0
+GO_SECONDS_MAX: Final = 60.0  # for the word to come; nothing runs meanwhile
 META_BYTES_MAX: Final = 64 << 10
 KERNEL: Final = os.uname().release
 
@@ -46,6 +48,7 @@ class Workshop:
     holders: Holders
     starters: Starters
     allow_weakened: bool
+    exec_seconds: float = EXEC_SECONDS_MAX
     filters: dict[str, bytes] = field(default_factory=dict)
 
     def check(self, plan: SandboxPlan, fds: list[int], agents: Iterable[Agent]) -> None:
@@ -93,8 +96,12 @@ def begin(
     """
     agent = Agent(plan, meta, f"{workshop.run_dir}/agents/{plan.agent_id}", workshop.loop)
     agent.filters = workshop.filters.get(plan.filter_digest, b"")
+    agent.exec_seconds = workshop.exec_seconds
     clock = init.Clock()
     with contextlib.ExitStack() as undo:
+        with step("make user namespace"):
+            users = workshop.holders.begin(plan.ids.host(OWNER_INSIDE))
+        undo.callback(workshop.holders.end_used)
         starter = workshop.starters.take(plan)
         undo.callback(workshop.starters.discard, starter)
         agent.group, agent.group_name = starter.group, starter.name
@@ -108,7 +115,7 @@ def begin(
         agent.lacking = workshop.lacking(plan) | lacking_network(agent.net)
         clock.mark("network")
         with contextlib.ExitStack() as mine:
-            order, given = _gather(workshop, agent, fds, mine, undo)
+            order, given = _gather(workshop, agent, (fds, users), mine, undo)
             agent.degraded = degraded(plan, agent.lacking)
             clock.mark("gather")
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
@@ -116,17 +123,26 @@ def begin(
                 send(starter.stub, message, given)
                 send(starter.control, message, given)
             clock.mark("send")
+        agent.pid = starter.pid
+        # While they build, and before anybody hears of it: what a later launcher does not know it kills.
+        with step("keep what a restart needs", "make room in the run directory (`df /run`)"):
+            save(agent)
         undo.pop_all()
-    agent.pid, agent.pidfd = starter.pid, starter.pidfd
+    agent.pidfd = starter.pidfd
     agent.control, agent.builder = starter.stub, starter.control
     agent.timings_us = clock.steps
     return agent, Follow(agent, built)
 
 
 def _gather(
-    workshop: Workshop, agent: Agent, fds: list[int], mine: contextlib.ExitStack, undo: contextlib.ExitStack
+    workshop: Workshop,
+    agent: Agent,
+    sources: tuple[list[int], Making],
+    mine: contextlib.ExitStack,
+    undo: contextlib.ExitStack,
 ) -> tuple[dict[str, Any], list[int]]:
     """Return the children's descriptors by name, as indices, and in order; what is only theirs goes onto `mine`."""
+    fds, making = sources
     plan, net = agent.plan, agent.net
     assert net is not None  # noqa: S101 - just taken
     given: list[int] = []
@@ -137,11 +153,9 @@ def _gather(
         given.append(fd)
         return len(given) - 1
 
-    with step("make user namespace"):
-        users = add(workshop.holders.for_agent(plan.ids))
-        host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
-        if "user_namespace" in plan.weaken:
-            host_uid, host_gid = plan.uid, plan.gid
+    host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
+    if "user_namespace" in plan.weaken:
+        host_uid, host_gid = plan.uid, plan.gid
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
@@ -159,6 +173,9 @@ def _gather(
     filters = -1
     if "seccomp" not in plan.weaken:
         filters = add(syscalls.memfd_create("filter", workshop.filters[plan.filter_digest]))
+    # Last: it was made meanwhile.
+    with step("make user namespace"):
+        users = add(making.for_agent(plan.ids))
     return {
         "network": add(net.agent_ns, own=False),
         "users": users,
@@ -254,8 +271,8 @@ class Follow:
 
     def _late(self) -> None:
         if self._agent.state in (State.BUILDING, State.BUILT, State.STARTING):
-            what = "build sandbox" if self._agent.state is State.BUILDING else "go"
-            self._fail(StepError(what, 0, "not done in time"))
+            what = {State.BUILDING: "build sandbox", State.BUILT: "go", State.STARTING: "exec"}[self._agent.state]
+            self._fail(StepError(what, errno.ETIMEDOUT, "not done in time"))
 
     def _died(self) -> None:
         # What they said last comes first.
@@ -336,8 +353,6 @@ class Follow:
             self._deadline = agent.loop.later(GO_SECONDS_MAX, self._late)
             built, self._built = self._built, None
             built(agent, None)
-            # Before `go` at the latest: an agent that a later launcher does not know is one it kills.
-            save(agent)
 
     def go(self, went: Built) -> None:
         """Let the agent exec; `went` is called when it has, or could not. Raises `StepError`."""
@@ -346,6 +361,8 @@ class Follow:
             raise StepError("go", 0, f"agent {agent.agent_id} is {agent.state.value}, not {State.BUILT.value}")
         self._went = went
         agent.state = State.STARTING
+        agent.loop.cancel(self._deadline)
+        self._deadline = agent.loop.later(agent.exec_seconds, self._late)
         self._wanted = True
         self._perhaps_go()
 

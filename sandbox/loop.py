@@ -1,12 +1,15 @@
 """The launcher's event loop: descriptors, and times at which something is due. One thread, no library."""
 
 import contextlib
+import functools
 import heapq
 import itertools
 import select
+import sys
 import time
+import traceback
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
@@ -21,6 +24,7 @@ class Loop:
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._ready: dict[int, Ready] = {}
         self._timers: list[tuple[float, int, Due]] = []
+        self._due: set[int] = set()
         self._cancelled: set[int] = set()
         self._numbers = itertools.count(1)
         self.running = True
@@ -42,10 +46,13 @@ class Loop:
         """Call once after that time; returns a number for `cancel`."""
         number = next(self._numbers)
         heapq.heappush(self._timers, (time.monotonic() + seconds, number, due))
+        self._due.add(number)
         return number
 
     def cancel(self, number: int) -> None:
-        self._cancelled.add(number)
+        """Do without that call; one that was made already changes nothing."""
+        if number in self._due:
+            self._cancelled.add(number)
 
     def turn(self, timeout_seconds: float) -> bool:
         """Wait once and call what is ready; False where nothing was before the time was over."""
@@ -56,13 +63,47 @@ class Loop:
             ready = self._ready.get(fd)
             if ready is not None:
                 busy = True
-                ready(events)
+                self._call(functools.partial(ready, events), fd)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             _, number, due = heapq.heappop(self._timers)
+            self._due.discard(number)
             if number in self._cancelled:
                 self._cancelled.discard(number)
                 continue
             busy = True
-            due()
+            self._call(due)
         return busy
+
+    def _call(self, due: Due, fd: int = -1) -> None:
+        """Call; trouble of one must not end the process that holds every agent."""
+        try:
+            due()
+        except Exception:  # noqa: BLE001 - told, and whoever it belongs to has ended itself (Owned)
+            traceback.print_exc(file=sys.stderr)
+            self.forget(fd)
+
+
+class Owned:
+    """The loop as one agent uses it: what goes wrong in a callback of its own ends this agent, and no other."""
+
+    def __init__(self, loop: Loop, failed: Due) -> None:
+        self._loop = loop
+        self._failed = failed
+        self.change, self.forget, self.cancel = loop.change, loop.forget, loop.cancel
+
+    def watch(self, fd: int, events: int, ready: Ready) -> None:
+        self._loop.watch(fd, events, lambda happened: self._guard(lambda: ready(happened)))
+
+    def later(self, seconds: float, due: Due) -> int:
+        return self._loop.later(seconds, lambda: self._guard(due))
+
+    def _guard(self, due: Due) -> None:
+        try:
+            due()
+        except Exception:
+            self._failed()
+            raise
+
+
+AnyLoop: TypeAlias = Loop | Owned

@@ -28,6 +28,8 @@ ROOT_INSIDE: Final = 0
 AGENT_INSIDE: Final = 1000
 # pid 1 has an id of its own, so that not even a "root" agent may signal, trace or read it.
 INIT_INSIDE: Final = 65533
+# Owns the user namespace, from above it; nothing inside or outside runs with it.
+OWNER_INSIDE: Final = 65532
 
 PLAN_BYTES_MAX: Final = 1 << 20
 ARGUMENTS_MAX: Final = 4096
@@ -303,7 +305,8 @@ class SandboxPlan:
     @staticmethod
     def _check_bind(where: str, bind: Bind) -> None:
         check_target(f"{where}.target", bind.target)
-        if bind.target.split("/")[1] in {"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""}:
+        own = {"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""}
+        if bind.target.split("/")[1] in own or bind.target == "/home":  # /home/agent is made in it
             raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
         if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
             raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")

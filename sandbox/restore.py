@@ -104,8 +104,12 @@ def _load(server: Server, directory: str) -> Agent | None:
         with open(f"{directory}/state.json", encoding="utf-8") as file:
             state = json.load(file)
         plan = SandboxPlan.from_json(state["plan"])
-        exit_fd = os.open(f"{directory}/exit", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         group = server.workshop.layout.open(server.workshop.instance, str(state["group"]))
+        try:
+            exit_fd = os.open(f"{directory}/exit", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            group.close()
+            raise
     except (OSError, ValueError, KeyError, InvalidPlan, CannotConfine):
         return None
     agent = Agent(
@@ -119,18 +123,27 @@ def _load(server: Server, directory: str) -> Agent | None:
         exit_fd=exit_fd,
     )
     agent.own_child = False
+    agent.exec_seconds = server.workshop.exec_seconds
     agent.state = State.RUNNING
     agent.started_at = os.stat(f"{directory}/state.json").st_mtime
     agent.frozen = group.frozen()
     agent.filters = server.workshop.filters.get(plan.filter_digest, b"")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        pidfd = syscalls.pidfd_open(agent.pid)
-        # Opened first, compared after: the pid cannot change hands in between.
-        if start_ticks(agent.pid) == state["start_ticks"]:
-            agent.pidfd = pidfd
-        else:
-            os.close(pidfd)
+    agent.pidfd = _same(agent.pid, state["start_ticks"])
     return agent
+
+
+def _same(pid: int, ticks: object) -> int:
+    """Return a pidfd where this is still the process that began then; -1 otherwise."""
+    try:
+        pidfd = syscalls.pidfd_open(pid)
+    except OSError:
+        return -1
+    # Opened first, compared after: the pid cannot change hands in between.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if start_ticks(pid) == ticks:
+            return pidfd
+    os.close(pidfd)
+    return -1
 
 
 def _reconnect(agent: Agent) -> None:

@@ -6,6 +6,8 @@
 of network, group and ids, leave the exit status in a file. It waits for nothing but the kernel.
 """
 
+# ruff: noqa: PTH116, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+
 import contextlib
 import errno
 import json
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandbox import syscalls
 from sandbox.cgroups import CannotConfine
+from sandbox.loop import Loop, Owned
 from sandbox.sync import StepError, close_all
 
 if TYPE_CHECKING:
@@ -26,14 +29,21 @@ if TYPE_CHECKING:
 
     from sandbox.attach import Stream
     from sandbox.cgroups import Group
-    from sandbox.loop import Loop
+    from sandbox.loop import AnyLoop
     from sandbox.netpool import Net
     from sandbox.plan import SandboxPlan
     from sandbox.stdio import Feed, Pump
 
 POLL_SECONDS: Final = 0.001
 POLL_SECONDS_MAX: Final = 0.05
+# From then on it is looked at less often. It is never let go of before it is empty: what says "nothing is left" is a
+# receipt that is signed.
 EMPTY_SECONDS_MAX: Final = 30.0
+STUBBORN_POLL_SECONDS: Final = 1.0
+STRANGERS_SECONDS: Final = 0.2
+# Until execve, which blocks on a file that somebody holds a lease on (fcntl(2)). Below what the daemon waits for the
+# answer, so that it hears that nothing was started.
+EXEC_SECONDS_MAX: Final = 20.0
 PIDS_SHOWN_MAX: Final = 64
 KILLED: Final[dict[str, Any]] = {"code": None, "signal": int(signal.SIGKILL), "oom": False}
 
@@ -66,7 +76,7 @@ class Agent:
     plan: "SandboxPlan"
     meta: dict[str, Any]
     directory: str
-    loop: "Loop"
+    loop: "AnyLoop"
     group: "Group | None" = None
     group_name: str = ""
     net: "Net | None" = None
@@ -83,6 +93,7 @@ class Agent:
     started_at: float = 0.0
     state: State = State.BUILDING
     frozen: bool = False
+    exec_seconds: float = EXEC_SECONDS_MAX
     pumps: "list[Pump]" = field(default_factory=list)
     feed: "Feed | None" = None
     terminal: int = -1
@@ -94,6 +105,11 @@ class Agent:
     seen: dict[str, Any] = field(default_factory=dict)  # what the kernel said of it before it ran
     timings_us: dict[str, int] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=lambda: dict(KILLED))
+
+    def __post_init__(self) -> None:
+        # Whatever goes wrong with something of this agent's ends this agent.
+        if isinstance(self.loop, Loop):
+            self.loop = Owned(self.loop, self.end)
 
     @property
     def agent_id(self) -> str:
@@ -152,18 +168,26 @@ class Agent:
 
     def _wait(self, pause: float) -> None:
         assert self.ending is not None  # noqa: S101 - set by end(), the only caller's caller
+        if self.state is State.GONE:
+            return
+        again = self.loop.later(STUBBORN_POLL_SECONDS, lambda: self._wait(pause))  # also where a step of this fails
         self._reap()
         for stream in list(self.streams.values()):
             stream.poll()
-        alive = self.pidfd >= 0 or (self.group is not None and self.group.populated())
-        if alive and time.monotonic() - self.ending.began < EMPTY_SECONDS_MAX:
+        if self.pidfd >= 0 or (self.group is not None and self.group.populated()):
             with contextlib.suppress(CannotConfine, OSError):
                 if self.group is not None and self.group.populated():
                     self.group.kill()
-            self.loop.later(pause, lambda: self._wait(min(pause * 1.5, POLL_SECONDS_MAX)))
+            seconds = time.monotonic() - self.ending.began
+            if seconds > STRANGERS_SECONDS:
+                self._reap_strangers()
+            most = POLL_SECONDS_MAX if seconds < EMPTY_SECONDS_MAX else STUBBORN_POLL_SECONDS
+            self.loop.cancel(again)
+            self.loop.later(pause, lambda: self._wait(min(pause * 1.5, most)))
             return
         self.ending.dead_ms = (time.monotonic() - self.ending.began) * 1000
         self._let_go()
+        self.loop.cancel(again)
 
     def _reap(self) -> None:
         """Take note of pid 1's death; closes its pidfd."""
@@ -184,6 +208,22 @@ class Agent:
             os.close(self.pidfd)
             self.pidfd = -1
 
+    def _reap_strangers(self) -> None:
+        """Collect dead children that nobody here started: the end of a pid namespace waits for each process in it.
+
+        A program could make its parent's sibling (CLONE_PARENT, clone(2)); the filter refuses that since, and this is
+        for what the filter does not see.
+        """
+        streams = {stream.pid for stream in self.streams.values()} | {self.pid}
+        with contextlib.suppress(OSError):
+            mine = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                children = [int(word) for word in file.read().split()]
+            for pid in children:
+                with contextlib.suppress(OSError):
+                    if pid not in streams and os.stat(f"/proc/{pid}/ns/pid").st_ino == mine:
+                        os.waitpid(pid, os.WNOHANG)
+
     def _let_go(self) -> None:
         ending = self.ending
         assert ending is not None  # noqa: S101 - as above
@@ -203,9 +243,8 @@ class Agent:
         oom = self._remove_group(ending)
         self._leave_status(oom=oom)
         self.state = State.GONE
-        for call in self.gone:
-            call(self)
-        self.gone.clear()
+        while self.gone:
+            self.gone.pop(0)(self)
 
     def _remove_group(self, ending: Ending) -> bool:
         group, self.group = self.group, None

@@ -1,8 +1,9 @@
 """Compile a seccomp profile (policies/seccomp/*.json) into the BPF programs that every agent is started under.
 
 Two programs, stacked in this order. The first is an allow-list from libseccomp. The second, written by hand, does what
-libseccomp cannot. It judges the request of an ioctl that is otherwise allowed (libseccomp silently drops a deny rule
-beside an unconditional ALLOW), by its low 32 bits as the kernel does (CVE-2019-10063). And it answers ENOSYS to calls
+libseccomp cannot. It judges the request of an ioctl, and a flag of another call, that is otherwise allowed (libseccomp
+silently drops a deny rule beside an unconditional ALLOW), by the low 32 bits as the kernel does (CVE-2019-10063). And
+it answers ENOSYS to calls
 newer than the profile, as libc expects before it falls back: where both refuse, the errno of the program installed last
 counts (seccomp(2)).
 
@@ -18,7 +19,7 @@ import struct
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pyseccomp  # type: ignore[import-untyped]  # ships no types
 
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ALLOW: Final = "allow"
+NOTHING: Final = "nothing"  # says that it was done, and does nothing: errno 0 (seccomp(2))
 PROFILE_BYTES_MAX: Final = 1 << 20
 INSTRUCTIONS_MAX: Final = 4096  # BPF_MAXINSNS
 ARGUMENT_MAX: Final = 5
 _U64_MAX: Final = 2**64 - 1
+_JUMP_MAX: Final = 255
+_Instruction: TypeAlias = tuple[int, str, str, int]
 
 # <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>: only what the second program uses.
-_LD_W_ABS, _JEQ_K, _JGE_K, _RET_K = 0x20, 0x15, 0x35, 0x06
-_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARG1_LOW = 0, 4, 24
+_LD_W_ABS, _JEQ_K, _JGE_K, _RET_K, _AND_K = 0x20, 0x15, 0x35, 0x06, 0x54
+_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARGUMENTS = 0, 4, 16
 _RET_ALLOW: Final = 0x7FFF0000
 _RET_ERRNO: Final = 0x00050000
 _X32_BIT: Final = 0x40000000
@@ -72,6 +76,17 @@ class IoctlRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """What is taken out of an allowed call; conditions are of the low 32 bits. `answer`: an errno name, or nothing."""
+
+    name: str
+    reason: str
+    call: str
+    answer: str
+    when: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What `policies/seccomp/NAME.json` says; errors are errno names."""
 
@@ -82,6 +97,7 @@ class Profile:
     above_highest: str
     groups: tuple[Group, ...]
     ioctl_refused: tuple[IoctlRefused, ...]
+    refused: tuple[Refused, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +132,7 @@ def load(path: Path) -> Profile:
 
 def parse(document: object) -> Profile:
     """Decode and check a profile; raises `InvalidProfile`."""
-    value = _object("profile", document, Profile)
+    value = _object("profile", document, Profile, optional=("refused",))
     profile = Profile(
         name=_text("name", value["name"]),
         default=_errno("default", value["default"]),
@@ -126,6 +142,9 @@ def parse(document: object) -> Profile:
         groups=tuple(_group(f"groups[{i}]", item) for i, item in enumerate(_list("groups", value["groups"]))),
         ioctl_refused=tuple(
             _ioctl(f"ioctl_refused[{i}]", item) for i, item in enumerate(_list("ioctl_refused", value["ioctl_refused"]))
+        ),
+        refused=tuple(
+            _refused(f"refused[{i}]", item) for i, item in enumerate(_list("refused", value.get("refused", [])))
         ),
     )
     _check_unconditional(profile)
@@ -162,12 +181,12 @@ def _group(where: str, document: object) -> Group:
     )
 
 
-def _condition(where: str, document: object) -> Condition:
+def _condition(where: str, document: object, *, most: int = _U64_MAX) -> Condition:
     value = _object(where, document, Condition)
     condition = Condition(
         argument=_number(f"{where}.argument", value["argument"], most=ARGUMENT_MAX),
-        mask=_number(f"{where}.mask", value["mask"], most=_U64_MAX),
-        equals=_number(f"{where}.equals", value["equals"], most=_U64_MAX),
+        mask=_number(f"{where}.mask", value["mask"], most=most),
+        equals=_number(f"{where}.equals", value["equals"], most=most),
     )
     if condition.equals & ~condition.mask:
         raise InvalidProfile(f"{where}: can never hold, equals has bits outside of the mask")
@@ -180,6 +199,21 @@ def _ioctl(where: str, document: object) -> IoctlRefused:
         name=_text(f"{where}.name", value["name"]),
         request=_number(f"{where}.request", value["request"], most=2**32 - 1),
         reason=_text(f"{where}.reason", value["reason"]),
+    )
+
+
+def _refused(where: str, document: object) -> Refused:
+    value = _object(where, document, Refused, optional=("when",))
+    answer = _text(f"{where}.answer", value["answer"])
+    return Refused(
+        name=_text(f"{where}.name", value["name"]),
+        reason=_text(f"{where}.reason", value["reason"]),
+        call=_text(f"{where}.call", value["call"]),
+        answer=answer if answer == NOTHING else _errno(f"{where}.answer", answer),
+        when=tuple(
+            _condition(f"{where}.when[{i}]", item, most=2**32 - 1)
+            for i, item in enumerate(_list(f"{where}.when", value.get("when", [])))
+        ),
     )
 
 
@@ -268,32 +302,69 @@ def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
 
 
 def _second(profile: Profile) -> bytes:
-    """The stacked program: architecture, numbers above the highest known one, refused ioctl requests."""
+    """The stacked program: architecture, numbers above the highest known one, refused ioctl requests and flags."""
     architecture = pyseccomp.system_arch()
     names = {getattr(pyseccomp.Arch, name): number for name, number in _AUDIT_ARCH.items()}
     if architecture not in names or sys.byteorder != "little":
         raise InvalidProfile("cannot compile a seccomp filter for this architecture: x86_64 and aarch64 are supported")
     ioctl = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, "ioctl")
-    # (code, where to go if true, if false, constant); "" is the next instruction. The four answers stand at the end.
-    body = [
+    # (code, where to go if true, if false, constant); "" is the next instruction. A label on a line of its own names
+    # the place that follows it; the answers stand at the end.
+    lines: list[_Instruction | str] = [
         (_LD_W_ABS, "", "", _OFFSET_ARCH),
         (_JEQ_K, "", "other", names[architecture]),
         (_LD_W_ABS, "", "", _OFFSET_NUMBER),
         (_JGE_K, "other", "", _X32_BIT),
         (_JGE_K, "above", "", profile.highest_number + 1),
-        (_JEQ_K, "", "allow", ioctl),
-        (_LD_W_ABS, "", "", _OFFSET_ARG1_LOW),
+        (_JEQ_K, "", "not ioctl", ioctl),
+        (_LD_W_ABS, "", "", _OFFSET_ARGUMENTS + 8),
         *((_JEQ_K, "refuse", "", item.request) for item in profile.ioctl_refused),
+        (_RET_K, "", "", _RET_ALLOW),
+        "not ioctl",
     ]
-    answers = {
-        "allow": _RET_ALLOW,
-        "other": _RET_ERRNO | getattr(errno, profile.other_architectures),
-        "above": _RET_ERRNO | getattr(errno, profile.above_highest),
-        "refuse": _RET_ERRNO | errno.EPERM,
+    for item in profile.refused:
+        lines += _taken_out(item)
+    lines.append((_RET_K, "", "", _RET_ALLOW))
+    numbers = {
+        "refuse": errno.EPERM,
+        "other": getattr(errno, profile.other_architectures),
+        "above": getattr(errno, profile.above_highest),
     }
-    place = {label: len(body) + index for index, label in enumerate(answers)}
+    for label, number in numbers.items():
+        lines += [label, (_RET_K, "", "", _RET_ERRNO | number)]
+    return _assembled(lines)
+
+
+def _taken_out(item: Refused) -> list[_Instruction | str]:
+    """The instructions for one refusal; nothing where this architecture has no such call."""
+    number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, item.call)
+    if number < 0:
+        return []
+    after = f"after {item.name}"
+    lines: list[_Instruction | str] = [(_LD_W_ABS, "", "", _OFFSET_NUMBER), (_JEQ_K, "", after, number)]
+    for condition in item.when:
+        # Low halves: both architectures are little-endian.
+        lines += [
+            (_LD_W_ABS, "", "", _OFFSET_ARGUMENTS + 8 * condition.argument),
+            (_AND_K, "", "", condition.mask),
+            (_JEQ_K, "", after, condition.equals),
+        ]
+    number = 0 if item.answer == NOTHING else getattr(errno, item.answer)
+    return [*lines, (_RET_K, "", "", _RET_ERRNO | number), after]
+
+
+def _assembled(lines: list[_Instruction | str]) -> bytes:
+    place: dict[str, int] = {}
+    body: list[_Instruction] = []
+    for line in lines:
+        if isinstance(line, str):
+            place[line] = len(body)
+        else:
+            body.append(line)
     program = b""
     for index, (code, true, false, constant) in enumerate(body):
         jumps = [place[label] - index - 1 if label else 0 for label in (true, false)]
+        if max(jumps) > _JUMP_MAX:
+            raise InvalidProfile(f"refused: too many entries, a jump goes over {_JUMP_MAX} instructions")
         program += struct.pack("<HBBI", code, *jumps, constant)
-    return program + b"".join(struct.pack("<HBBI", _RET_K, 0, 0, answer) for answer in answers.values())
+    return program

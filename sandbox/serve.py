@@ -22,7 +22,7 @@ a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's 
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
-# ruff: noqa: PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import base64
 import binascii
@@ -40,10 +40,11 @@ from typing import Any, Final
 
 from sandbox import attach, confine, examine, launching, sync
 from sandbox.attach import ExecOrder, Stream
+from sandbox.cgroups import CannotConfine
 from sandbox.launching import Follow, Workshop
 from sandbox.loop import READ, WRITE
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
-from sandbox.running import Agent, State, agent_error, read_status
+from sandbox.running import PIDS_SHOWN_MAX, Agent, State, agent_error, read_status
 from sandbox.sync import StepError
 
 VERSION: Final = 1
@@ -55,6 +56,7 @@ KILL_DEADLINE_MS: Final = 10_000
 FREEZE_SECONDS_MAX: Final = 5.0
 FREEZE_POLL_SECONDS: Final = 0.002
 DESCRIPTORS_MAX: Final = 2
+ACCEPT_PAUSE_SECONDS: Final = 0.1
 SUPERVISOR_LOSS_SECONDS: Final = 5.0  # a daemon that is restarted or upgraded is back by then
 
 Answer = Callable[..., None]
@@ -148,7 +150,7 @@ class Server:
         self._follows: dict[str, Follow] = {}
         self._listener = listener
         listener.setblocking(False)
-        self.loop.watch(listener.fileno(), READ, self._accept)
+        self._listen()
         self._operations: dict[str, Callable[[Connection, dict[str, Any], list[int], Answer], None]] = {
             "hello": self._hello,
             "filter": self._filter,
@@ -169,9 +171,20 @@ class Server:
 
     # --- channel ---
 
+    def _listen(self) -> None:
+        self.loop.watch(self._listener.fileno(), READ, self._accept)
+
     def _accept(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            sock, _ = self._listener.accept()
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    raise
+                # Who waits is served when descriptors are free again; asking at once would only keep this busy.
+                self.loop.forget(self._listener.fileno())
+                self.loop.later(ACCEPT_PAUSE_SECONDS, self._listen)
+                return
             _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != 0 or len(self.connections) >= CONNECTIONS_MAX:
                 sock.close()
@@ -313,6 +326,7 @@ class Server:
         follow.go(went)
 
     def _abort(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        # Not in STARTING: there the program may run, and only `kill` proves that nothing is left.
         agent = self.agent(message)
         if agent.state not in (State.BUILDING, State.BUILT):
             raise StepError("abort", 0, f"agent {agent.agent_id} is {agent.state.value}; use kill")
@@ -403,9 +417,9 @@ class Server:
                 processes_killed=ending.processes,
                 egress_cut_ms=round(ending.egress_cut_ms, 3),
                 dead_ms=round(ending.dead_ms, 3),
-                verified_empty=over and not ending.problem and not left,
+                verified_empty=over and agent.pidfd < 0 and not ending.problem and not left,
                 already=already,
-                left=left[:64],
+                left=left[:PIDS_SHOWN_MAX],
                 problem=ending.problem,
             )
 
@@ -416,9 +430,28 @@ class Server:
     def _killed_before(self, agent_id: str, answer: Answer) -> None:
         if "/" in agent_id or not os.path.exists(f"{self.workshop.run_dir}/agents/{agent_id}/exit"):
             raise agent_error(agent_id, "kill")
+        left = self._left_of(f"{self.workshop.run_dir}/agents/{agent_id}")
         answer(
-            processes_killed=0, egress_cut_ms=0.0, dead_ms=0.0, verified_empty=True, already=True, left=[], problem=""
+            processes_killed=0,
+            egress_cut_ms=0.0,
+            dead_ms=0.0,
+            verified_empty=not left,
+            already=True,
+            left=left,
+            problem="processes that no launcher holds: end them by hand" if left else "",
         )
+
+    def _left_of(self, directory: str) -> list[int]:
+        """Processes in the group of an agent that is not held here any more: there should be none."""
+        try:
+            with open(f"{directory}/state.json", encoding="utf-8") as file:
+                group = self.workshop.layout.open(self.workshop.instance, str(json.load(file)["group"]))
+        except (OSError, ValueError, KeyError, TypeError, CannotConfine):
+            return []  # it never was let go, or its group was removed, which takes an empty one
+        try:
+            return group.pids()[:PIDS_SHOWN_MAX]
+        finally:
+            group.close()
 
     def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
@@ -483,6 +516,7 @@ class Server:
             call(agent, what)
 
     def agent_gone(self, agent: Agent) -> None:
+        self.workshop.holders.end_used()
         self.agents.pop(agent.agent_id, None)
         self._follows.pop(agent.agent_id, None)
         self._notify(agent, "gone")

@@ -117,10 +117,13 @@ class Starters:
                 number = getattr(error, "errno", 0) or 0
                 raise StepError("make cgroup", number, str(error), "see `stockadectl doctor`") from error
             undo.callback(_remove, group)
-            control, theirs = sync.pair()
-            stub, their_stub = sync.pair()
-            undo.callback(control.close)
-            undo.callback(stub.close)
+            with step("make channel"):
+                control, theirs = sync.pair()
+                undo.callback(control.close)
+                undo.callback(theirs.close)
+                stub, their_stub = sync.pair()
+                undo.callback(stub.close)
+                undo.callback(their_stub.close)
             with theirs, their_stub, step("fork"):
                 pid, pidfd = syscalls.clone3(flags, cgroup=group.fd_for_clone())
                 if pid == 0:

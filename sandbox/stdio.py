@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-from sandbox.loop import READ, WRITE, Loop
+from sandbox.loop import READ, WRITE, AnyLoop
 
 CHUNK_BYTES: Final = 64 << 10
 CHUNKS_PER_TURN: Final = 8  # then other descriptors have theirs
@@ -70,7 +70,7 @@ class RotatingFile:
 class Pump:
     """Copies from a pipe or terminal into a rotating file as it becomes readable, until its end. Owns both."""
 
-    def __init__(self, loop: Loop, fd: int, file: RotatingFile) -> None:
+    def __init__(self, loop: AnyLoop, fd: int, file: RotatingFile) -> None:
         self._loop = loop
         self.fd = fd
         self._file = file
@@ -113,7 +113,7 @@ class Pump:
 class Feed:
     """Writes into a pipe or terminal as it takes bytes; `written(ok)` tells when what was given is in. Owns it."""
 
-    def __init__(self, loop: Loop, fd: int, *, terminal: bool) -> None:
+    def __init__(self, loop: AnyLoop, fd: int, *, terminal: bool) -> None:
         self._loop = loop
         self._fd = fd
         self._terminal = terminal

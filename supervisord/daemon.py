@@ -82,6 +82,7 @@ class Daemon:
         self._stopping = False
         self._frozen: set[str] = set()
         self._live_ids: set[str] = set()
+        self._listed: set[str] = set()
 
     async def start(self) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError."""
@@ -159,6 +160,16 @@ class Daemon:
             own=(config.state_dir, config.run_dir),
             record=self._actions.record,
         )
+        self._killswitch = KillSwitch(
+            agents=self._agents,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            sign=Signing(self._actions.signer).sign,
+            ended=self._gone,
+            new_id=lambda: new_receipt_id(os.urandom),
+            now_ns=time.time_ns,
+        )
         self._launching = Launching(
             config=config,
             agents=self._agents,
@@ -171,6 +182,7 @@ class Daemon:
             slots=self._slots,
             holds=holds,
             images=self._images,
+            killswitch=self._killswitch,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,
@@ -189,16 +201,6 @@ class Daemon:
             holds=holds,
             store=self._store,
             entropy=os.urandom,
-            now_ns=time.time_ns,
-        )
-        self._killswitch = KillSwitch(
-            agents=self._agents,
-            actions=self._actions,
-            launcher=self._launcher,
-            plane=self._plane,
-            sign=Signing(self._actions.signer).sign,
-            ended=self._gone,
-            new_id=lambda: new_receipt_id(os.urandom),
             now_ns=time.time_ns,
         )
 
@@ -310,6 +312,7 @@ class Daemon:
         )
         self._live_ids = set()
         listed = await self._recovery.greet()
+        self._listed = {str(entry["agent_id"]) for entry in listed}
         self._frozen = {str(entry["agent_id"]) for entry in listed if entry.get("state") == "FROZEN"}
         for digest, programs in self._filters.values():
             fd = os.memfd_create("filter", os.MFD_CLOEXEC)
@@ -433,7 +436,8 @@ class Daemon:
     def _settle_lost(self) -> None:
         """Note the end of agents that a new launcher did not find alive."""
         for agent in self._agents.live():
-            if agent.agent_id not in self._live_ids and agent.state is not State.STARTING:
+            # One that the launcher is still ending is not lost: it will say when nothing is left.
+            if agent.agent_id not in self._live_ids | self._listed and agent.state is not State.STARTING:
                 agent.failure = agent.failure or "it ended while no launcher ran"
                 if can(agent.state, Event.LOST):
                     self._agents.apply(agent, Event.LOST)

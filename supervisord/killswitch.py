@@ -7,6 +7,7 @@ the same. Whoever asks again gets the receipt of the first kill.
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import time
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import structlog
 
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.lifecycle import Event, can
+from supervisord.launcher_link import LauncherFailed
+from supervisord.lifecycle import Event, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ log = structlog.get_logger()
 DEADLINE_SECONDS: Final = 10.0
 LAUNCHER_SECONDS_MAX: Final = 15.0
 RETRY_SECONDS: Final = 0.2
+INSIST_SECONDS: Final = 1.0
 NOTE_SECONDS_MAX: Final = 1.0
 RECEIPTS_KEPT_MAX: Final = 4096
 REASON_CHARACTERS_MAX: Final = 500
@@ -83,6 +86,7 @@ class KillSwitch:
         self._now_ns = now_ns
         self._kills: dict[str, asyncio.Task[Receipt]] = {}
         self._notes: set[asyncio.Task[None]] = set()
+        self._insisting: dict[str, asyncio.Task[None]] = {}
 
     async def kill(self, agents: Sequence[Agent], *, actor: str, reason: str) -> list[Receipt]:
         """A receipt for each of `agents`, in their order; all are killed at once."""
@@ -99,12 +103,9 @@ class KillSwitch:
         return await asyncio.shield(task)
 
     async def _kill(self, agent: Agent, actor: str, reason: str) -> Receipt:
+        """Kill, and say what was found. Of one that has ended too: the launcher is asked, our table is no proof."""
         began = time.monotonic()
-        already = not agent.live
-        if already:
-            receipt = self._made(agent, actor, reason, already=True, verified_empty=True)
-            await self._note(agent, receipt)
-            return receipt
+        ended = not agent.live
         self._agents.apply(agent, Event.KILL)
         cut = asyncio.get_running_loop().create_task(self._cut(agent))
         body = await self._until_empty(agent)
@@ -115,7 +116,7 @@ class KillSwitch:
             agent,
             actor,
             reason,
-            already=False,
+            already=ended and body.get("already") is True,
             verified_empty=verified,
             processes_killed=_int(body.get("processes_killed")),
             egress_cut_ms=max(cut_ms, _float(body.get("egress_cut_ms"))),
@@ -123,11 +124,48 @@ class KillSwitch:
             relays_cut=relays,
             left_pids=tuple(_int(pid) for pid in left) if isinstance(left, list) else (),
         )
-        if verified and can(agent.state, Event.CGROUP_EMPTY):
-            self._agents.apply(agent, Event.CGROUP_EMPTY)
-            self._ended(agent)
+        self._settle(agent, body)
         await self._note(agent, receipt)
         return receipt
+
+    async def undo(self, agent: Agent) -> bool:
+        """End what there is of a launch that failed; False where it is not proven that nothing is left."""
+        body = await self._until_empty(agent)
+        if body.get("verified_empty") is True:
+            if agent.state is State.STARTING:
+                self._agents.apply(agent, Event.LAUNCH_FAILED)
+            elif agent.live:
+                self._agents.apply(agent, Event.CGROUP_EMPTY)
+            return True
+        if agent.live:
+            self._agents.apply(agent, Event.KILL)
+        self._settle(agent, body)
+        return False
+
+    def _settle(self, agent: Agent, body: dict[str, object]) -> None:
+        """Note a death that is proven; one that is not is tried again until it is, and shown meanwhile."""
+        if not agent.live:
+            return
+        if body.get("verified_empty") is True:
+            self._agents.apply(agent, Event.CGROUP_EMPTY)
+            self._ended(agent)
+            return
+        problem = str(body.get("problem") or "") or f"processes left: {body.get('left') or 'not known'}"
+        agent.failure = f"not proven dead, tried again: {problem}"
+        task = self._insisting.get(agent.agent_id)
+        if task is None or task.done():
+            self._insisting[agent.agent_id] = asyncio.get_running_loop().create_task(self._insist(agent))
+
+    async def _insist(self, agent: Agent) -> None:
+        try:
+            while agent.live:
+                await asyncio.sleep(INSIST_SECONDS)
+                body = await self._until_empty(agent)
+                if body.get("verified_empty") is True and agent.live:
+                    self._agents.apply(agent, Event.CGROUP_EMPTY)
+                    self._ended(agent)
+        finally:
+            self._insisting.pop(agent.agent_id, None)
 
     async def _cut(self, agent: Agent) -> tuple[float, int]:
         began = time.monotonic()
@@ -153,7 +191,10 @@ class KillSwitch:
                     )
                     return {"verified_empty": False}
                 await asyncio.sleep(RETRY_SECONDS)
-            except StockadeError:
+            except StockadeError as error:
+                if isinstance(error, LauncherFailed) and error.errno == errno.ESRCH:
+                    # The one process that starts agents has none of this id, nor what one leaves.
+                    return {"verified_empty": True, "already": True}
                 log.exception("a kill is not proven", agent=agent.agent_id)
                 self._kill_pid1(agent)
                 return {"verified_empty": False}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SEND_BUFFER_BYTES: Final = 4 << 20
-REPLY_SECONDS_MAX: Final = 30.0
+REPLY_SECONDS_MAX: Final = 30.0  # above every deadline of the launcher (sandbox/launching.py, attach.py)
 STDIN_SECONDS_MAX: Final = 366 * 86400.0
 Message: TypeAlias = dict[str, object]
 
@@ -60,6 +60,7 @@ class LauncherLink:
         self._on_lost = on_lost
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._first: dict[int, Callable[[], None]] = {}
         self._channel: Channel | None = None
 
     @property
@@ -87,14 +88,21 @@ class LauncherLink:
         fds: Sequence[int] = (),
         *,
         seconds_max: float = REPLY_SECONDS_MAX,
+        first: Callable[[], None] | None = None,
         **fields: object,
     ) -> Reply:
-        """Order `op`; raises LauncherFailed with the failing step, Unavailable when there is no answer."""
+        """Order `op`; raises LauncherFailed with the failing step, Unavailable when there is no answer.
+
+        `first` is called on success before any later message is looked at: what awaits this runs after those that came
+        with the answer.
+        """
         if self._channel is None:
             raise Unavailable("cannot reach the launcher: it is not running", remedy="try again in a moment")
         number = next(self._numbers)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
+        if first is not None:
+            self._first[number] = first
         try:
             self._channel.send(json.dumps({"op": op, "rq": number, **fields}, separators=(",", ":")).encode(), fds)
             async with asyncio.timeout(seconds_max):
@@ -105,6 +113,7 @@ class LauncherLink:
             ) from error
         finally:
             self._waiting.pop(number, None)
+            self._first.pop(number, None)
         if reply.body.get("ok") is not True:
             close_all(reply.fds)
             error_body = reply.body.get("error")
@@ -131,7 +140,10 @@ class LauncherLink:
         if future is None or future.done():
             close_all(fds)  # its caller has given up
         else:
+            first = self._first.get(number) if isinstance(number, int) and message.get("ok") is True else None
             future.set_result(Reply(message, tuple(fds)))
+            if first is not None:
+                first()
 
     def _closed(self) -> None:
         self._fail_waiting()

@@ -28,7 +28,7 @@ from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
     from supervisord.images import Images
+    from supervisord.killswitch import KillSwitch
     from supervisord.launcher_link import LauncherLink, Reply
     from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
@@ -70,6 +71,7 @@ class Launching:
         slots: Slots,
         holds: Holds,
         images: Images,
+        killswitch: KillSwitch,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -85,6 +87,8 @@ class Launching:
         self._slots = slots
         self._holds = holds
         self._images = images
+        self._killswitch = killswitch
+        self._tasks: set[asyncio.Task[None]] = set()
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -277,18 +281,36 @@ class Launching:
         building = asyncio.ensure_future(
             self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
         )
+        recorded: list[asyncio.Task[None]] = []
+        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+        building = asyncio.ensure_future(self._build(agent, plan, fds))
         try:
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
-            if agent.state is not State.STARTING:
-                raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
-            await self._launcher.call("go", agent_id=agent.agent_id)
+            _check_wanted(agent)
+            await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
         except BaseException as error:
-            await self._undo(agent, error, caller)
+            undo = self._keep(self._undo(agent, error, caller))
+            # A caller that goes away does not leave half of it.
+            await asyncio.shield(undo)
             raise
+        await recorded[0]
+
+    async def _build(self, agent: Agent, plan: SandboxPlan, fds: list[int]) -> Reply:
+        _check_wanted(agent)  # in one go with the order: after it a kill finds the agent at the launcher
+        return await self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
+
+    def _runs(self, agent: Agent, caller: Caller, recorded: list[asyncio.Task[None]]) -> None:
+        """The program runs, or has run: said in state and log before its end can be, however soon that comes."""
         self._agents.apply(agent, Event.EXEC_OK)
-        await self._outcome(agent, "agent.exec", "done", "", caller)
+        recorded.append(self._keep(self._outcome(agent, "agent.exec", "done", "", caller)))
+
+    def _keep(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _built(self, agent: Agent, reply: Reply) -> None:
         pidfd, listener = reply.fds
@@ -321,14 +343,10 @@ class Launching:
             )
 
     async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:
+        """Leave nothing of a launch; where that cannot be proven the agent stays, KILLING, and is tried again."""
         agent.failure = error.message if isinstance(error, StockadeError) else str(error)
-        try:
-            await self._launcher.call("abort", agent_id=agent.agent_id)
-        except StockadeError as again:
-            log.info("nothing to abort", agent=agent.agent_id, cause=again.message)
-        if agent.state is State.STARTING:
-            self._agents.apply(agent, Event.LAUNCH_FAILED)
-        self.forget(agent)
+        if await self._killswitch.undo(agent):
+            self.forget(agent)
         try:
             await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
         except CannotRecord as unrecorded:
@@ -349,6 +367,11 @@ class Launching:
     async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
         details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
         await self._actions.append(Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details))
+
+
+def _check_wanted(agent: Agent) -> None:
+    if agent.state is not State.STARTING:
+        raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
 
 
 def _file_uid(caller: Caller) -> int:

@@ -56,12 +56,14 @@ NEXT: Final[dict[tuple[State, Event], State]] = {
     (State.KILLING, Event.EXITED): State.KILLING,
     (State.KILLING, Event.CGROUP_EMPTY): State.KILLED,
     (State.KILLING, Event.LOST): State.KILLED,
+    # The answer to `go` may be heard after the end of a program that was short.
+    (State.KILLED, Event.EXEC_OK): State.KILLED,
+    (State.EXITED, Event.EXEC_OK): State.EXITED,
+    (State.FAILED, Event.EXEC_OK): State.FAILED,
     # Killing the dead answers the same again, and late reports of an end change nothing.
     (State.KILLED, Event.KILL): State.KILLED,
     (State.KILLED, Event.EXITED): State.KILLED,
     (State.KILLED, Event.CGROUP_EMPTY): State.KILLED,
-    # What lives for an instant only: its exit is heard of before the launch that waits for the exec goes on.
-    (State.EXITED, Event.EXEC_OK): State.EXITED,
     (State.EXITED, Event.KILL): State.EXITED,
     (State.EXITED, Event.CGROUP_EMPTY): State.EXITED,
     (State.FAILED, Event.KILL): State.FAILED,

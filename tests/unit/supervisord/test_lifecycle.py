@@ -14,9 +14,9 @@ STARTING    RUNNING FAILED        -      -       KILLING EXITED  -            FA
 RUNNING     -       -             FROZEN RUNNING KILLING EXITED  -            FAILED
 FROZEN      -       -             FROZEN RUNNING KILLING EXITED  -            FAILED
 KILLING     KILLING KILLING       -      -       KILLING KILLING KILLED       KILLED
-KILLED      -       -             -      -       KILLED  KILLED  KILLED       -
+KILLED      KILLED  -             -      -       KILLED  KILLED  KILLED       -
 EXITED      EXITED  -             -      -       EXITED  -       EXITED       -
-FAILED      -       -             -      -       FAILED  -       FAILED       -
+FAILED      FAILED  -             -      -       FAILED  -       FAILED       -
 """
 
 
