@@ -307,6 +307,9 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
             confine.take_stdio(*streams)
         confine.start_session()
         confine.give_up(agent.plan)
+        # Its streams end with the launcher, and so does it: nobody could say how it ended. Kept by execve, and set here
+        # because a change of id takes it away.
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)

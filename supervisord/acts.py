@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -10,6 +11,7 @@ import structlog
 
 from gateway_client.egress.scope import FsScope, McpScope, Scope, format_scope
 from supervisord.actions.types import Action, CannotRecord
+from supervisord.agents import Exit
 from supervisord.errors import Conflict, InvalidInput, StockadeError
 from supervisord.ids import GrantId, StreamId, new_stream_id
 from supervisord.lifecycle import Event, State, can
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from sandbox.plan import Tty
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON
-    from supervisord.agents import Agent, Agents, Exit
+    from supervisord.agents import Agent, Agents
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
@@ -281,6 +283,15 @@ class Acts:
                 log.error("a failed exec is not in the action log", cause=unrecorded.message)
             raise
         return stream
+
+    def end_streams(self, agent: Agent | None = None) -> None:
+        """End what was entered into this agent, or into any: with the agent, or with the launcher that held it.
+
+        A program that exec started dies with its launcher (sandbox/attach.py), and nobody is left to say so.
+        """
+        for stream in list(self.streams.values()):
+            if (agent is None or stream.agent is agent) and not stream.ended.is_set():
+                self.exec_ended(stream.stream_id, Exit(None, signal.SIGKILL))
 
     def exec_ended(self, stream_id: str, result: Exit) -> None:
         stream = self.streams.get(stream_id)

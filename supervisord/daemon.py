@@ -404,6 +404,7 @@ class Daemon:
 
     def _gone(self, agent: Agent) -> None:
         self._launching.forget(agent)
+        self._acts.end_streams(agent)
         self._requests.end_agent(agent.agent_id)
 
     def _changed(self, agent: Agent) -> None:
@@ -419,6 +420,7 @@ class Daemon:
     def _launcher_lost(self) -> None:
         if not self._stopping:
             log.error("the launcher has gone: launches fail until it is back; agents run on, confined")
+            self._acts.end_streams()
             self._in_background(self._reconnect())
 
     async def _reconnect(self) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -333,3 +334,18 @@ def test_a_flood_of_output_is_bounded_and_the_end_is_kept(stockade: Instance) ->
     assert kept.endswith("last words\n")
     assert 100_000 < len(kept) <= 1 << 20
     assert stockade.ctl("run", "--", "true").code == 0
+
+
+# --- short lives
+
+
+def test_a_program_may_end_before_its_start_is_told(stockade: Instance) -> None:
+    """The word that it runs and the word that it ended come together: each run has a code, and its entries in order."""
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: stockade.ctl("run", "--name", f"short-{_}", "--", "true").code, range(40)))
+    assert codes == [0] * 40
+    verbs: dict[str, list[str]] = {}
+    for entry in stockade.actions():
+        verbs.setdefault(entry["details"].get("name") or entry["object"], []).append(entry["verb"])
+    for number in range(40):
+        assert verbs[f"short-{number}"] == ["agent.launch", "agent.exec", "agent.exit"], verbs

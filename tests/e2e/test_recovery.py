@@ -258,6 +258,26 @@ def test_a_launcher_that_dies_leaves_agents_confined_and_killable(stockade: Inst
     assert len(site.seen) == seen
 
 
+def test_a_program_that_was_execd_ends_with_the_launcher_and_is_told_of(stockade: Instance) -> None:
+    agent = stockade.launch("--name", "entered", "--", "sleep", "1000")
+    with ThreadPoolExecutor(1) as pool:
+        entered = pool.submit(stockade.ctl, "exec", "entered", "--", "sh", "-c", "echo in; exec sleep 999")
+        stockade.wait(lambda: b"999" in b"".join(cmdline(pid) for pid in of_agent(agent)))
+        os.kill(launcher_pid(stockade), signal.SIGKILL)
+        assert entered.result(20).code == 137
+    stockade.wait(lambda: b"999" not in b"".join(cmdline(pid) for pid in of_agent(agent)))
+    left = [cmdline(pid) for pid in of_agent(agent)]
+    assert not any(b"999" in line for line in left)
+    assert any(b"1000" in line for line in left)  # the agent itself goes on
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def test_a_kill_does_not_wait_for_a_launcher(stockade: Instance) -> None:
     """A launcher that hangs delays the receipt, not the death: pid 1 is killed without it."""
     agent = stockade.launch("--", "sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000")
