@@ -115,11 +115,16 @@ class UsersConfig:
 
 @dataclass(frozen=True, slots=True)
 class AgentsConfig:
-    """`uid_first` and `uid_last` bound the ids that agents get, both inclusive."""
+    """`uid_first` and `uid_last` bound the ids that agents get, both inclusive.
+
+    Output of ended agents is kept up to `output_keep_bytes` together and `output_days` each.
+    """
 
     on_stop: OnStop = OnStop.LEAVE
     uid_first: int = UID_FIRST
     uid_last: int = UID_LAST
+    output_keep_bytes: int = 256 << 20
+    output_days: int = 30
 
 
 @dataclass(frozen=True, slots=True)

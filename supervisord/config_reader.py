@@ -29,6 +29,7 @@ from supervisord.config import (
 from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
 from supervisord.errors import InvalidInput, StockadeError
 from supervisord.ids import instance_name, shown
+from supervisord.sizes import format_size, parse_size
 from supervisord.tables import Findings, Table
 
 CONFIG_BYTES_MAX: Final = 256 * 1024
@@ -360,6 +361,14 @@ def _images(table: Table) -> ImageLimits:
     return limits
 
 
+def _size(table: Table, key: str, default: int) -> int:
+    try:
+        return parse_size(table.text(key, format_size(default)))
+    except StockadeError as error:
+        table.problem(key, error.message, error.remedy)
+        return default
+
+
 def _agents(table: Table) -> AgentsConfig:
     first, last = UID_FIRST, UID_LAST
     match table.get("uid_range"):
@@ -375,6 +384,12 @@ def _agents(table: Table) -> AgentsConfig:
                 )
         case other:
             table.problem("uid_range", f"{shown(str(other))} is not [FIRST, LAST]", f"write [{UID_FIRST}, {UID_LAST}]")
-    agents = AgentsConfig(on_stop=table.one_of("on_stop", OnStop.LEAVE), uid_first=first, uid_last=last)
+    agents = AgentsConfig(
+        on_stop=table.one_of("on_stop", OnStop.LEAVE),
+        output_keep_bytes=_size(table, "output_keep", AgentsConfig().output_keep_bytes),
+        output_days=table.whole("output_days", AgentsConfig().output_days, 1, 3650),
+        uid_first=first,
+        uid_last=last,
+    )
     table.end()
     return agents

@@ -47,6 +47,7 @@ from supervisord.policy import OnDeny
 from supervisord.receipts import Signing
 from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher, row_of
 from supervisord.requests import Requests
+from supervisord.retention import Retention
 from supervisord.rpc.agents import AgentService
 from supervisord.rpc.errors import ErrorInterceptor
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
@@ -107,6 +108,7 @@ class Daemon:
         await self._reach_launcher()
         await self._recover()
         self._in_background(self._acts.expire_forever())
+        self._in_background(self._retention.keep_forever())
         await self._serve()
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
@@ -159,6 +161,13 @@ class Daemon:
             limits=config.images,
             own=(config.state_dir, config.run_dir),
             record=self._actions.record,
+        )
+        self._retention = Retention(
+            config.run_dir / "agents",
+            bytes_max=config.agents.output_keep_bytes,
+            seconds_max=config.agents.output_days * 86400.0,
+            live=lambda: {agent.agent_id for agent in self._agents.live()} | self._live_ids | self._listed,
+            now_s=time.time,
         )
         self._killswitch = KillSwitch(
             agents=self._agents,
@@ -384,6 +393,7 @@ class Daemon:
     def _exited(self, agent_id: str, message: Message) -> None:
         """Pid 1 has ended, and nothing of the agent is left on the host."""
         self._live_ids.discard(agent_id)
+        self._listed.discard(agent_id)
         agent = self._agents.get(agent_id)
         if agent is None or not agent.live:
             return
@@ -405,6 +415,7 @@ class Daemon:
     def _gone(self, agent: Agent) -> None:
         self._launching.forget(agent)
         self._acts.end_streams(agent)
+        self._retention.agent_ended()
         self._requests.end_agent(agent.agent_id)
 
     def _changed(self, agent: Agent) -> None:

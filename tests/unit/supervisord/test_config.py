@@ -105,6 +105,8 @@ dialer = "sk-d"
 gateway = "sk-g"
 [agents]
 on_stop = "kill"
+output_keep = "64MiB"
+output_days = 3
 uid_range = [1879048192, 1879113727]
 [pool]
 netns = 0
@@ -169,7 +171,7 @@ def test_every_key_arrives() -> None:
             roles={"cn:ci": Role.OPERATOR, "spiffe://example.com/ns/ops": Role.ADMIN},
         ),
         users=UsersConfig("sk-e", "sk-d", "sk-g"),
-        agents=AgentsConfig(OnStop.KILL, 1879048192, 1879113727),
+        agents=AgentsConfig(OnStop.KILL, 1879048192, 1879113727, 64 << 20, 3),
         pool_netns=0,
         egress_workers=2,
         source="s.toml",
@@ -238,6 +240,8 @@ def test_every_key_arrives() -> None:
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_LAST + 1}]", "agents.uid_range"),
         ('[agents]\nuid_range = "x"', "agents.uid_range: 'x' is not [FIRST, LAST]"),
         ('[agents]\non_stop = "kil"', "did you mean kill?"),
+        ('[agents]\noutput_keep = "much"', "agents.output_keep: cannot read size"),
+        ("[agents]\noutput_days = 0", "agents.output_days"),
         ("[pool]\nnetns = -1", "pool.netns"),
         ("[egress]\nworkers = 0", "egress.workers"),
         ("a = 1\na = 2\n", "2:6: not TOML: Cannot overwrite a value"),
