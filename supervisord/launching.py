@@ -282,7 +282,7 @@ class Launching:
             self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
         )
         recorded: list[asyncio.Task[None]] = []
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
         building = asyncio.ensure_future(self._build(agent, plan, fds))
         try:
             _, reply = await _both(intent, building)
