@@ -10,7 +10,6 @@ it comes from /proc of the host and from the cgroup, so nothing inside has a say
 import dataclasses
 import os
 import re
-import resource
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -36,10 +35,12 @@ _SHARED: Final[Mapping[str, tuple[str, ...]]] = {
     "user_namespace": ("user",),
 }
 _RLIMITS: Final = {
-    "open_files": resource.RLIMIT_NOFILE,
-    "core_bytes": resource.RLIMIT_CORE,
-    "locked_memory_bytes": resource.RLIMIT_MEMLOCK,
-    "realtime_priority": resource.RLIMIT_RTPRIO,
+    "open_files": "Max open files",
+    "core_bytes": "Max core file size",
+    "locked_memory_bytes": "Max locked memory",
+    "realtime_priority": "Max realtime priority",
+    "pending_signals": "Max pending signals",
+    "queue_bytes": "Max msgqueue size",
 }
 
 
@@ -149,7 +150,7 @@ def examine(agent: "Agent") -> dict[str, Any]:
     found = drift(plan, agent.filters, seen)
     more: dict[str, Any] = {
         "limits": agent.group.in_force() if agent.group is not None else {},
-        "rlimits": {name: list(resource.prlimit(pid, number)) for name, number in _RLIMITS.items()},
+        "rlimits": rlimits(_read(f"/proc/{pid}/limits")),
         "network": network(pid),
         "mounts": mounts(_whole(f"/proc/{pid}/mountinfo")),
         "oom_score_adj": int(_read(f"/proc/{pid}/oom_score_adj")),
@@ -161,6 +162,16 @@ def examine(agent: "Agent") -> dict[str, Any]:
     looked_at, others = _others(agent, pid)
     found += others
     return seen | more | {"pid": pid, "processes_examined": looked_at, "drift": found[:DRIFT_MAX]}
+
+
+def rlimits(text: str) -> dict[str, list[int]]:
+    """Return soft and hard limits of /proc/PID/limits, -1 for none: prlimit(2) would take CAP_SYS_RESOURCE."""
+    values = {}
+    for name, title in _RLIMITS.items():
+        for line in text.splitlines():
+            if line.startswith(title):
+                values[name] = [-1 if word == "unlimited" else int(word) for word in line[len(title) :].split()[:2]]
+    return values
 
 
 def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
@@ -188,7 +199,7 @@ def _drift_of_limits(plan: SandboxPlan, limits: Mapping[str, Any], rlimits: Mapp
             found.append(f"limits: {name} is {limits[name]}, not {getattr(plan.limits, name)}")
     if limits.get("swap_bytes"):
         found.append(f"limits: swap_bytes is {limits['swap_bytes']}")
-    if rlimits["open_files"][1] > plan.limits.open_files:
+    if not 0 <= rlimits["open_files"][1] <= plan.limits.open_files:
         found.append(f"rlimits: open_files is {rlimits['open_files'][1]}, not {plan.limits.open_files}")
     if rlimits["core_bytes"][1] not in (0, 1) and "rlimits" not in plan.weaken:
         found.append(f"rlimits: core_bytes is {rlimits['core_bytes'][1]}")

@@ -14,7 +14,7 @@ import os
 import socket
 from typing import Final
 
-from sandbox import cgroups, init, syscalls
+from sandbox import cgroups, init, sockets, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
@@ -88,6 +88,7 @@ def restore(server: Server, notifier: Notifier) -> None:
         if agent.pidfd >= 0:
             _reconnect(agent)
             agent.watch_death()
+            sockets.look(agent)
         else:
             agent.end()
     for fd in notifier.stored.values():

@@ -93,6 +93,7 @@ class Agent:
     started_at: float = 0.0
     state: State = State.BUILDING
     frozen: bool = False
+    over_memory: bool = False  # ended for memory that no cgroup counts (sockets.py)
     exec_seconds: float = EXEC_SECONDS_MAX
     pumps: "list[Pump]" = field(default_factory=list)
     feed: "Feed | None" = None
@@ -241,7 +242,7 @@ class Agent:
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
         oom = self._remove_group(ending)
-        self._leave_status(oom=oom)
+        self._leave_status(oom=oom or self.over_memory)
         self.state = State.GONE
         while self.gone:
             self.gone.pop(0)(self)

@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, examine, launching, sync
+from sandbox import attach, confine, examine, launching, sockets, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import Follow, Workshop
@@ -307,6 +307,7 @@ class Server:
         agent.timings_us["decode"] = decode_us
         # First: whoever hears of a failed launch finds nothing of it.
         agent.gone.insert(0, self.agent_gone)
+        sockets.look(agent)
         self.agents[plan.agent_id] = agent
         self._follows[plan.agent_id] = follow
 
