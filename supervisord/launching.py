@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import posixpath
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import structlog
 
@@ -26,6 +26,7 @@ from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
+from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -51,6 +52,7 @@ log = structlog.get_logger()
 
 NAME_CHARACTERS_MAX: Final = 40
 OBJECT_CHARACTERS_MAX: Final = 512
+T = TypeVar("T")
 VERSION: Final = version("stockade")
 
 
@@ -88,7 +90,7 @@ class Launching:
         self._holds = holds
         self._images = images
         self._killswitch = killswitch
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -147,7 +149,10 @@ class Launching:
             agent, plan = self._register(
                 order, policy, chosen, name=name, files=files, root=root, caller=caller, idempotency_key=idempotency_key
             )
-            await self._perform(agent, policy, plan, fds=fds, caller=caller)
+            sockets = None
+            if files and not policy.allow_sockets:
+                sockets = self._keep(asyncio.to_thread(check_no_sockets, [file.wanted for file in files], list(opened)))
+            await self._perform(agent, policy, plan, fds=fds, caller=caller, sockets=sockets)
         finally:
             close_all(fds)
         return agent, False
@@ -182,6 +187,8 @@ class Launching:
             what = self._description(
                 order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
             )
+            if not policy.shared_workspace:
+                check_not_shared(wanted_files(order, policy), (other.what for other in self._agents.live()))
             agent = Agent(what)
             self._agents.add(agent)
         except BaseException:
@@ -275,22 +282,29 @@ class Launching:
         return tuple(LaunchGrant(new_grant_id(self._entropy), text, by) for text, by in given.items())
 
     async def _perform(
-        self, agent: Agent, policy: Policy, plan: SandboxPlan, *, fds: list[int], caller: Caller
+        self,
+        agent: Agent,
+        policy: Policy,
+        plan: SandboxPlan,
+        *,
+        fds: list[int],
+        caller: Caller,
+        sockets: asyncio.Task[bool] | None,
     ) -> None:
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
-        building = asyncio.ensure_future(
-            self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
-        )
         recorded: list[asyncio.Task[None]] = []
         intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
         building = asyncio.ensure_future(self._build(agent, plan, fds))
         try:
             _, reply = await _both(intent, building)
             self._built(agent, reply)
+            if sockets is not None:
+                agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
             self.give_egress(agent)
             _check_wanted(agent)
             await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
         except BaseException as error:
+            if sockets is not None:
+                await asyncio.wait({sockets})  # it reads descriptors that are closed after this
             undo = self._keep(self._undo(agent, error, caller))
             # A caller that goes away does not leave half of it.
             await asyncio.shield(undo)
@@ -306,7 +320,7 @@ class Launching:
         self._agents.apply(agent, Event.EXEC_OK)
         recorded.append(self._keep(self._outcome(agent, "agent.exec", "done", "", caller)))
 
-    def _keep(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def _keep(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

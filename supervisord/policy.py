@@ -128,6 +128,8 @@ class Policy:
     hide: tuple[PurePosixPath, ...] = ()
     home: Home = Home.EPHEMERAL
     allow_root_owned: bool = False
+    allow_sockets: bool = False
+    shared_workspace: bool = False
     limits: Limits = Limits()
     budget: Budget = NO_BUDGET
     scopes: tuple[Scope, ...] = ()
@@ -204,6 +206,8 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "hide": not set(base.hide) <= set(policy.hide),
         "home": (policy.home, base.home) == (Home.PERSISTENT, Home.EPHEMERAL),
         "allow_root_owned": policy.allow_root_owned and not base.allow_root_owned,
+        "allow_sockets": policy.allow_sockets and not base.allow_sockets,
+        "shared_workspace": policy.shared_workspace and not base.shared_workspace,
         "budget": not policy.budget.narrows(base.budget),
         "scopes": not all(any(includes(wide, own) for wide in base.scopes) for own in policy.scopes),
         "grants.ceiling": not within,
@@ -239,6 +243,8 @@ def effect(policy: Policy) -> dict[str, object]:
         "hide": [str(path) for path in policy.hide],
         "home": policy.home.value,
         "allow_root_owned": policy.allow_root_owned,
+        "allow_sockets": policy.allow_sockets,
+        "shared_workspace": policy.shared_workspace,
         "limits": limits,
         "budget": budget,
         "scopes": [format_scope(scope) for scope in policy.scopes],

@@ -257,6 +257,8 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         hide=base.hide if hide is None else hide,
         home=read.one_of(("home",), base.home),
         allow_root_owned=read.flag(("allow_root_owned",), default=base.allow_root_owned),
+        allow_sockets=read.flag(("allow_sockets",), default=base.allow_sockets),
+        shared_workspace=read.flag(("shared_workspace",), default=base.shared_workspace),
         limits=replace(base.limits, **chosen),
         budget=Budget(
             base.budget.llm_tokens if budget.llm_tokens is None else budget.llm_tokens,

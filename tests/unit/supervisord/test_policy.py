@@ -96,6 +96,8 @@ rootfs: /srv/images/agent
 hide: [/usr/local, /opt]
 home: persistent
 allow_root_owned: true
+allow_sockets: true
+shared_workspace: true
 limits: {memory: 2GiB, cpus: 0.5, pids: 64, disk: 3GiB, open_files: 1024, output: 1MiB}
 budget: {llm_tokens: 10, cost_usd: 0.5, requests: 3}
 scopes: ["llm:gpt-*", "fs:ro:/srv/logs", "mcp:git/*", "tls:git.example.com:443"]
