@@ -134,6 +134,7 @@ class Policy:
     ceiling: tuple[Scope, ...] | None = None
     egress: EgressRules = EgressRules()
     env: Mapping[str, str] = field(default_factory=dict)
+    etc: Mapping[str, str] = field(default_factory=dict)
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
@@ -248,6 +249,7 @@ def effect(policy: Policy) -> dict[str, object]:
             "worker": policy.egress.worker.value,
         },
         "env": dict(sorted(policy.env.items())),
+        "etc": dict(sorted(policy.etc.items())),
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
