@@ -150,8 +150,8 @@ def _cgroup_kill(host: Host) -> str:
 def _swap(host: Host) -> str:
     swaps = (host.text("swaps") or "").splitlines()[1:]
     swap = str(_layout(host).facts()["swap"])
-    if swap == "0":
-        return "agents get none" if swaps else "agents get none; the host has none"
+    if swap.startswith("memory."):
+        return "agents get what their policy says, usually none" if swaps else "agents get none; the host has none"
     if swaps:
         raise Lacking(f"the host swaps to {swaps[0].split()[0]}, and swap is not accounted: a memory limit is no limit")
     return "not accounted; the host has none"

@@ -88,6 +88,9 @@ def begin(
         starter = workshop.starters.take(plan)
         undo.callback(workshop.starters.discard, starter)
         agent.group, agent.group_name = starter.group, starter.name
+        # Asked now: what can be held is known for certain when a group was made.
+        if plan.limits.io_unheld == "refuse" and (why := workshop.layout.io_unheld(plan.limits)):
+            raise StepError("limit io", 0, why, "leave io_read and io_write out, or allow it: `degraded_ok: [io]`")
         clock.mark("starter")
         try:
             agent.net = workshop.pool.take()
@@ -389,13 +392,15 @@ def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
         "network": net.facts() if isinstance(net, Net) else {},
         "scratch": "tmpfs, counts as memory",
         "weakened": sorted(plan.weaken),
-        "degraded": degraded(agent),
+        "degraded": degraded(workshop, agent),
     }
 
 
-def degraded(agent: Agent) -> list[str]:
+def degraded(workshop: Workshop, agent: Agent) -> list[str]:
     plan = agent.plan
     items = list(agent.degraded)
+    if why := workshop.layout.io_unheld(plan.limits):
+        items.append(f"io: {why}")
     if any(bind.writable for bind in plan.binds):
         items.append("workspace-quota: a writable bind has no limit on bytes or files")
     items += [
