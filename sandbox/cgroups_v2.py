@@ -88,7 +88,7 @@ class UnifiedLayout(Layout):
     def __init__(self, root: Path, parent: str) -> None:
         self.root = root
         self.parent = parent
-        self._io = True
+        self._io = IO in (root / "cgroup.controllers").read_text(encoding="ascii").split()
 
     def tops(self, instance: str) -> tuple[Path, ...]:
         return (self.root / self.parent / f"{PREFIX}{check_name('instance', instance)}",)

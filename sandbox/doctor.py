@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from sandbox import cgroups, syscalls
 from sandbox.netpool import CannotMakeNetwork, Pool
-from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST
+from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,6 +137,20 @@ def _layout(host: Host) -> cgroups.Layout:
 def _cgroups(host: Host) -> str:
     facts = _layout(host).facts()
     return f"{facts['cgroups']}: {facts['memory']}, {facts['cpu']}, {facts['pids']}"
+
+
+def _io(host: Host) -> str:
+    layout = _layout(host)
+    held = str(layout.facts()["io"])
+    if why := layout.io_unheld(Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1)):
+        raise Lacking(why)
+    return held
+
+
+def _pressure(host: Host) -> str:
+    if host.text("pressure/memory") is None:
+        raise Lacking("the kernel keeps no pressure stall information")
+    return "pressure stall information, for each group of the v2 tree"
 
 
 def _cgroup_kill(host: Host) -> str:
@@ -309,6 +323,18 @@ CONTROLS: Final = (
     Control("cgroups", required=True, remedy=_BOOTED, probe=_cgroups),
     Control("cgroup-kill", required=True, remedy=_NEWER, probe=_cgroup_kill),
     Control("swap", required=False, remedy="boot with swapaccount=1, or switch swap off: swapoff -a", probe=_swap),
+    Control(
+        "io",
+        required=False,
+        remedy="boot with systemd.unified_cgroup_hierarchy=1; or leave io_write out of policies, or `degraded_ok: [io]`",
+        probe=_io,
+    ),
+    Control(
+        "pressure",
+        required=False,
+        remedy="boot with psi=1: without it nothing tells of agents that wait for memory or disks",
+        probe=_pressure,
+    ),
     Control("seccomp", required=True, remedy="use a kernel with CONFIG_SECCOMP_FILTER", probe=_seccomp),
     Control("libseccomp", required=True, remedy="apt-get install libseccomp2", probe=_libseccomp),
     Control(

@@ -86,6 +86,8 @@ class AgentInfo:
     workspace: Workspace | None
     spend: Spend
     failure: str
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """How often it met its limits; only there when one agent is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
