@@ -21,7 +21,6 @@ _MEANINGS: Final = {
     "throttled": ("agent.throttled", "cpus", "denied"),
     "memory_pressure": ("agent.pressure", "memory", "done"),
     "io_pressure": ("agent.pressure", "io", "done"),
-    "log_flood": ("agent.log_flood", "requests", "denied"),
 }
 
 
@@ -32,6 +31,19 @@ def met_limit_action(agent: Agent, kind: str, details: Mapping[str, JSON]) -> Ac
         return None
     verb, what, verdict = meaning
     return Action(agent.agent_id, f"agent:{agent.agent_id}", verb, what, verdict, "", dict(details))
+
+
+def abandoned_action(agent_id: str, count: int) -> Action:
+    """The entry for requests that waited since the agent sent too many, and that it did not wait for."""
+    return Action(
+        agent_id,
+        f"agent:{agent_id}",
+        "agent.flood",
+        "requests",
+        "denied",
+        "requests came faster than they are judged, and were given up before they were",
+        {"times": count},
+    )
 
 
 def oom_action(agent: Agent) -> Action:
