@@ -68,11 +68,11 @@ class Counters:
     """How often a group met its limits, and how long it waited, since it was made; times in microseconds.
 
     `*_pressure_usec` is the time in which some process of the group waited for that (PSI, Documentation/accounting/
-    psi.rst); None where the kernel does not tell.
+    psi.rst). None is what the kernel does not tell.
     """
 
     oom_kills: int
-    memory_limit_hits: int
+    memory_limit_hits: int | None
     pids_limit_hits: int
     cpu_periods: int
     cpu_periods_throttled: int

@@ -90,7 +90,7 @@ class HybridGroup(Group):
         cpu = read_pairs(self._v1["cpu"] / "cpu.stat")
         return Counters(
             oom_kills=self.oom_kills(),
-            memory_limit_hits=read_int(self._v1["memory"] / "memory.failcnt"),
+            memory_limit_hits=None,  # memory.failcnt stays 0 on newer kernels (6.18)
             pids_limit_hits=read_key(self._v1["pids"] / "pids.events", "max"),
             cpu_periods=cpu.get("nr_periods", 0),
             cpu_periods_throttled=cpu.get("nr_throttled", 0),
