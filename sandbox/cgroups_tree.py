@@ -152,6 +152,15 @@ def disks(sys_block: Path = Path("/sys/block")) -> list[str]:
     return sorted(found)
 
 
+def write_for_disk(path: Path, value: str, *, remedy: str) -> None:
+    """As `write`; a disk that has gone since it was listed is nothing to limit."""
+    try:
+        write(path, value, remedy=remedy)
+    except CannotConfine as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in {errno.ENODEV, errno.ENXIO}:
+            raise
+
+
 def rate(bytes_per_second: int, *, none: str) -> str:
     return none if bytes_per_second >= NO_RATE else str(bytes_per_second)
 

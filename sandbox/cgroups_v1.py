@@ -32,6 +32,7 @@ from sandbox.cgroups_tree import (
     read_pairs,
     read_pressure,
     write,
+    write_for_disk,
 )
 
 if TYPE_CHECKING:
@@ -223,4 +224,4 @@ class HybridLayout(Layout):
 def _limit_io(blkio: Path, limits: Limits) -> None:
     for name, value in (("read", limits.io_read_bytes_per_second), ("write", limits.io_write_bytes_per_second)):
         for disk in disks():
-            write(blkio / f"blkio.throttle.{name}_bps_device", f"{disk} {rate(value, none='0')}", remedy=_REMEDY)
+            write_for_disk(blkio / f"blkio.throttle.{name}_bps_device", f"{disk} {rate(value, none='0')}", remedy=_REMEDY)

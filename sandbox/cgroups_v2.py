@@ -24,6 +24,7 @@ from sandbox.cgroups_tree import (
     read_pairs,
     read_pressure,
     write,
+    write_for_disk,
 )
 
 if TYPE_CHECKING:
@@ -173,4 +174,4 @@ class UnifiedLayout(Layout):
         read = rate(limits.io_read_bytes_per_second, none="max")
         written = rate(limits.io_write_bytes_per_second, none="max")
         for disk in disks():
-            write(path / "io.max", f"{disk} rbps={read} wbps={written}", remedy=_REMEDY)
+            write_for_disk(path / "io.max", f"{disk} rbps={read} wbps={written}", remedy=_REMEDY)

@@ -165,7 +165,7 @@ class workspace:  # noqa: N801 - used as a function
         self.size = size
 
     def __enter__(self) -> tuple[int, Bind]:
-        self.path = Path(tempfile.mkdtemp(prefix="sktest-io-", dir="/var/tmp"))
+        self.path = Path(tempfile.mkdtemp(prefix="sktest-io-", dir=os.environ.get("TMPDIR", "/var/tmp")))
         with (self.path / "large").open("wb") as file:
             for _ in range(self.size // MIB):
                 file.write(os.urandom(MIB))
