@@ -312,8 +312,7 @@ class Group(ABC):
     def counters(self) -> Counters: ...
 
     def oom_fd(self) -> int:
-        """A descriptor that is readable when the kernel kills for memory and leaves the rest alive; -1 where it ends
-        the group as one by itself."""
+        """Give a descriptor that is readable when the kernel kills for memory; -1 where it ends the group as one."""
         return -1
 
     @abstractmethod

@@ -224,4 +224,6 @@ class HybridLayout(Layout):
 def _limit_io(blkio: Path, limits: Limits) -> None:
     for name, value in (("read", limits.io_read_bytes_per_second), ("write", limits.io_write_bytes_per_second)):
         for disk in disks():
-            write_for_disk(blkio / f"blkio.throttle.{name}_bps_device", f"{disk} {rate(value, none='0')}", remedy=_REMEDY)
+            write_for_disk(
+                blkio / f"blkio.throttle.{name}_bps_device", f"{disk} {rate(value, none='0')}", remedy=_REMEDY
+            )

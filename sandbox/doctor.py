@@ -326,7 +326,7 @@ CONTROLS: Final = (
     Control(
         "io",
         required=False,
-        remedy="boot with systemd.unified_cgroup_hierarchy=1; or leave io_write out of policies, or `degraded_ok: [io]`",
+        remedy="boot with systemd.unified_cgroup_hierarchy=1, or leave io_write out, or allow `degraded_ok: [io]`",
         probe=_io,
     ),
     Control(

@@ -39,8 +39,8 @@ from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
-from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.lifecycle import Event, State, can
+from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny

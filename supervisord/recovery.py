@@ -16,8 +16,8 @@ from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.limit_actions import oom_action
 from supervisord.lifecycle import ENDED, Event, State
+from supervisord.limit_actions import oom_action
 from supervisord.processes import spawn
 from supervisord.store import AgentRow
 

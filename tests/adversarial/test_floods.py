@@ -1,7 +1,7 @@
-"""What one agent's flood does to the others: the latency of a second agent's requests stays within 3x of its quiet median.
+"""What one agent's flood does to the others: a second agent's requests take at most 3x their quiet median.
 
-The second agent asks the embedded gateway for its models, over and over, on a new connection each time: network, worker,
-daemon, log, dialer and gateway are all on the way. Quiet and flooded are measured one after the other in the same run.
+The second agent asks the embedded gateway for its models, over and over, on a new connection each time: network,
+worker, daemon, log, dialer and gateway are all on the way. Quiet and flooded are measured one after the other.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def stockade() -> Iterator[Instance]:
 @pytest.fixture(scope="module")
 def second(stockade: Instance) -> Iterator[Second]:
     stockade.launch("--name", "polite", "--", "sleep", "1000")
-    command = [bin_dir() / "stockadectl", "exec", "-i", "polite", "--", "python3", "-I", "-c", POLITE]
+    command = [str(bin_dir() / "stockadectl"), "exec", "-i", "polite", "--", "python3", "-I", "-c", POLITE]
     with subprocess.Popen(
         command, env=stockade.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -230,6 +230,8 @@ def test_out_of_memory_is_an_action(stockade: Instance) -> None:
     assert entries["agent.oom"]["details"] == {"limit": 128 << 20}
     assert entries["agent.exit"]["details"]["out_of_memory"] is True
     assert entries["agent.oom"]["seq"] < entries["agent.exit"]["seq"]
-    done = stockade.ctl("run", "--name", "modest", "--memory", "128MiB", "--", "python3", "-I", "-c", "x = bytearray(9)")
+    done = stockade.ctl(
+        "run", "--name", "modest", "--memory", "128MiB", "--", "python3", "-I", "-c", "x = bytearray(9)"
+    )
     assert done.code == 0
     assert "agent.oom" not in {entry["verb"] for entry in stockade.actions("modest")}

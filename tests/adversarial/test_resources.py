@@ -32,7 +32,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 def call(number, *arguments):
     ctypes.set_errno(0)
-    result = libc.syscall(ctypes.c_long(number), *[a if isinstance(a, ctypes._Pointer) else ctypes.c_long(a) for a in arguments])
+    words = [a if isinstance(a, ctypes._Pointer) else ctypes.c_long(a) for a in arguments]
+    result = libc.syscall(ctypes.c_long(number), *words)
     if result < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 held = []
@@ -271,7 +272,8 @@ take(lock)
     "mappings": """
 libc.mmap.restype = ctypes.c_void_p
 def area():
-    if libc.mmap(None, 4096, 1 + 2 * (len(held) % 2), 0x22, -1, 0) in (None, 2 ** 64 - 1): raise OSError(ctypes.get_errno(), '')
+    at = libc.mmap(None, 4096, 1 + 2 * (len(held) % 2), 0x22, -1, 0)
+    if at in (None, 2 ** 64 - 1): raise OSError(ctypes.get_errno(), '')
 take(area)
 """,
     "terminals": "take(lambda: os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY), 1000)",
@@ -307,7 +309,7 @@ def test_what_the_kernel_keeps_for_an_agent_is_bounded(launcher: Launcher, what:
 
 # --- what is written
 
-SCRATCH = ("/tmp", "/home/agent", "/dev/shm", "/workspace")  # noqa: S108 - inside
+SCRATCH = ("/tmp", "/home/agent", "/dev/shm", "/workspace")
 FILL = """
 fd = os.open(sys.argv[1] + '/large', os.O_RDWR | os.O_CREAT)
 take(lambda: os.write(fd, b'x' * (1 << 20)) == 1 << 20 or (_ for _ in ()).throw(OSError(errno.ENOSPC, 'short')), 600)
@@ -348,7 +350,7 @@ def test_scratch_is_full_at_its_limit(launcher: Launcher, place: str, program: s
 
 
 def test_a_deep_tree_goes_with_its_agent(launcher: Launcher) -> None:
-    agent = launcher.run(["python3", "-I", "-c", PRELUDE + DEEP, "/tmp"], limits=SMALL)  # noqa: S108 - inside
+    agent = launcher.run(["python3", "-I", "-c", PRELUDE + DEEP, "/tmp"], limits=SMALL)
     assert judge(agent) == Taken(3000, "")
 
 

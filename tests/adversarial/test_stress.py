@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -38,7 +38,7 @@ CLASSES = ("cpu", "filesystem", "interrupt", "io", "memory", "network", "os", "p
 class Watched:
     """Starts processes on the host all the while, and knows the longest that one of them took."""
 
-    def __enter__(self) -> Watched:
+    def __enter__(self) -> Self:
         self.longest = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
@@ -59,7 +59,7 @@ class Watched:
 def stress(launcher: Launcher, *arguments: str, timeout: float) -> Agent:
     """Run it as an agent of the default size; kills the agent where stress-ng itself does not come to an end."""
     agent = launcher.launch(
-        ["stress-ng", "--temp-path", "/tmp", "--oomable", "--no-rand-seed", *arguments],  # noqa: S108 - inside
+        ["stress-ng", "--temp-path", "/tmp", "--oomable", "--no-rand-seed", *arguments],
         limits=DEFAULT,
     )
     try:

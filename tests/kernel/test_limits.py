@@ -41,6 +41,11 @@ def group_files(launcher: Launcher, agent: Agent) -> dict[str, str]:
     return found
 
 
+def groups(launcher: Launcher) -> set[str]:
+    tree = detect().tops(launcher.instance)[0]
+    return {path.name for path in tree.iterdir() if path.is_dir()} if tree.exists() else set()
+
+
 def told(launcher: Launcher, agent: Agent, kind: str) -> dict[str, Any]:
     event = launcher.event(
         lambda e: e.get("ev") == "met_limit" and e["agent_id"] == agent.agent_id and e["kind"] == kind
@@ -52,9 +57,11 @@ def told(launcher: Launcher, agent: Agent, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("swap_bytes", [0, 32 * MIB])
 def test_a_starter_made_ahead_has_the_limits_of_its_agent_before_exec(launcher: Launcher, swap_bytes: int) -> None:
     limits = Limits(memory_bytes=100 * MIB, cpus=0.5, pids=17, swap_bytes=swap_bytes)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # the guest is slow
     while True:  # until a launch is served from the stock: its group was made before the plan was known
-        before = {path.name for top in detect().tops(launcher.instance) if top.exists() for path in top.iterdir()}
+        while not (before := groups(launcher)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         agent = launcher.build(launcher.plan(["/bin/true"], limits=limits))
         files = group_files(launcher, agent)
         launcher.request("abort", agent_id=agent.agent_id)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from sandbox.cgroups import Counters
 from sandbox.limits_watch import EVENT_SECONDS_MIN, NOTHING_YET, Kind, Teller, judge
+
+if TYPE_CHECKING:
+    from sandbox.cgroups import Counters
 
 QUIET = replace(NOTHING_YET, cpu_periods=10)
 
