@@ -191,6 +191,33 @@ print(json.dumps([count, first]))
     assert len(entries) == count
 
 
+def test_requests_given_up_are_counted_and_hold_nothing(stockade: Instance) -> None:
+    """An agent that sends and does not wait: what was not judged is counted, and it is served again after that."""
+    program = """
+import socket, struct, time
+def ask(read):
+    s = socket.create_connection(('198.18.0.1', 3128)); s.settimeout(30)
+    s.sendall(b'GET http://no.example/ HTTP/1.1\\r\\nHost: no.example\\r\\n\\r\\n')
+    if read: s.recv(65536)
+    else: s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))  # close with a reset
+    s.close()
+for _ in range(240): ask(True)
+for _ in range(60): ask(False)
+time.sleep(4)
+url = b'GET /v1/models HTTP/1.1\\r\\nHost: gateway.internal:3128\\r\\nConnection: close\\r\\n\\r\\n'
+s = socket.create_connection(('198.18.0.1', 3128)); s.settimeout(30); s.sendall(url)
+print(s.recv(65536).split()[1].decode())
+"""
+    done = stockade.ctl("run", "--name", "hasty", "--", "python3", "-I", "-c", program)
+    assert done.out == "200\n", done.err
+    entries = stockade.actions("hasty")
+    denied = [e for e in entries if e["verb"] == "egress.request" and e["verdict"] == "denied"]
+    told = sum(e["details"]["times"] for e in entries if e["verb"] == "agent.flood")
+    assert told > 0
+    # One that was being judged when it was given up may be in neither.
+    assert 240 + 60 - 10 <= len(denied) + told <= 240 + 60
+
+
 def test_what_an_agent_meets_is_in_the_log_and_in_inspect(stockade: Instance) -> None:
     stockade.launch("--name", "quiet", "--", "sleep", "1000")
     program = """
