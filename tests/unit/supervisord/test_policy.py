@@ -257,7 +257,8 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary"}
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=PurePosixPath("/x"), home=Home.PERSISTENT,
-        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1), scopes=(parse_scope("llm:*"),),
+        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
+        scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
     )  # fmt: skip
