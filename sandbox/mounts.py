@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from sandbox import etc, syscalls
+from sandbox.controls import BY_NAME
 from sandbox.plan import Bind, SandboxPlan
 from sandbox.sync import StepError, step
 
@@ -313,12 +314,12 @@ def _make_scratch(plan: SandboxPlan, flags: int) -> None:
 # --- binds ---------------------------------------------------------------------------------------------------------
 
 
-def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, list[str]]:
-    """Return a detached mount of what the bind names, ids mapped, and what had to be done with less (`degraded`).
+def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, str]:
+    """Return a detached mount of what the bind names, ids mapped, and what shows where that could not be.
 
     Runs in the launcher: a mount can be cloned only in the mount namespace in which its descriptor was opened.
     """
-    degraded: list[str] = []
+    unmapped = ""
     read_only = not bind.writable
     tree = clone_tree(fd, bind.target)
     try:
@@ -331,17 +332,17 @@ def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, li
                 raise StepError(
                     f"bind {bind.target}",
                     errno.EINVAL,
-                    "its file system cannot map ids (no idmapped mounts)",
-                    "move it to ext4, xfs, btrfs or tmpfs, or let the policy allow it read-only without a map",
+                    "its file system cannot map ids (no idmapped mounts): this host lacks idmap for it",
+                    BY_NAME["idmap"].remedy,
                 ) from error
             read_only = True
-            degraded.append(f"no-idmap: {bind.target} is read-only and shows the owner of the host")
+            unmapped = f"{bind.target} is read-only and shows the owner of the host"
         attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
         syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=attributes)
     except BaseException:
         os.close(tree)
         raise
-    return tree, degraded
+    return tree, unmapped
 
 
 def clone_tree(fd: int, target: str, flags: int = 0) -> int:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
+from sandbox.controls import NEGOTIABLE
+
 # Host ids that agents may have: clear of every id systemd hands out (UIDS-GIDS.md) and of every person and service.
 AGENT_ID_FIRST: Final = 1879048192
 AGENT_ID_LAST: Final = 2147352575
@@ -168,7 +170,6 @@ class Limits:
     swap_bytes: int = 0
     io_read_bytes_per_second: int = NO_RATE  # from each disk of the host
     io_write_bytes_per_second: int = NO_RATE
-    io_unheld: Literal["refuse", "degrade"] = "refuse"  # where this host cannot hold what is asked of io
 
     @property
     def io_limited(self) -> bool:
@@ -229,6 +230,9 @@ class SandboxPlan:
     limits: Limits = Limits()
     filter_digest: str = ""
     landlock: Literal["off", "if-present", "required"] = "if-present"
+    require: tuple[str, ...] = ()  # controls that must be there (sandbox/controls.py)
+    degraded_ok: tuple[str, ...] = ()  # controls that may be missing; for the rest the table of controls decides
+    canary: bool = False  # the attempts of sandbox/canaries.py run before the program does
     tty: Tty | None = None
     stdin: bool = False
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
@@ -274,6 +278,8 @@ class SandboxPlan:
         check_target("cwd", self.cwd)
         if unknown := set(self.weaken) - WEAKENINGS:
             raise InvalidPlan(f"weaken: there is no {', '.join(sorted(unknown))}")
+        if unknown := {*self.require, *self.degraded_ok} - set(NEGOTIABLE):
+            raise InvalidPlan(f"require, degraded_ok: no policy decides on {', '.join(sorted(unknown))}")
         if self.tty is not None:
             check_terminal(self.tty)
         self._check_files()
@@ -317,6 +323,12 @@ class SandboxPlan:
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
         yield f"uid {self.uid} gid {self.gid} inside, no capability, no_new_privs, Landlock {self.landlock}"
         yield f"seccomp filter {self.filter_digest or 'none'}"
+        if self.require:
+            yield f"refuse a host without {', '.join(self.require)}"
+        if self.degraded_ok:
+            yield f"do without {', '.join(self.degraded_ok)} where the host lacks it"
+        if self.canary:
+            yield "canaries: attempts to get out, each of which must fail, before the program runs"
         yield from (f"WEAKENED for a test: {name}" for name in self.weaken)
         if self.tty is not None:
             yield self.tty.describe()

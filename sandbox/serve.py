@@ -14,6 +14,7 @@
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
     counters agent_id                      -> counters
+    examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
@@ -39,7 +40,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, launching, sync
+from sandbox import attach, confine, examine, launching, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.launching import Follow, Workshop
 from sandbox.limits_watch import Kind, Watch
@@ -167,6 +168,7 @@ class Server:
             "thaw": self._thaw,
             "stats": self._stats,
             "counters": self._counters,
+            "examine": self._examine,
             "adopt": self._adopt,
         }
 
@@ -470,6 +472,14 @@ class Server:
         assert agent.group is not None  # noqa: S101 - it runs
         now = agent.group.counters()
         answer(counters={name: getattr(now, name) for name in now.__slots__})
+
+    def _examine(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        try:
+            effective = examine.examine(agent)
+        except (OSError, LookupError, ValueError) as error:
+            raise StepError("examine", getattr(error, "errno", 0) or 0, f"{error}", "it may have ended") from error
+        answer(effective=effective | {"launcher": {"pid": os.getpid(), "protocol": VERSION}})
 
     def _adopt(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         agent = self.agent(message)

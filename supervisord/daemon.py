@@ -250,7 +250,13 @@ class Daemon:
             PolicyService(config=config, policies=self._policies, agents=self._agents, book=self._book), server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(instance=config.instance, started_at_ns=self._started_at_ns, health=self.health), server
+            SystemService(
+                instance=config.instance,
+                state_dir=config.state_dir,
+                started_at_ns=self._started_at_ns,
+                health=self.health,
+            ),
+            server,
         )
         self._health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # there, and not in its stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)

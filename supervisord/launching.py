@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
@@ -21,7 +22,7 @@ from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
 from supervisord.hostfiles import open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
-from supervisord.lifecycle import Event, State, can
+from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
@@ -47,6 +48,7 @@ log = structlog.get_logger()
 
 NAME_CHARACTERS_MAX: Final = 40
 OBJECT_CHARACTERS_MAX: Final = 512
+VERSION: Final = version("stockade")
 
 
 class Launching:
@@ -238,7 +240,7 @@ class Launching:
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
-            if not can(agent.state, Event.EXEC_OK) or agent.state is State.KILLING:
+            if agent.state is not State.STARTING:
                 raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
             await self._launcher.call("go", agent_id=agent.agent_id)
         except BaseException as error:
@@ -254,6 +256,7 @@ class Launching:
         agent.posture = dict(posture) if isinstance(posture, dict) else {}
         agent.posture["policy"] = agent.what.policy
         agent.posture["policy_digest"] = agent.what.policy_digest
+        agent.posture["stockade"] = VERSION
         timings = reply.body.get("timings_us")
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
@@ -331,8 +334,6 @@ def _unmet(policy: Policy) -> str:
         return "a rootfs other than the host's"
     if policy.home is Home.PERSISTENT:
         return "home: persistent"
-    if policy.canary:
-        return "canary"
     return ""
 
 

@@ -159,12 +159,12 @@ def build(
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
         scratch=_scratch(limits),
-        limits=sandbox_plan.Limits(
-            **{key: getattr(limits, key) for key in Limits.__slots__},
-            io_unheld="degrade" if "io" in policy.degraded_ok else "refuse",
-        ),
+        limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
+        require=tuple(sorted(policy.require)),
+        degraded_ok=tuple(sorted(policy.degraded_ok)),
+        canary=policy.canary,
         tty=order.tty,
         stdin=order.stdin,
     )

@@ -93,7 +93,8 @@ class Policy:
 
     `digest` is `sha256:…` over everything that has an effect, so two policies with one digest contain alike.
     `rootfs` is None for the host's own, else a directory, OCI layout or archive on the host. `ceiling` bounds what may
-    ever be granted; None is no bound. `degraded_ok` names controls a host may lack.
+    ever be granted; None is no bound. `require` names controls that a host must have, `degraded_ok` those it may lack;
+    what is in both must be there.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Policy:
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
+    require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
     digest: str = ""
@@ -195,6 +197,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "seccomp": policy.seccomp != base.seccomp,
         "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
         "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
+        "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
     }
@@ -232,6 +235,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
+        "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
     }

@@ -9,10 +9,21 @@ from typing import Final, Self, TypeVar, cast
 from jsonschema import Draft202012Validator
 
 from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
+from sandbox.controls import BY_NAME, NEGOTIABLE
 from sandbox.plan import NO_RATE
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
-from supervisord.documents import Document, InvalidDocument, Path, Problem, Value, check_schema, parse_document
+from supervisord.documents import (
+    Document,
+    InvalidDocument,
+    Path,
+    Problem,
+    Value,
+    check_schema,
+    nearest,
+    parse_document,
+)
 from supervisord.errors import StockadeError
+from supervisord.ids import shown
 from supervisord.policy import (
     NO_RATE_WORD,
     AgentSpec,
@@ -155,6 +166,24 @@ class _Reader:
         value = self.get((key,))
         return tuple(PurePosixPath(str(path)) for path in value) if isinstance(value, list) else None
 
+    def controls(self, key: str) -> frozenset[str] | None:
+        """Gives the controls that a policy names; one that no policy decides on is a problem."""
+        value = self.get((key,))
+        if not isinstance(value, list):
+            return None
+        for index, name in enumerate(map(str, value)):
+            if name in NEGOTIABLE:
+                continue
+            if name in BY_NAME:
+                self.problem(
+                    (key, index),
+                    f"{name} is not for a policy to decide: without it nothing is launched, or it confines no agent",
+                    f"leave it out; a policy decides on {', '.join(NEGOTIABLE)}",
+                )
+            else:
+                self.problem((key, index), f"there is no control {shown(name)}", nearest(name, NEGOTIABLE))
+        return frozenset(map(str, value))
+
     def done(self, what: str) -> None:
         if self.problems:
             raise InvalidDocument(what, self.problems)
@@ -225,7 +254,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
     ceiling = read.scopes(("grants", "ceiling"))
     scopes = read.scopes(("scopes",))
     hide = read.paths("hide")
-    degraded_ok = read.get(("degraded_ok",))
+    require, degraded_ok = read.controls("require"), read.controls("degraded_ok")
     extends = read.get(("extends",))
     return Policy(
         name=read.text("name", ""),
@@ -256,9 +285,8 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         seccomp=read.text("seccomp", base.seccomp),
         landlock=read.one_of(("landlock",), base.landlock),
         on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
-        degraded_ok=base.degraded_ok
-        if not isinstance(degraded_ok, list)
-        else frozenset(str(name) for name in degraded_ok),
+        require=base.require if require is None else require,
+        degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
         source=read.document.source,
     )

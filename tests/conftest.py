@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hypothesis import settings
+
 if TYPE_CHECKING:
     import pytest
 
 EXIT_SKIPPED = 1
+
+# How long an example takes is a fact about the machine, not about the code.
+settings.register_profile("stockade", deadline=None)
+settings.load_profile("stockade")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

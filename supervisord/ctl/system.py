@@ -99,13 +99,16 @@ def doctor(stockade: Stockade, options: Namespace) -> int:
             (
                 item.control,
                 "yes" if item.present else "NO" if item.required else "no",
-                "required" if item.required else "optional",
+                item.absence,
                 item.how,
-                "" if item.present else item.remedy,
+                item.source,
             )
             for item in found
         ]
-        print_table(("CONTROL", "THERE", "NEED", "FOUND BY", "WHAT TO DO"), rows)
+        print_table(("CONTROL", "THERE", "NEEDED", "FOUND", "BY"), rows)
+        for item in found:
+            if not item.present and item.remedy:
+                say(f"{item.control} protects {item.protects}: {item.remedy}")
     return OK if answer.ok else FAILED
 
 

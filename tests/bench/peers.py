@@ -206,7 +206,8 @@ def bare_cgroup_kill(directory: Path, count: int) -> float:
     """Kill a tree of `count` sleeping processes by cgroup.kill alone; gives milliseconds until it is empty."""
     directory.mkdir()
     try:
-        script = f"echo $$ > {directory}/cgroup.procs; for i in $(seq {count - 1}); do sleep 1000 & done; exec sleep 1000"
+        crowd = f"for i in $(seq {count - 1}); do sleep 1000 & done; exec sleep 1000"
+        script = f"echo $$ > {directory}/cgroup.procs; {crowd}"
         process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL)
         while len(pids_of(directory)) < count:
             if process.poll() is not None:

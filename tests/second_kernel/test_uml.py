@@ -60,6 +60,9 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{LAUNCH}::test_workspace_of_root_read_only_shows_as_the_agents",
         f"{KILL}::test_a_frozen_agent_stops_and_can_be_killed",
         f"{KILL}::test_killing_twice_and_what_never_was",
+        "tests/kernel/test_degraded.py::test_this_very_kernel_is_judged_as_doctor_says",
+        "tests/kernel/test_canaries.py::test_the_default_plan_holds",
+        "tests/kernel/test_posture.py::test_examination_is_what_the_host_sees_after_exec",
         seconds_max=400,
     )
     shutil.rmtree(directory)
@@ -94,6 +97,9 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_frozen_agent_stops_and_can_be_killed",
         "test_one_route_and_the_proxy_only",
         "test_workspace_is_writable_as_the_owner_on_disk",
+        "test_this_very_kernel_is_judged_as_doctor_says",
+        "test_the_default_plan_holds",
+        "test_examination_is_what_the_host_sees_after_exec",
     ],
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:

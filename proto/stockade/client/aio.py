@@ -87,9 +87,12 @@ class AsyncStockade:
         request.dry_run = True
         return (await self.call(methods.LAUNCH, request)).plan_text
 
-    async def agent(self, name: str) -> AsyncAgent:
-        """The agent of this name or id; of several with one name the live one, else the last."""
-        answer = await self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name))
+    async def agent(self, name: str, *, examine: bool = False) -> AsyncAgent:
+        """The agent of this name or id; of several with one name the live one, else the last.
+
+        With `examine`, `info.effective` is what the kernel says is in force now, and its `drift` from the plan.
+        """
+        answer = await self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name, examine=examine))
         return AsyncAgent(self, convert.agent(answer.agent))
 
     async def agents(self, selector: Selector | None = None, *, include_ended: bool = False) -> list[AsyncAgent]:

@@ -111,9 +111,12 @@ class Stockade:
         request.dry_run = True
         return self.call(methods.LAUNCH, request).plan_text
 
-    def agent(self, name: str) -> Agent:
-        """The agent of this name or id; of several with one name the live one, else the last."""
-        answer = self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name))
+    def agent(self, name: str, *, examine: bool = False) -> Agent:
+        """The agent of this name or id; of several with one name the live one, else the last.
+
+        With `examine`, `info.effective` is what the kernel says is in force now, and its `drift` from the plan.
+        """
+        answer = self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name, examine=examine))
         return Agent(self, convert.agent(answer.agent))
 
     def agents(self, selector: Selector | None = None, *, include_ended: bool = False) -> list[Agent]:

@@ -86,6 +86,7 @@ class AgentInfo:
     workspace: Workspace | None
     spend: Spend
     failure: str
+    effective: JsonObject = field(default_factory=dict)  # only where an examination was asked for
     counters: Mapping[str, int] = field(default_factory=dict)
     """How often it met its limits; only there when one agent is asked for."""
 
@@ -242,6 +243,9 @@ class Finding:
     required: bool
     how: str
     remedy: str
+    source: str
+    protects: str
+    absence: str
 
 
 @dataclass(frozen=True, slots=True)

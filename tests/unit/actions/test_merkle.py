@@ -4,7 +4,7 @@ import hashlib
 
 import pymerkle  # type: ignore[import-untyped]  # it has no types
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisord.actions import merkle
@@ -80,7 +80,6 @@ def test_consistency_proofs_are_those_of_the_rfcs_example() -> None:
     assert merkle.consistency_path(6, 7, node) == (i, j, k)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 80).flatmap(lambda size: st.tuples(st.integers(1, size), st.just(size))), st.data())
 def test_proofs_hold_for_what_they_prove_and_for_nothing_else(sizes: tuple[int, int], data: st.DataObject) -> None:
     old, size = sizes

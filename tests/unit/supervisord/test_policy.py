@@ -106,6 +106,7 @@ seccomp: strict
 landlock: required
 on_supervisor_loss: kill
 degraded_ok: [idmap, workspace-quota]
+require: [nftables]
 canary: true
 """)
     assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20, 1 << 30, 2 << 20, 1 << 20)
@@ -118,7 +119,18 @@ canary: true
     assert (full.risk, full.user, full.home, full.seccomp) == (Risk.HIGH, User.ROOT, Home.PERSISTENT, "strict")
     assert (full.landlock, full.on_supervisor_loss) == (Demand.REQUIRED, OnLoss.KILL)
     assert (full.degraded_ok, full.canary, full.version) == (frozenset({"idmap", "workspace-quota"}), True, 7)
+    assert full.require == {"nftables"}
     assert full.env == {"A_B": "1"}
+
+
+@pytest.mark.parametrize("key", ["require", "degraded_ok"])
+def test_controls_are_those_of_the_table(key: str) -> None:
+    with pytest.raises(InvalidDocument) as raised:
+        policy(f"kind: Policy\nname: x\n{key}: [landlock, nftable, seccomp, descriptors]\n")
+    unknown, fixed, advice = raised.value.problems
+    assert (unknown.key, unknown.remedy) == (f"{key}[1]", "did you mean nftables?")
+    assert "not for a policy to decide" in fixed.message
+    assert "workspace-quota" in advice.remedy
 
 
 @pytest.mark.parametrize(
@@ -243,6 +255,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
         ("landlock", "landlock: required", "landlock: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
+        ("require", "require: [landlock, nftables]", "require: [landlock]"),
     ],
 )
 def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text: str) -> None:
@@ -254,7 +267,7 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
-    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary"}
+    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary", "require"}
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=PurePosixPath("/x"), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
@@ -265,6 +278,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
+        require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
     )  # fmt: skip
     found = set(wider(everything, nothing))
@@ -354,6 +368,7 @@ documents = st.fixed_dictionaries(
         "env": st.dictionaries(st.sampled_from(["A", "B_1"]), st.text("xyz \n\"'", max_size=5)),
         "landlock": st.sampled_from(["required", "preferred"]),
         "degraded_ok": st.lists(st.sampled_from(["idmap", "landlock"]), unique=True),
+        "require": st.lists(st.sampled_from(["nftables", "workspace-quota"]), unique=True),
         "canary": st.booleans(),
     },
 )
