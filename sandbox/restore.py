@@ -88,6 +88,7 @@ def restore(server: Server, notifier: Notifier) -> None:
         if agent.pidfd >= 0:
             _reconnect(agent)
             agent.watch_death()
+            server.watch.add(agent, fresh=False)
         else:
             agent.end()
     for fd in notifier.stored.values():

@@ -80,6 +80,7 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         workspace=workspace(message.workspace) if message.HasField("workspace") else None,
         spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
         failure=message.failure,
+        counters=dict(message.counters),
         effective=struct(message.effective),
     )
 
