@@ -99,6 +99,12 @@ CONTROLS: Final = (
         "the disk below a writable workspace or grant",
         "put it on a file system of its own, or show it read-only",
     ),
+    Control(
+        "file-grants",
+        Absence.TOLD,
+        "that files granted to a running agent can be taken back",
+        "use a kernel with CONFIG_FANOTIFY_ACCESS_PERMISSIONS; on this one fs: scopes are for launches alone",
+    ),
     Control("network", Absence.STOPS, "the host's network", "load the veth module: modprobe veth"),
     Control(
         "nftables",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from sandbox import cgroups, syscalls
 from sandbox.controls import CONTROLS, Control
+from sandbox.guard import make_group
 from sandbox.netpool import CannotMakeNetwork, Pool
 from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST, Limits
 
@@ -245,6 +246,14 @@ def _system_calls(_: Host) -> str:
     return ", ".join(names)
 
 
+def _file_grants(_: Host) -> str:
+    try:
+        os.close(make_group())
+    except OSError as error:
+        raise Lacking(f"opens on a mount cannot be denied: {error}") from error
+    return "fanotify permission events"
+
+
 def _idmap(host: Host) -> str:
     for line in (host.text("self/mountinfo") or "").splitlines():
         left, _, right = line.partition(" - ")
@@ -392,6 +401,7 @@ _PROBES: Final[dict[str, tuple[Callable[[Host], str], str]]] = {
     "landlock": (_landlock, "landlock_create_ruleset(2)"),
     "idmap": (_idmap, "/proc/self/mountinfo"),
     "workspace-quota": (_workspace_quota, "not in this version"),
+    "file-grants": (_file_grants, "made a permission mark"),
     "network": (_network, "made one and threw it away"),
     "nftables": (_nftables, "loaded the rules in a namespace of its own"),
     "users": (_users, "the user database"),

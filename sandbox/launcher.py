@@ -24,6 +24,7 @@ import time
 from typing import Final
 
 from sandbox import cgroups, syscalls
+from sandbox.guard import Guard
 from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
@@ -57,11 +58,13 @@ def main() -> int:
         pool=Pool(options.instance, PROXY_PORT, options.networks),
         holders=Holders(),
         starters=Starters(layout, options.instance, f"{options.run_dir}/root", options.starters),
+        guard=Guard(loop, options.run_dir),
         allow_weakened=options.allow_weakened,
     )
     notifier = Notifier()
     server = Server(workshop, _listen(options.run_dir))
     server.on_change.append(notifier.agent_changed)
+    workshop.guard.on_group.append(notifier.guard_made)
     restore(server, notifier)
     _end_on_signals(loop)
     # What is there now is never garbage: without this each collection in a child would copy the pages of all of it.
@@ -75,6 +78,7 @@ def main() -> int:
     workshop.starters.close()
     workshop.holders.close()
     workshop.pool.close()
+    workshop.guard.close()
     with contextlib.suppress(OSError):
         os.unlink(f"{options.run_dir}/launcher.sock")
     os.close(lock)

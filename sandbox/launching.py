@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import canaries, capabilities, controls, examine, init, landlock, mounts, sync, syscalls
+from sandbox import canaries, capabilities, controls, examine, init, landlock, mounted, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
+from sandbox.guard import Guard
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
@@ -45,6 +46,7 @@ class Workshop:
     pool: Pool
     holders: Holders
     starters: Starters
+    guard: Guard
     allow_weakened: bool
     filters: dict[str, bytes] = field(default_factory=dict)
 
@@ -141,14 +143,14 @@ def _gather(
 
     with step("make user namespace"):
         users = add(workshop.holders.for_agent(plan.ids))
-        host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
-        if "user_namespace" in plan.weaken:
-            host_uid, host_gid = plan.uid, plan.gid
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
             rootfs = add(mounts.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
-    binds = _binds(workshop, agent, fds, (host_uid, host_gid), add)
+    binds = _binds(workshop, agent, fds, host_owner(plan), add)
+    undo.callback(mounted.forget, agent)
+    with step("note binds"):
+        mounted.launched(agent, [given[index] for index in binds])
     with step("make directory of the agent"):
         os.mkdir(agent.directory, 0o700)
         undo.callback(remove_directory, agent.directory)
@@ -171,6 +173,13 @@ def _gather(
         "keep": keep,
         "filter": filters,
     }, given
+
+
+def host_owner(plan: SandboxPlan) -> tuple[int, int]:
+    """Return the ids on the host of whom the agent's program runs as."""
+    if "user_namespace" in plan.weaken:
+        return plan.uid, plan.gid
+    return plan.ids.host(plan.uid), plan.ids.host(plan.gid)
 
 
 def _binds(
@@ -481,6 +490,8 @@ def save(agent: Agent) -> None:
     }
     with open(path, "x", encoding="utf-8") as file:
         json.dump(state, file)
+    if agent.mounted:
+        mounted.save(agent)
 
 
 def start_ticks(pid: int) -> int:

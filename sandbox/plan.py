@@ -305,23 +305,13 @@ class SandboxPlan:
         if len(self.binds) > BINDS_MAX or len(self.hide) > HIDDEN_MAX or len(self.etc) > ETC_FILES_MAX:
             raise InvalidPlan(f"binds, hide, etc: at most {BINDS_MAX}, {HIDDEN_MAX}, {ETC_FILES_MAX}")
         for index, bind in enumerate(self.binds):
-            self._check_bind(f"binds[{index}]", bind)
+            check_bind(f"binds[{index}]", bind)
         for path in self.hide:
             check_target("hide", path)
         for file in self.etc:
             check_target("etc.name", "/" + file.name)
             if len(file.text) > TEXT_BYTES_MAX:
                 raise InvalidPlan(f"etc.{file.name}: longer than {TEXT_BYTES_MAX} characters")
-
-    @staticmethod
-    def _check_bind(where: str, bind: Bind) -> None:
-        check_target(f"{where}.target", bind.target)
-        if bind.target.split("/")[1] in {"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""}:
-            raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
-        if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
-            raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
-        if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
-            raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each step, in the order in which they happen."""
@@ -350,7 +340,7 @@ class SandboxPlan:
         yield f"execve {self.argv[0]} in {self.cwd}"
 
 
-# --- checks shared with exec ---------------------------------------------------------------------------------------
+# --- checks shared with exec and with binds into a running sandbox ------------------------------------------------
 
 
 def check_strings(where: str, strings: Sequence[str]) -> None:
@@ -375,6 +365,21 @@ def check_target(where: str, path: str) -> None:
     parts = path.split("/")
     if parts[0] or len(path) > 4096 or "\0" in path or (path != "/" and any(p in {"", ".", ".."} for p in parts[1:])):  # noqa: PLR2004 - PATH_MAX
         raise InvalidPlan(f"{where}: {path!r} is not an absolute path without empty, '.' or '..' parts")
+
+
+# First parts of paths that are the sandbox's own: covering them would change what it is.
+RESERVED_TOPS: Final = frozenset({"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""})
+
+
+def check_bind(where: str, bind: Bind) -> None:
+    """Check what types cannot say of a bind; raises `InvalidPlan`."""
+    check_target(f"{where}.target", bind.target)
+    if bind.target.split("/")[1] in RESERVED_TOPS:
+        raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
+    if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
+        raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
+    if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
+        raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 
 
 def check_terminal(tty: Tty) -> None:

@@ -14,7 +14,7 @@ import os
 import socket
 from typing import Final
 
-from sandbox import cgroups, init, syscalls
+from sandbox import cgroups, init, mounted, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
@@ -24,6 +24,7 @@ from sandbox.stdio import Feed, Pump, RotatingFile
 
 STORED_FIRST: Final = 3
 LISTENER: Final = "listener."
+GUARD: Final = "guard"
 
 
 class Notifier:
@@ -49,6 +50,10 @@ class Notifier:
         elif what == "gone":
             self.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
+    def guard_made(self, group: int) -> None:
+        """Have the guard's group outlive this launcher and all its children."""
+        self.send(f"FDSTORE=1\nFDNAME={GUARD}\nFDPOLL=0", (group,))
+
 
 def _stored() -> dict[str, int]:
     """Take the descriptors that systemd kept, by name; each is close-on-exec from now on."""
@@ -59,7 +64,7 @@ def _stored() -> dict[str, int]:
             fd = STORED_FIRST + index
             os.set_inheritable(fd, False)
             name = names[index] if index < len(names) else ""
-            if name in stored or not name.startswith(LISTENER):
+            if name in stored or not (name == GUARD or name.startswith(LISTENER)):
                 os.close(fd)
             else:
                 stored[name] = fd
@@ -71,6 +76,9 @@ def _stored() -> dict[str, int]:
 def restore(server: Server, notifier: Notifier) -> None:
     """Take up the agents that an earlier launcher started, and clear away what is left of those that are dead."""
     run_dir = server.workshop.run_dir
+    group = notifier.stored.pop(GUARD, -1)
+    if group >= 0:
+        server.workshop.guard.adopt(group, kept=True)
     for digest in os.listdir(f"{run_dir}/filters"):
         with open(f"{run_dir}/filters/{digest}", "rb") as file:
             server.workshop.filters[digest] = file.read()
@@ -89,6 +97,8 @@ def restore(server: Server, notifier: Notifier) -> None:
             _reconnect(agent)
             agent.watch_death()
             server.watch.add(agent, fresh=False)
+            if group >= 0:
+                server.workshop.guard.watch(agent.pid, agent.pidfd)
         else:
             agent.end()
     for fd in notifier.stored.values():
@@ -124,6 +134,7 @@ def _load(server: Server, directory: str) -> Agent | None:
     agent.started_at = os.stat(f"{directory}/state.json").st_mtime
     agent.frozen = group.frozen()
     agent.filters = server.workshop.filters.get(plan.filter_digest, b"")
+    mounted.restore(agent)
     with contextlib.suppress(OSError, ValueError, IndexError):
         pidfd = syscalls.pidfd_open(agent.pid)
         # Opened first, compared after: the pid cannot change hands in between.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sandbox.attach import Stream
     from sandbox.cgroups import Group
     from sandbox.loop import Loop
+    from sandbox.mounted import Mounted
     from sandbox.netpool import Net
     from sandbox.plan import SandboxPlan
     from sandbox.stdio import Feed, Pump
@@ -87,6 +88,10 @@ class Agent:
     feed: "Feed | None" = None
     terminal: int = -1
     streams: "dict[str, Stream]" = field(default_factory=dict)
+    mounted: "dict[str, Mounted]" = field(default_factory=dict)  # by target
+    stubs: tuple[str, ...] = ()  # places that could not be removed yet
+    entered: bool = False  # a child of ours changes its mounts
+    pausing: bool = False  # frozen for the moment that takes
     ending: Ending | None = None
     gone: "list[Callable[[Agent], None]]" = field(default_factory=list)
     lacking: dict[str, str] = field(default_factory=dict)  # controls that it does without, and how that shows
@@ -199,6 +204,9 @@ class Agent:
         if self.net is not None:
             self.net.close()
             self.net, self.listener = None, -1
+        # Its mounts go with its namespace; a descriptor would keep one busy on the host.
+        close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
+        self.mounted.clear()
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
         oom = self._remove_group(ending)

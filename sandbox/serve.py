@@ -1,6 +1,7 @@
 """The launcher's channel: one JSON object a SEQPACKET message; requests have `rq`, answers the same `rq`, events `ev`.
 
-    hello                                  -> version, pid, agents, filters; then an event `adopt` for each live agent
+    hello    [group of an earlier guard]   -> version, pid, agents, filters + [group of the guard, if there is one];
+                                              then an event `adopt` for each live agent
     filter   digest + [memfd]              -> ok
     launch   plan, meta + [fds of the plan] -> pid, cgroup, posture, timings_us + [pidfd of pid 1, listener]
     go       agent_id                      -> after execve: pid, started_at
@@ -16,6 +17,8 @@
     counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
+    show     agent_id, bind + [source]     -> when it is there: place, degraded + [group of the guard]
+    take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
 (agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id, status) and
@@ -40,12 +43,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, examine, launching, sync
+from sandbox import attach, confine, examine, launching, livebinds, mounted, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.launching import Follow, Workshop
 from sandbox.limits_watch import Kind, Watch
 from sandbox.loop import READ, WRITE
-from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
+from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import Agent, State, agent_error, read_status
 from sandbox.sync import StepError
 
@@ -170,6 +173,8 @@ class Server:
             "counters": self._counters,
             "examine": self._examine,
             "adopt": self._adopt,
+            "show": self._show,
+            "take": self._take,
         }
 
     # --- channel ---
@@ -239,8 +244,13 @@ class Server:
 
     # --- operations ---
 
-    def _hello(self, connection: Connection, _message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+    def _hello(self, connection: Connection, _message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         connection.greeted = True
+        if fds and self.workshop.guard.group < 0:
+            self.workshop.guard.adopt(os.dup(fds[0]))
+            for a in self.agents.values():
+                if a.pidfd >= 0:
+                    self.workshop.guard.watch(a.pid, a.pidfd)
         agents = [
             {
                 "agent_id": a.agent_id,
@@ -249,14 +259,22 @@ class Server:
                 "started_at": a.started_at,
                 "ids": a.plan.ids.start,
                 "cgroup": a.group_name,
+                "binds": mounted.listed(a),
             }
             for a in self.agents.values()
         ]
-        answer(version=VERSION, pid=os.getpid(), agents=agents, filters=sorted(self.workshop.filters))
+        group = self.workshop.guard.group
+        answer(
+            version=VERSION,
+            pid=os.getpid(),
+            agents=agents,
+            filters=sorted(self.workshop.filters),
+            fds=() if group < 0 else (group,),
+        )
         for a in self.agents.values():
             if a.pidfd >= 0:
-                fds = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
-                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, fds)
+                its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
+                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, its)
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -448,7 +466,8 @@ class Server:
     def _thaw(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
         assert agent.group is not None  # noqa: S101 - it runs
-        agent.group.thaw()
+        if not agent.pausing:  # else when that is over
+            agent.group.thaw()
         agent.frozen = False
         answer(frozen=False)
 
@@ -494,6 +513,25 @@ class Server:
         if kind in limit:
             details["limit"] = limit[kind]
         self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+
+    def _show(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        bind = decode(Bind, message["bind"], "bind")
+        livebinds.show(self.workshop, self.agent(message), bind, fds[bind.fd], self._outcome(answer))
+
+    def _take(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        livebinds.take(self.workshop, self.agent(message), str(message["target"]), self._outcome(answer))
+
+    def _outcome(self, answer: Answer) -> livebinds.Done:
+        """Answer with the guard's group, which the daemon keeps open too."""
+
+        def done(error: StepError | None, fields: dict[str, Any]) -> None:
+            group = self.workshop.guard.group
+            if error is not None:
+                answer(error)
+            else:
+                answer(**fields, launcher=os.getpid(), fds=() if group < 0 else (group,))
+
+        return done
 
     # --- ends ---
 

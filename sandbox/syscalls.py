@@ -116,6 +116,21 @@ PR_GET_NO_NEW_PRIVS: Final = 39
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
+# Values of fanotify_init(2), fanotify_mark(2).
+FAN_CLOEXEC: Final = 0x1
+FAN_NONBLOCK: Final = 0x2
+FAN_CLASS_CONTENT: Final = 0x4
+FAN_UNLIMITED_QUEUE: Final = 0x10
+FAN_UNLIMITED_MARKS: Final = 0x20
+FAN_MARK_ADD: Final = 0x1
+FAN_MARK_REMOVE: Final = 0x2
+FAN_MARK_MOUNT: Final = 0x10
+FAN_OPEN_PERM: Final = 0x10000
+FAN_ACCESS_PERM: Final = 0x20000
+FAN_OPEN_EXEC_PERM: Final = 0x40000
+FAN_ONDIR: Final = 0x40000000
+FAN_DENY: Final = 2
+
 # Values of seccomp(2).
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_SPEC_ALLOW: Final = 4
@@ -159,6 +174,8 @@ _libc.setns.argtypes = [c_int, c_int]
 _libc.mount.argtypes = [c_char_p, c_char_p, c_char_p, c_ulong, c_char_p]
 _libc.umount2.argtypes = [c_char_p, c_int]
 _libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
+_libc.fanotify_init.argtypes = [c_uint, c_uint]
+_libc.fanotify_mark.argtypes = [c_int, c_uint, c_uint64, c_int, c_char_p]
 _libc.sethostname.argtypes = [c_char_p, c_size_t]
 _libc.setdomainname.argtypes = [c_char_p, c_size_t]
 
@@ -373,6 +390,19 @@ def memfd_create(name: str, content: bytes = b"") -> int:
         view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """Return a group; events are read from it, and answers to permission events written to it (fanotify(7))."""
+    result = int(_libc.fanotify_init(flags, event_flags))
+    if result < 0:
+        raise_errno("fanotify_init", hex(flags))
+    return result
+
+
+def fanotify_mark(group: int, flags: int, mask: int, dirfd: int, path: str) -> None:
+    if _libc.fanotify_mark(group, flags, mask, dirfd, os.fsencode(path)) < 0:
+        raise_errno("fanotify_mark", f"{path}, {mask:#x}")
 
 
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14

@@ -33,6 +33,7 @@ from supervisord.door import FrontDoor, listening_socket
 from supervisord.egress_plane import EgressPlane
 from supervisord.errors import CannotRecord, InvalidInput, NotFound, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
+from supervisord.filegrants import FileGrants
 from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
@@ -177,6 +178,14 @@ class Daemon:
             now_ns=time.time_ns,
         )
         self._holds = holds
+        self._files = FileGrants(
+            agents=self._agents,
+            book=self._book,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            store=self._store,
+        )
         self._acts = Acts(
             config=config,
             agents=self._agents,
@@ -189,6 +198,7 @@ class Daemon:
             requests=self._requests,
             holds=holds,
             store=self._store,
+            files=self._files,
             entropy=os.urandom,
             now_ns=time.time_ns,
         )
@@ -308,10 +318,11 @@ class Daemon:
             slots=self._slots,
             output_dir=self.config.run_dir / "agents",
             history=self._history,
+            hold=self._files.hold,
         )
         self._live_ids = set()
-        listed = await self._recovery.greet()
-        self._frozen = {str(entry["agent_id"]) for entry in listed if entry.get("state") == "FROZEN"}
+        self._listed = await self._recovery.greet(self._files.groups())
+        self._frozen = {str(entry["agent_id"]) for entry in self._listed if entry.get("state") == "FROZEN"}
         for digest, programs in self._filters.values():
             fd = os.memfd_create("filter", os.MFD_CLOEXEC)
             try:
@@ -330,6 +341,7 @@ class Daemon:
             for event in (Event.FREEZE,) if agent.agent_id in self._frozen else ():
                 self._agents.apply(agent, event)
                 self._plane.freeze(agent.agent_id)
+        await self._files.reconcile(self._listed)
         if self._recovery.adopted or ended or self._recovery.half_built:
             await self._actions.record(
                 Action(
@@ -420,6 +432,7 @@ class Daemon:
 
     def _gone(self, agent: Agent) -> None:
         self._launching.forget(agent)
+        self._files.forget(agent)
         self._requests.end_agent(agent.agent_id)
 
     def _changed(self, agent: Agent) -> None:
@@ -440,14 +453,26 @@ class Daemon:
     async def _reconnect(self) -> None:
         while not self._stopping:
             await asyncio.sleep(LAUNCHER_PAUSE_SECONDS)
+            known = {grant.grant_id for grant in self._book.all()}
             try:
                 await self._reach_launcher()
             except StockadeError as error:
                 log.error("no launcher", cause=error.message)
                 continue
             self._settle_lost()
+            await self._files.reconcile(self._listed, known=known)
+            await self._thaw_unordered()
             await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return
+
+    async def _thaw_unordered(self) -> None:
+        """Let go on what a launcher stopped for a moment, to take files away, and died in that moment."""
+        for agent in self._agents.live():
+            if agent.agent_id in self._frozen and agent.state is State.RUNNING:
+                try:
+                    await self._launcher.call("thaw", agent_id=agent.agent_id)
+                except StockadeError as error:
+                    log.error("cannot thaw an agent", agent=agent.agent_id, cause=error.message)
 
     def _settle_lost(self) -> None:
         """Note the end of agents that a new launcher did not find alive."""

@@ -17,10 +17,9 @@ from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import NO_BUDGET, Budget, Ledger
-from supervisord.callers import Role
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
-from supervisord.hostfiles import open_files
+from supervisord.hostfiles import file_uid, open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
@@ -94,7 +93,7 @@ class Launching:
         """The plan a launch would perform, a line each; starts and records nothing."""
         policy = self._judge(order)
         agent_id = new_agent_id(self._entropy)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+        files, fds = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
         close_all(fds)
         root = None
         if policy.rootfs is not None:
@@ -135,7 +134,7 @@ class Launching:
                 if known is not None:
                     return known, True
                 self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
-            files, opened = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+            files, opened = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
             root = None
             if image is not None:
                 root = Root(len(opened), image.form, str(policy.rootfs), image.digest, image.path)
@@ -349,11 +348,6 @@ class Launching:
     async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
         details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
         await self._actions.append(Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details))
-
-
-def _file_uid(caller: Caller) -> int:
-    """Whose files the caller may hand out: an admin anybody's, as root itself could."""
-    return 0 if caller.role is Role.ADMIN else caller.uid
 
 
 async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) -> tuple[Entry, Reply]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
 from sandbox import plan as sandbox_plan
-from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, EtcFile, IdRange, SandboxPlan, Scratch, Tty
+from sandbox.plan import (
+    AGENT_INSIDE,
+    IDS_PER_AGENT,
+    RESERVED_TOPS,
+    ROOT_INSIDE,
+    EtcFile,
+    IdRange,
+    InvalidPlan,
+    SandboxPlan,
+    Scratch,
+    Tty,
+    check_bind,
+)
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
@@ -105,6 +117,53 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
                 remedy="give one of them another place: fs:ro:/host/path=/in/agent",
             )
     return tuple(seen.values())
+
+
+GRANTS: Final = PurePosixPath("/grants")
+# Where an agent has files of its own: what it may move about is no place for a bind into a running sandbox.
+_AGENTS_OWN: Final = (PurePosixPath("/home/agent"), PurePosixPath("/workspace"), GRANTS)
+_LINKS: Final = frozenset({"lib32", "libx32"})
+
+
+def live_scope(scope: FsScope) -> FsScope:
+    """The scope with the place in a running sandbox where its path will be, written out where it is another one.
+
+    The host's path itself, or below /grants where that would cover a part of the sandbox or be in a directory of the
+    agent's own. Raises InvalidInput for a place that cannot be.
+    """
+    target = scope.inside
+    if target is None:
+        path = scope.host_path
+        top = path.parts[1] if len(path.parts) > 1 else ""
+        covered = top in RESERVED_TOPS | _LINKS or any(path.is_relative_to(own) for own in _AGENTS_OWN)
+        target = GRANTS.joinpath(*path.parts[1:]) if covered else path
+    try:
+        check_bind("scope", sandbox_plan.Bind(0, str(target), writable=False, owner_uid=0, owner_gid=0))
+    except InvalidPlan as error:
+        raise InvalidInput(f"cannot grant {format_scope(scope)}: {error}", remedy=_ELSEWHERE) from error
+    if target == GRANTS or any(target.is_relative_to(own) for own in _AGENTS_OWN[:2]):
+        raise InvalidInput(
+            f"cannot grant {format_scope(scope)}: {target} belongs to the agent or to the sandbox", remedy=_ELSEWHERE
+        )
+    return replace(scope, inside=None if target == scope.host_path else target)
+
+
+_ELSEWHERE: Final = "choose another place: fs:ro:/host/path=/grants/name"
+
+
+def live_bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
+    """What the launcher is to bind into a running sandbox; raises PermissionDenied as a launch would."""
+    return _bind(file, policy)
+
+
+def wanted_file(scope: FsScope) -> WantedFile:
+    """What somebody wants an agent to see; it is theirs to give, or not."""
+    return _wanted(scope, by_policy=False)
+
+
+def place_of(scope: FsScope) -> PurePosixPath:
+    """Where the agent finds it."""
+    return scope.inside or scope.host_path
 
 
 def effective_limits(policy: Policy, wanted: LimitsWanted) -> Limits:

@@ -22,7 +22,7 @@ from supervisord.processes import spawn
 from supervisord.store import AgentRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
@@ -81,6 +81,7 @@ class Recovery:
         slots: Slots,
         output_dir: Path,
         history: Mapping[str, AgentRow],
+        hold: Callable[[object, Sequence[int]], None],
     ) -> None:
         self._agents = agents
         self._launching = launching
@@ -89,12 +90,17 @@ class Recovery:
         self._slots = slots
         self._output_dir = output_dir
         self._history = history
+        self._hold = hold
         self.adopted: list[str] = []
         self.half_built: list[str] = []
 
-    async def greet(self) -> list[dict[str, object]]:
-        """Say hello; the agents that live come back as `adopt` events. Gives the launcher's list of them."""
-        reply = await self._launcher.call("hello")
+    async def greet(self, groups: Sequence[int] = ()) -> list[dict[str, object]]:
+        """Say hello, with the guard of an earlier launcher where there was one; gives the launcher's list of agents.
+
+        Those that live come back as `adopt` events.
+        """
+        reply = await self._launcher.call("hello", groups)
+        self._hold(reply.body.get("pid"), reply.fds)
         listed = reply.body.get("agents")
         agents = cast("list[dict[str, object]]", listed) if isinstance(listed, list) else []
         for entry in agents:
