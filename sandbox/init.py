@@ -191,7 +191,9 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
     if standard is None:
         tree = given["rootfs"]
         mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
-    mounts.make_own(plan, clock.mark)
+    image = given["image"]
+    staged = None if image is None else mounts.Staged(fds[image], f"{message['stage']}/image")
+    mounts.make_own(plan, staged, clock.mark)
     mounts.attach_binds(plan, [fds[index] for index in given["binds"]])
     mounts.hide(plan.hide)
     clock.mark("binds")

@@ -21,8 +21,10 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.scratch import CannotMakeScratch, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
+from sandbox.sweeper import Sweeper
 from sandbox.sync import StepError, ToldError, receive, send, step
 from sandbox.userns import Holders
 
@@ -44,6 +46,8 @@ class Workshop:
     pool: Pool
     holders: Holders
     starters: Starters
+    stock: Stock
+    sweeper: Sweeper
     allow_weakened: bool
     filters: dict[str, bytes] = field(default_factory=dict)
 
@@ -96,10 +100,14 @@ def begin(
         undo.callback(agent.net.close)
         agent.listener = agent.net.listener
         clock.mark("network")
+        _take_scratch(workshop, agent)
+        undo.callback(_put_away, agent)
+        clock.mark("scratch")
         with contextlib.ExitStack() as mine:
             order, given = _gather(workshop, agent, fds, mine, undo)
             clock.mark("gather")
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
+            message["stage"] = f"{workshop.run_dir}/stage"
             with step("send plan"):
                 send(starter.stub, message, given)
                 send(starter.control, message, given)
@@ -109,6 +117,31 @@ def begin(
     agent.control, agent.builder = starter.stub, starter.control
     agent.timings_us = clock.steps
     return agent, Follow(agent, built)
+
+
+def _take_scratch(workshop: Workshop, agent: Agent) -> None:
+    """Give the agent its image, or nothing where the host can have none and the plan may do without."""
+    plan, stock = agent.plan, workshop.stock
+    agent.put_away = workshop.sweeper.put_away
+    if plan.scratch.disk == "off":
+        return
+    if stock.lacking:
+        if plan.scratch.disk == "required":
+            raise StepError(
+                "make scratch", 0, f"the host cannot have it on disk: {stock.lacking}", "see `stockadectl doctor`"
+            )
+        agent.degraded.append(f"disk-quota: scratch is memory, and counts as such ({stock.lacking})")
+        return
+    try:
+        agent.image = stock.take(plan.limits.disk_bytes)
+    except CannotMakeScratch as error:
+        raise StepError("make scratch", error.number, str(error), error.remedy) from error
+
+
+def _put_away(agent: Agent) -> None:
+    image, agent.image = agent.image, None
+    if image is not None and agent.put_away is not None:
+        agent.put_away(image, None)
 
 
 def _gather(
@@ -130,6 +163,12 @@ def _gather(
         host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
         if "user_namespace" in plan.weaken:
             host_uid, host_gid = plan.uid, plan.gid
+    image = None
+    if agent.image is not None:
+        with step("make scratch"):
+            agent.image.own(host_uid, host_gid)
+            image = add(agent.image.mount)
+            agent.image.mount = -1
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
@@ -151,6 +190,7 @@ def _gather(
         "network": add(net.agent_ns, own=False),
         "users": users,
         "rootfs": rootfs,
+        "image": image,
         "binds": binds,
         "exit": add(agent.exit_fd, own=False),
         "stdio": stdio,
@@ -387,10 +427,18 @@ def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
         "limits": {name: getattr(plan.limits, name) for name in plan.limits.__slots__},
         "cgroups": workshop.layout.facts(),
         "network": net.facts() if isinstance(net, Net) else {},
-        "scratch": "tmpfs, counts as memory",
+        "scratch": _scratch(agent),
         "weakened": sorted(plan.weaken),
         "degraded": degraded(agent),
     }
+
+
+def _scratch(agent: Agent) -> str:
+    if agent.image is None:
+        return "tmpfs, counts as memory"
+    disk_bytes = agent.plan.limits.disk_bytes
+    inodes = geometry(disk_bytes).inodes
+    return f"on disk, {disk_bytes} bytes and {inodes} inodes; /dev/shm is tmpfs, counts as memory"
 
 
 def degraded(agent: Agent) -> list[str]:

@@ -13,9 +13,10 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from sandbox import etc, syscalls
+from sandbox import etc, scratch, syscalls
 from sandbox.plan import Bind, SandboxPlan
 from sandbox.sync import StepError, step
 
@@ -80,8 +81,28 @@ def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable
     mark("proc")
 
 
-def make_own(plan: SandboxPlan, mark: Callable[[str], None]) -> None:
-    """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be."""
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A detached mount, and a directory of the host to attach it at in passing: both go with the old root.
+
+    A mount that is attached nowhere cannot be cloned (before Linux 6.15), and detaching it again here would cost a
+    grace period more.
+    """
+
+    mount: int
+    stage: str
+
+    def attach(self) -> int:
+        """Return a descriptor of its top, in this mount namespace."""
+        syscalls.move_mount(self.mount, "", syscalls.AT_FDCWD, self.stage, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        return os.open(self.stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def make_own(plan: SandboxPlan, image: Staged | None, mark: Callable[[str], None]) -> None:
+    """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be.
+
+    `image` is the agent's disk-backed scratch; None for memory.
+    """
     weak = frozenset(plan.weaken)
     with step("write /etc"):
         _write_etc(plan)
@@ -91,7 +112,7 @@ def make_own(plan: SandboxPlan, mark: Callable[[str], None]) -> None:
             options = f"ptmxmode=0666,mode=0620,gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
             flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
             syscalls.mount("devpts", "dev/pts", "devpts", flags | syscalls.MS_REMOUNT, options)
-        _make_scratch(plan, _flags(weak))
+        _make_scratch(plan, image, _flags(weak))
     mark("scratch")
 
 
@@ -294,17 +315,34 @@ def _mask_directory(target: str) -> None:
     )
 
 
-def _make_scratch(plan: SandboxPlan, flags: int) -> None:
-    scratch, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
+def _make_scratch(plan: SandboxPlan, image: Staged | None, flags: int) -> None:
+    sizes, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
     if "user_namespace" in plan.weaken:
         uid, gid = plan.uid, plan.gid
-    _tmpfs("tmp", flags, scratch.tmp_bytes, mode=0o1777, inodes=scratch.inodes)
-    _tmpfs("home/agent", flags, scratch.home_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
-    if "devices" not in plan.weaken:
-        _tmpfs("dev/shm", flags, scratch.shm_bytes, mode=0o1777, inodes=scratch.inodes)
     os.mkdir("workspace", 0o755)
-    if not any(bind.target == "/workspace" for bind in plan.binds):
-        _tmpfs("workspace", flags, scratch.workspace_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
+    own_workspace = not any(bind.target == "/workspace" for bind in plan.binds)
+    if image is None:
+        _tmpfs("tmp", flags, sizes.tmp_bytes, mode=0o1777, inodes=sizes.inodes)
+        _tmpfs("home/agent", flags, sizes.home_bytes, mode=0o750, inodes=sizes.inodes, uid=uid, gid=gid)
+        if own_workspace:
+            _tmpfs("workspace", flags, sizes.workspace_bytes, mode=0o750, inodes=sizes.inodes, uid=uid, gid=gid)
+    else:
+        _show_image(image, own_workspace=own_workspace, unsafe=not flags)
+    if "devices" not in plan.weaken:
+        _tmpfs("dev/shm", flags, sizes.shm_bytes, mode=0o1777, inodes=sizes.inodes)
+
+
+def _show_image(image: Staged, *, own_workspace: bool, unsafe: bool) -> None:
+    """Show the parts of a scratch image where they belong; the whole stays out."""
+    top = image.attach()
+    try:
+        parts = [(scratch.TMP, "tmp"), (scratch.HOME, "home/agent")]
+        if own_workspace:
+            parts.append((scratch.WORKSPACE, "workspace"))
+        for name, target in parts:
+            _show(top, name, target, 0, clear=_SAFE if unsafe else 0)
+    finally:
+        os.close(top)
 
 
 # --- binds ---------------------------------------------------------------------------------------------------------

@@ -117,8 +117,13 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Private writable space; each is a tmpfs of its own, with a limit on bytes and on files."""
+    """Private writable space, limited in bytes and files.
 
+    `disk`: /tmp, home, an unbound /workspace and a layer share one image of `limits.disk_bytes`; "preferred" makes each
+    a tmpfs of the size given here where the host can have none. /dev/shm is a tmpfs in any case.
+    """
+
+    disk: Literal["off", "preferred", "required"] = "off"
     root_bytes: int = 16 << 20
     tmp_bytes: int = 256 << 20
     home_bytes: int = 256 << 20
@@ -127,7 +132,11 @@ class Scratch:
     inodes: int = 65536
 
     def describe(self) -> str:
-        return f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
+        if self.disk == "off":
+            return (
+                f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
+            )
+        return f"scratch: on disk ({self.disk}), within limits.disk_bytes; /dev/shm is tmpfs, {self.shm_bytes} bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +189,7 @@ class Limits:
     def describe(self) -> str:
         return (
             f"limits: memory {self.memory_bytes} bytes, {self.cpus:g} cpus, {self.pids} pids, "
-            f"{self.open_files} open files, output {self.output_bytes} bytes"
+            f"{self.open_files} open files, disk {self.disk_bytes} bytes, output {self.output_bytes} bytes"
         )
 
 

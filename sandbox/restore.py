@@ -19,6 +19,7 @@ from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.scratch import Image, again
 from sandbox.serve import Server
 from sandbox.stdio import Feed, Pump, RotatingFile
 
@@ -87,6 +88,7 @@ def restore(server: Server, notifier: Notifier) -> None:
         agent.gone.append(server.agent_gone)
         if agent.pidfd >= 0:
             _reconnect(agent)
+            _find_image(server, agent)
             agent.watch_death()
         else:
             agent.end()
@@ -131,6 +133,17 @@ def _load(server: Server, directory: str) -> Agent | None:
         else:
             os.close(pidfd)
     return agent
+
+
+def _find_image(server: Server, agent: Agent) -> None:
+    """Take hold of the agent's scratch again, so that its end need not write it out."""
+    agent.put_away = server.workshop.sweeper.put_away
+    if agent.plan.scratch.disk == "off":
+        return
+    with contextlib.suppress(OSError):
+        found = again(f"/proc/{agent.pid}/root/tmp")
+        if found is not None:
+            agent.image = Image(*found, -1, agent.plan.limits.disk_bytes)
 
 
 def _reconnect(agent: Agent) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sandbox.loop import Loop
     from sandbox.netpool import Net
     from sandbox.plan import SandboxPlan
+    from sandbox.scratch import Image
     from sandbox.stdio import Feed, Pump
 
 POLL_SECONDS: Final = 0.001
@@ -71,6 +72,8 @@ class Agent:
     group_name: str = ""
     net: "Net | None" = None
     listener: int = -1
+    image: "Image | None" = None
+    put_away: "Callable[[Image, Callable[[], None] | None], None] | None" = None
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
@@ -197,6 +200,9 @@ class Agent:
             self.net, self.listener = None, -1
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
+        image, self.image = self.image, None
+        if image is not None and self.put_away is not None:
+            self.put_away(image, None)
         oom = self._remove_group(ending)
         self._leave_status(oom=oom)
         self.state = State.GONE
