@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sandbox import cgroups, syscalls
+from sandbox import cgroups, scratch, syscalls
 from sandbox.netpool import CannotMakeNetwork, Pool
 from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST
 
@@ -60,6 +60,7 @@ class Host:
     users: tuple[str, ...] = USERS
     subordinate: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid"))
     kernel: str = platform.release()
+    scratch: str = "/var/tmp"  # noqa: S108 - on the same kind of disk as a state_dir, as a rule
 
     def text(self, path: str) -> str | None:
         """A file below /proc, stripped; None where this kernel has none."""
@@ -214,6 +215,18 @@ def _idmap(host: Host) -> str:
     return f"/ is {kind}"
 
 
+def _disk_quota(host: Host) -> str:
+    """Make an image, and see whether it can be mounted; it is gone when this is over."""
+    if why := scratch.lacking(host.scratch):
+        raise Lacking(why)
+    stock = scratch.Stock(host.scratch, label="stockade-doctor", size=0, reserve_bytes=0)
+    try:
+        stock.take(1 << 20).drop()
+    except scratch.CannotMakeScratch as error:
+        raise Lacking(str(error)) from error
+    return "ext4 images behind loop devices"
+
+
 def _network(_: Host) -> str:
     """Make a whole network and throw it away. In a thread: namespaces are per thread, and end with it."""
     answer: list[str | CannotMakeNetwork] = []
@@ -322,6 +335,13 @@ CONTROLS: Final = (
         required=False,
         remedy="put workspaces on ext4, xfs or btrfs; elsewhere they need `degraded_ok: [idmap]` and are read-only",
         probe=_idmap,
+    ),
+    Control(
+        "disk-quota",
+        required=False,
+        remedy="apt-get install e2fsprogs; modprobe loop; without it scratch counts as memory, and overlay workspaces"
+        " and persistent homes are refused",
+        probe=_disk_quota,
     ),
     Control("network", required=True, remedy="load the veth module: modprobe veth", probe=_network),
     Control("nftables", required=False, remedy="modprobe nf_tables nft_reject_inet", probe=_nftables),

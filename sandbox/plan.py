@@ -133,9 +133,8 @@ class Scratch:
 
     def describe(self) -> str:
         if self.disk == "off":
-            return (
-                f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
-            )
+            sizes = f"/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes}"  # noqa: S108 - the sandbox's own
+            return f"scratch: tmpfs, counts as memory ({sizes})"
         return f"scratch: on disk ({self.disk}), within limits.disk_bytes; /dev/shm is tmpfs, {self.shm_bytes} bytes"
 
 

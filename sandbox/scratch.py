@@ -9,7 +9,7 @@ memory and make every further image. No journal and no barriers: what is on scra
 program that calls fsync(2) must not make the host's own log wait. Freed blocks go back to the host (discard).
 """
 
-# ruff: noqa: PTH102, PTH103, PTH110, PTH116, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH110, PTH116 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import errno

@@ -274,9 +274,7 @@ class Daemon:
     async def _reach_launcher(self) -> None:
         await reach_launcher(
             self._launcher,
-            run_dir=self.config.run_dir,
-            instance=self.config.instance,
-            networks=self.config.pool_netns,
+            self.config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
         )
         self._recovery = Recovery(

@@ -158,7 +158,7 @@ def build(
         gid=inside,
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
-        scratch=_scratch(limits),
+        scratch=_scratch(limits, required=policy.disk_quota is Demand.REQUIRED),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
@@ -195,10 +195,16 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str) -> tuple[
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
 
 
-def _scratch(limits: Limits) -> Scratch:
-    """Share the disk limit out: what is on tmpfs counts as memory too, so it never promises more than that."""
+def _scratch(limits: Limits, *, required: bool) -> Scratch:
+    """Share the disk limit out, for where it cannot be on disk: what is on tmpfs counts as memory too."""
     total = min(limits.disk_bytes, limits.memory_bytes)
-    return Scratch(tmp_bytes=total, home_bytes=total, shm_bytes=max(total // 2, 1 << 16), workspace_bytes=total)
+    return Scratch(
+        "required" if required else "preferred",
+        tmp_bytes=total,
+        home_bytes=total,
+        shm_bytes=max(total // 2, 1 << 16),
+        workspace_bytes=total,
+    )
 
 
 def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:

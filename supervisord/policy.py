@@ -108,6 +108,7 @@ class Policy:
     env: Mapping[str, str] = field(default_factory=dict)
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
+    disk_quota: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
@@ -183,6 +184,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "egress.worker": (policy.egress.worker, base.egress.worker) == (Worker.SHARED, Worker.DEDICATED),
         "seccomp": policy.seccomp != base.seccomp,
         "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
+        "disk_quota": (policy.disk_quota, base.disk_quota) == (Demand.PREFERRED, Demand.REQUIRED),
         "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
@@ -220,6 +222,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "env": dict(sorted(policy.env.items())),
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
+        "disk_quota": policy.disk_quota.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,

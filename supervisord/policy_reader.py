@@ -234,6 +234,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         env={**base.env, **read.texts("env")},
         seccomp=read.text("seccomp", base.seccomp),
         landlock=read.one_of(("landlock",), base.landlock),
+        disk_quota=read.one_of(("disk_quota",), base.disk_quota),
         on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
         degraded_ok=base.degraded_ok
         if not isinstance(degraded_ok, list)

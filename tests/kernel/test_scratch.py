@@ -104,7 +104,8 @@ def test_what_is_on_scratch_is_not_counted_as_memory(launcher: Launcher) -> None
 def test_on_memory_the_same_is_stopped(launcher: Launcher) -> None:
     """The twin: tmpfs counts."""
     plan = launcher.plan(
-        ["/bin/sh", "-c", "dd if=/dev/zero of=/tmp/f bs=1M count=200 && echo fine"], limits=Limits(memory_bytes=48 << 20)
+        ["/bin/sh", "-c", "dd if=/dev/zero of=/tmp/f bs=1M count=200 && echo fine"],
+        limits=Limits(memory_bytes=48 << 20),
     )
     sizes = replace(plan.scratch, disk="off", tmp_bytes=512 << 20)
     agent = launcher.wait(launcher.start_plan(replace(plan, scratch=sizes)))
@@ -206,7 +207,9 @@ def test_with_it_nothing_is_degraded(launcher: Launcher) -> None:
 
 def test_an_fsync_inside_does_not_reach_the_hosts_disk(launcher: Launcher) -> None:
     """What the agent's fsync does on the host would make the action log wait."""
-    script = "import os,time\nf=os.open('/tmp/f',os.O_RDWR|os.O_CREAT)\nfor _ in range(200): os.write(f,b'x'); os.fsync(f)"
+    script = (
+        "import os,time\nf=os.open('/tmp/f',os.O_RDWR|os.O_CREAT)\nfor _ in range(200): os.write(f,b'x'); os.fsync(f)"
+    )
     assert launcher.wait(launcher.start_plan(on_disk(launcher, ["python3", "-c", script]))).status == {
         "code": 0,
         "signal": None,

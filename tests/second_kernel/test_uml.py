@@ -34,6 +34,7 @@ SKIPPED_IN_GUEST = {
 }
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
+SCRATCH = "tests/kernel/test_scratch.py"
 
 
 def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
@@ -58,6 +59,11 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{LAUNCH}::test_workspace_of_root_read_only_shows_as_the_agents",
         f"{KILL}::test_a_frozen_agent_stops_and_can_be_killed",
         f"{KILL}::test_killing_twice_and_what_never_was",
+        f"{SCRATCH}::test_the_limit_stops_bytes_where_df_says_it_is",
+        f"{SCRATCH}::test_inodes_stop_at_the_limit_and_come_back",
+        f"{SCRATCH}::test_what_is_on_scratch_is_not_counted_as_memory",
+        f"{SCRATCH}::test_the_end_of_an_agent_takes_image_and_device_along",
+        f"{SCRATCH}::test_with_it_nothing_is_degraded",
         seconds_max=400,
     )
     shutil.rmtree(directory)
@@ -87,6 +93,11 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_frozen_agent_stops_and_can_be_killed",
         "test_one_route_and_the_proxy_only",
         "test_workspace_is_writable_as_the_owner_on_disk",
+        "test_the_limit_stops_bytes_where_df_says_it_is",
+        "test_inodes_stop_at_the_limit_and_come_back",
+        "test_what_is_on_scratch_is_not_counted_as_memory",
+        "test_the_end_of_an_agent_takes_image_and_device_along",
+        "test_with_it_nothing_is_degraded",
     ],
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:

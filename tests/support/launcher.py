@@ -107,7 +107,8 @@ class Launcher:
         run_dir.chmod(0o711)
         # On disk, as state_dir is: on memory the images would count as that.
         scratch_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir=os.environ.get("TMPDIR", "/var/tmp")))
-        args = ["--scratch-dir", str(scratch_dir), *arguments, *(["--allow-weakened"] if weakened else [])]
+        where = ["--scratch-dir", str(scratch_dir), "--scratch-reserve-bytes", "0"]
+        args = [*where, *arguments, *(["--allow-weakened"] if weakened else [])]
         launcher = cls(
             run_dir,
             instance,

@@ -231,6 +231,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
     [
         ("egress.worker", "egress: {worker: dedicated}", "egress: {worker: shared}"),
         ("landlock", "landlock: required", "landlock: preferred"),
+        ("disk_quota", "disk_quota: required", "disk_quota: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
     ],
@@ -244,7 +245,7 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
-    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary"}
+    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary"}
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=PurePosixPath("/x"), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50), scopes=(parse_scope("llm:*"),),
@@ -254,6 +255,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
+        disk_quota=Demand.REQUIRED,
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
