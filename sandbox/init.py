@@ -194,7 +194,7 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
     image = given["image"]
     staged = None if image is None else mounts.Staged(fds[image], f"{message['stage']}/image")
     mounts.make_own(plan, staged, clock.mark)
-    mounts.attach_binds(plan, [fds[index] for index in given["binds"]])
+    mounts.attach_binds(plan, [fds[index] for index in given["binds"]], message["stage"])
     mounts.hide(plan.hide)
     clock.mark("binds")
     with step("enter root"):

@@ -21,7 +21,7 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
-from sandbox.scratch import CannotMakeScratch, Stock, geometry
+from sandbox.scratch import UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sweeper import Sweeper
@@ -50,6 +50,29 @@ class Workshop:
     sweeper: Sweeper
     allow_weakened: bool
     filters: dict[str, bytes] = field(default_factory=dict)
+
+    leaving: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+
+    def put_away(self, image: Image) -> None:
+        """Let go of an image; until that is done, `when_free` of its path waits."""
+        path = image.kept
+        if not path:
+            self.sweeper.put_away(image)
+            return
+        self.leaving.setdefault(path, [])
+
+        def done() -> None:
+            for call in self.leaving.pop(path, []):
+                call()
+
+        self.sweeper.put_away(image, done)
+
+    def when_free(self, path: str, call: Callable[[], None]) -> None:
+        """Call now, or when the image of this path has been written out."""
+        if path in self.leaving:
+            self.leaving[path].append(call)
+        else:
+            call()
 
     def check(self, plan: SandboxPlan, fds: list[int], agents: Iterable[Agent]) -> None:
         """Refuse what cannot be launched here; raises `StepError`."""
@@ -122,7 +145,7 @@ def begin(
 def _take_scratch(workshop: Workshop, agent: Agent) -> None:
     """Give the agent its image, or nothing where the host can have none and the plan may do without."""
     plan, stock = agent.plan, workshop.stock
-    agent.put_away = workshop.sweeper.put_away
+    agent.put_away = workshop.put_away
     if plan.scratch.disk == "off":
         return
     if stock.lacking:
@@ -133,7 +156,10 @@ def _take_scratch(workshop: Workshop, agent: Agent) -> None:
         agent.degraded.append(f"disk-quota: scratch is memory, and counts as such ({stock.lacking})")
         return
     try:
-        agent.image = stock.take(plan.limits.disk_bytes)
+        if any(bind.layer for bind in plan.binds):
+            agent.image = stock.make_kept(plan.limits.disk_bytes, stock.layer_path(plan.agent_id))
+        else:
+            agent.image = stock.take(plan.limits.disk_bytes)
     except CannotMakeScratch as error:
         raise StepError("make scratch", error.number, str(error), error.remedy) from error
 
@@ -141,7 +167,8 @@ def _take_scratch(workshop: Workshop, agent: Agent) -> None:
 def _put_away(agent: Agent) -> None:
     image, agent.image = agent.image, None
     if image is not None and agent.put_away is not None:
-        agent.put_away(image, None)
+        image.forget()
+        agent.put_away(image)
 
 
 def _gather(
@@ -167,6 +194,10 @@ def _gather(
     if agent.image is not None:
         with step("make scratch"):
             agent.image.own(host_uid, host_gid)
+            for bind in plan.binds:
+                if bind.layer:
+                    mode = os.fstat(fds[bind.fd]).st_mode
+                    os.chmod(UPPER, mode & 0o777, dir_fd=agent.image.root)
             image = add(agent.image.mount)
             agent.image.mount = -1
     rootfs = None

@@ -394,9 +394,13 @@ def clone_tree(fd: int, target: str, flags: int = 0) -> int:
         ) from error
 
 
-def attach_binds(plan: SandboxPlan, trees: list[int]) -> None:
-    """Put the detached mounts of the plan's binds, one each, where they belong. Raises `StepError`."""
-    for bind, tree in zip(plan.binds, trees, strict=True):
+def attach_binds(plan: SandboxPlan, trees: list[int], stage: str) -> None:
+    """Put the detached mounts of the plan's binds, one each, where they belong. Raises `StepError`.
+
+    The image of scratch is attached at `stage`/image already.
+    """
+    for bind, given in zip(plan.binds, trees, strict=True):
+        tree = _layered(bind, given, stage, safe="mount_flags" not in plan.weaken) if bind.layer else given
         with step(f"bind {bind.target}"):
             target = _target(bind.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
             try:
@@ -405,6 +409,39 @@ def attach_binds(plan: SandboxPlan, trees: list[int]) -> None:
                 )
             finally:
                 os.close(target)
+
+
+def _layered(bind: Bind, tree: int, stage: str, *, safe: bool) -> int:
+    """Return a detached overlay of what the agent changes over the directory that it is given.
+
+    Marks in the user's extended attributes: whoever reads the layer later needs no capability for them, and the agent
+    cannot set them through the overlay. No redirects: the layer means nothing without the paths in it.
+    """
+    with step(f"overlay {bind.target}"):
+        lower = Staged(tree, f"{stage}/lower").attach()
+        top = os.open(f"{stage}/image", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        context = syscalls.fsopen("overlay")
+        try:
+            syscalls.fsconfig_string(context, "lowerdir", f"/proc/self/fd/{lower}")
+            # By descriptor, whatever characters the path to them has.
+            syscalls.fsconfig_string(context, "upperdir", f"/proc/self/fd/{top}/{scratch.UPPER}")
+            syscalls.fsconfig_string(context, "workdir", f"/proc/self/fd/{top}/{scratch.WORK}")
+            for option in ("redirect_dir=nofollow", "index=off", "xino=off", "metacopy=off"):
+                syscalls.fsconfig_string(context, *option.split("="))
+            syscalls.fsconfig_flag(context, "userxattr")
+            syscalls.fsconfig_create(context)
+            overlay = syscalls.fsmount(context, _SAFE if safe else 0)
+        finally:
+            os.close(context)
+            os.close(top)
+            os.close(lower)
+        # An overlay that cannot write becomes read-only without a word: try it before the agent does.
+        if os.fstatvfs(overlay).f_flag & os.ST_RDONLY:
+            raise StepError(f"overlay {bind.target}", errno.EROFS, "the layer cannot be written")
+        probe = f".stockade-{os.urandom(8).hex()}"
+        os.mkdir(probe, dir_fd=overlay)
+        os.rmdir(probe, dir_fd=overlay)
+    return overlay
 
 
 def _target(path: str, *, directory: bool) -> int:

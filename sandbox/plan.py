@@ -98,7 +98,8 @@ class Bind:
     """A directory or file of the host made visible inside.
 
     `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped
-    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
+    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only". With `layer` it
+    is the lower part of an overlay: the agent writes to its scratch, and the directory itself stays as it is.
     """
 
     fd: int
@@ -108,9 +109,12 @@ class Bind:
     owner_gid: int
     allow_root_owned: bool = False
     without_idmap: Literal["refuse", "read-only"] = "refuse"
+    layer: bool = False
     name: str = ""
 
     def describe(self) -> str:
+        if self.layer:
+            return f"overlay at {self.target}: fd {self.fd} below, what the agent changes in a layer on its scratch"
         mode = "writable" if self.writable else "read-only"
         return f"bind fd {self.fd} at {self.target} {mode}, owner {self.owner_uid}:{self.owner_gid} shown as the agent"
 
@@ -279,6 +283,8 @@ class SandboxPlan:
             raise InvalidPlan(f"binds, hide, etc: at most {BINDS_MAX}, {HIDDEN_MAX}, {ETC_FILES_MAX}")
         for index, bind in enumerate(self.binds):
             self._check_bind(f"binds[{index}]", bind)
+        if any(bind.layer for bind in self.binds) and self.scratch.disk != "required":
+            raise InvalidPlan("scratch.disk: a layer is kept on disk, so it is required")
         for path in self.hide:
             check_target("hide", path)
         for file in self.etc:
@@ -293,6 +299,8 @@ class SandboxPlan:
             raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
         if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
             raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
+        if bind.layer and (bind.writable or bind.target != "/workspace" or bind.without_idmap != "refuse"):
+            raise InvalidPlan(f"{where}.layer: is for /workspace, and what is below it is read-only and idmapped")
         if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
             raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 

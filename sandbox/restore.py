@@ -137,13 +137,15 @@ def _load(server: Server, directory: str) -> Agent | None:
 
 def _find_image(server: Server, agent: Agent) -> None:
     """Take hold of the agent's scratch again, so that its end need not write it out."""
-    agent.put_away = server.workshop.sweeper.put_away
+    agent.put_away = server.workshop.put_away
     if agent.plan.scratch.disk == "off":
         return
     with contextlib.suppress(OSError):
         found = again(f"/proc/{agent.pid}/root/tmp")
         if found is not None:
             agent.image = Image(*found, -1, agent.plan.limits.disk_bytes)
+            if any(bind.layer for bind in agent.plan.binds):
+                agent.image.kept = server.workshop.stock.layer_path(agent.agent_id)
 
 
 def _reconnect(agent: Agent) -> None:

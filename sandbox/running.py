@@ -73,7 +73,7 @@ class Agent:
     net: "Net | None" = None
     listener: int = -1
     image: "Image | None" = None
-    put_away: "Callable[[Image, Callable[[], None] | None], None] | None" = None
+    put_away: "Callable[[Image], None] | None" = None
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
@@ -202,7 +202,9 @@ class Agent:
         self.listener = self.agent_pidfd = self.terminal = -1
         image, self.image = self.image, None
         if image is not None and self.put_away is not None:
-            self.put_away(image, None)
+            if not self.started_at:
+                image.forget()  # nothing ran, so there is nothing to keep
+            self.put_away(image)
         oom = self._remove_group(ending)
         self._leave_status(oom=oom)
         self.state = State.GONE

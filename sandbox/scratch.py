@@ -9,7 +9,7 @@ memory and make every further image. No journal and no barriers: what is on scra
 program that calls fsync(2) must not make the host's own log wait. Freed blocks go back to the host (discard).
 """
 
-# ruff: noqa: PTH110, PTH116 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH108, PTH110, PTH116 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import errno
@@ -32,6 +32,7 @@ RESERVE_BYTES: Final = 256 << 20
 USUAL_BYTES: Final = 1 << 30
 
 TMP, HOME, WORKSPACE, UPPER, WORK, LOWER = "tmp", "home", "workspace", "upper", "work", "lower"
+LAYERS: Final = "layers"
 # What an image has at its top, with the modes; nothing of it is a place that an agent can name from inside.
 _PLACES: Final = ((TMP, 0o1777), (HOME, 0o750), (WORKSPACE, 0o750), (UPPER, 0o755), (WORK, 0o700), (LOWER, 0o700))
 _MKE2FS: Final = ("/usr/sbin/mke2fs", "/sbin/mke2fs")
@@ -95,10 +96,24 @@ class Image:
             os.close(descriptors)
         self.kept = path
 
+    def forget(self) -> None:
+        """Take its name away again."""
+        if self.kept:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.kept)
+            self.kept = ""
+
     def close_mount(self) -> None:
         if self.mount >= 0:
             os.close(self.mount)
             self.mount = -1
+
+    def give_mount(self) -> int:
+        """The mount alone, for whoever wants nothing else of the image."""
+        mount, self.mount = self.mount, -1
+        os.close(self.root)
+        self.root = -1
+        return mount
 
     def drop(self) -> None:
         """Let go; an image without a name is gone with everything on it. Blocks while pages are freed."""
@@ -191,6 +206,29 @@ class Stock:
             except BaseException:
                 os.close(file)
                 raise
+
+    def layer_path(self, agent_id: str) -> str:
+        """Where the image of an agent with a layer is kept."""
+        return f"{self.directory}/{LAYERS}/{agent_id}.img"
+
+    def read(self, path: str) -> int:
+        """Return the top of what the agent changed, mounted once more and read-only; links in it lead nowhere.
+
+        The mount is gone with the descriptor. Raises `CannotMakeScratch`.
+        """
+        with self._telling(f"read {path}"):
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                device = attached(file)
+                mount = mount_device(device) if device else self._mounted(file, 0, kept=path).give_mount()
+            finally:
+                os.close(file)
+            try:
+                attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSYMFOLLOW | syscalls.MOUNT_ATTR_NOEXEC
+                syscalls.mount_setattr(mount, "", syscalls.AT_EMPTY_PATH, set_=attributes)
+                return os.open(UPPER, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
+            finally:
+                os.close(mount)
 
     def make_kept(self, disk_bytes: int, path: str) -> Image:
         """Make an image that has a name from its start; raises `CannotMakeScratch`."""

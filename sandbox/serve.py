@@ -13,6 +13,8 @@
                                               problem
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
+    layer    agent_id                      -> ok + [top of what the agent changed, read-only]
+    drop     agent_id                      -> ok; the layer of an agent that has ended is no more
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
@@ -21,7 +23,7 @@ a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's 
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
-# ruff: noqa: PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH108, PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import base64
 import binascii
@@ -43,6 +45,7 @@ from sandbox.launching import Follow, Workshop
 from sandbox.loop import READ, WRITE
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import Agent, State, agent_error, read_status
+from sandbox.scratch import CannotMakeScratch
 from sandbox.sync import StepError
 
 VERSION: Final = 1
@@ -163,6 +166,8 @@ class Server:
             "thaw": self._thaw,
             "stats": self._stats,
             "adopt": self._adopt,
+            "layer": self._layer,
+            "drop": self._drop,
         }
 
     # --- channel ---
@@ -458,6 +463,41 @@ class Server:
                 now = agent.group.stats()
                 stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
         answer(stats=stats)
+
+    def _layer_path(self, message: dict[str, Any]) -> str:
+        agent_id = str(message["agent_id"])
+        if not agent_id or not all(c.isascii() and (c.isalnum() or c in "-_") for c in agent_id):
+            raise InvalidPlan("agent_id: must be letters, digits, '-' or '_'")
+        path = self.workshop.stock.layer_path(agent_id)
+        if not os.path.exists(path):
+            raise StepError(str(message["op"]), errno.ENOENT, f"there is no layer of {agent_id}")
+        return path
+
+    def _layer(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        path = self._layer_path(message)
+
+        def read() -> None:
+            try:
+                top = self.workshop.stock.read(path)
+            except CannotMakeScratch as error:
+                answer(StepError("layer", error.number, str(error), error.remedy))
+                return
+            answer(fds=(top,))
+            os.close(top)
+
+        self.workshop.when_free(path, read)
+
+    def _drop(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        if str(message["agent_id"]) in self.agents:
+            raise StepError("drop", errno.EBUSY, "the agent has not ended")
+        path = self._layer_path(message)
+
+        def drop() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            answer()
+
+        self.workshop.when_free(path, drop)
 
     def _adopt(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         agent = self.agent(message)

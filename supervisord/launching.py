@@ -27,7 +27,7 @@ from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
     from supervisord.launcher_link import LauncherLink, Reply
+    from supervisord.layers import Layers
+    from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
     from supervisord.scopes import GrantBook
     from supervisord.slots import Slots
@@ -65,6 +67,7 @@ class Launching:
         exchanges: Exchanges,
         slots: Slots,
         holds: Holds,
+        layers: Layers,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -79,6 +82,7 @@ class Launching:
         self._exchanges = exchanges
         self._slots = slots
         self._holds = holds
+        self._layers = layers
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -139,7 +143,7 @@ class Launching:
                 raise
             if idempotency_key:
                 self._keys[caller.actor, idempotency_key] = chosen
-            await self._perform(agent, policy, plan, fds=fds, caller=caller)
+            await self._perform(agent, policy, plan, files=files, fds=fds, caller=caller)
         finally:
             close_all(fds)
         return agent, False
@@ -203,7 +207,7 @@ class Launching:
             purpose=order.purpose,
             command=order.command,
             workspace="" if order.workspace is None else str(order.workspace.path),
-            workspace_mode="" if order.workspace is None else ("rw" if order.workspace.writable else "ro"),
+            workspace_mode="" if order.workspace is None else order.workspace.mode,
             launched_by=caller.actor,
             idempotency_key=idempotency_key,
             slot=slot,
@@ -228,13 +232,23 @@ class Launching:
         return tuple(LaunchGrant(new_grant_id(self._entropy), text, by) for text, by in given.items())
 
     async def _perform(
-        self, agent: Agent, policy: Policy, plan: SandboxPlan, *, fds: list[int], caller: Caller
+        self,
+        agent: Agent,
+        policy: Policy,
+        plan: SandboxPlan,
+        *,
+        files: Sequence[OpenedFile],
+        fds: list[int],
+        caller: Caller,
     ) -> None:
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
-        building = asyncio.ensure_future(
-            self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
-        )
         try:
+            for file in files:
+                if file.wanted.layer:
+                    self._layers.add(agent, file, fd=fds[file.index])
+            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+            building = asyncio.ensure_future(
+                self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
+            )
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
@@ -285,6 +299,7 @@ class Launching:
         if agent.state is State.STARTING:
             self._agents.apply(agent, Event.LAUNCH_FAILED)
         self.forget(agent)
+        self._layers.forget(agent.agent_id)
         try:
             await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
         except CannotRecord as unrecorded:

@@ -56,6 +56,7 @@ class WantedFile:
     writable: bool
     why: str
     by_policy: bool
+    layer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
                 order.workspace.writable,
                 "workspace",
                 by_policy=False,
+                layer=order.workspace.overlay,
             )
         )
     seen: dict[PurePosixPath, WantedFile] = {}
@@ -158,7 +160,7 @@ def build(
         gid=inside,
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
-        scratch=_scratch(limits, required=policy.disk_quota is Demand.REQUIRED),
+        scratch=_scratch(limits, required=policy.disk_quota is Demand.REQUIRED or any(f.wanted.layer for f in files)),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
@@ -221,7 +223,8 @@ def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
         owner_uid=file.owner_uid,
         owner_gid=file.owner_gid,
         allow_root_owned=policy.allow_root_owned,
-        without_idmap="read-only" if "idmap" in policy.degraded_ok else "refuse",
+        without_idmap="read-only" if "idmap" in policy.degraded_ok and not file.wanted.layer else "refuse",
+        layer=file.wanted.layer,
         name=file.wanted.why,
     )
 

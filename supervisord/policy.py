@@ -118,8 +118,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
+    """`overlay`: the agent writes to a layer, and the directory stays as it is until somebody applies that."""
+
     path: PurePosixPath
     writable: bool
+    overlay: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "overlay" if self.overlay else "rw" if self.writable else "ro"
 
 
 @dataclass(frozen=True, slots=True)

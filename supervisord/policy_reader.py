@@ -128,7 +128,8 @@ class _Reader:
         path = PurePosixPath(text) if directory is None else directory / text
         if not path.is_absolute():
             self.problem(("workspace", "path"), "is relative, and nothing says to what", "write an absolute path")
-        return Workspace(path, writable=self.get(("workspace", "mode")) == "rw")
+        mode = self.get(("workspace", "mode"))
+        return Workspace(path, writable=mode == "rw", overlay=mode == "overlay")
 
     def paths(self, key: str) -> tuple[PurePosixPath, ...] | None:
         value = self.get((key,))

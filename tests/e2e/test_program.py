@@ -271,7 +271,7 @@ def test_files_in_scratch_are_on_disk_and_those_in_shm_count_as_memory(stockade:
 
 
 def test_disk_and_inodes_stop_at_the_policys_limit(stockade: Instance) -> None:
-    fill = "df -i --output=itotal /tmp | tail -1; cat /dev/zero > ~/big 2>/dev/null; df --output=avail /tmp | tail -1"
+    fill = "stat -f -c %c /tmp; cat /dev/zero > ~/big 2>/dev/null; df --output=avail /tmp | tail -1"
     inodes, free_kib = map(int, stockade.run(fill).out.split())
     assert 60_000 < inodes < 70_000
     assert free_kib < 1024

@@ -58,7 +58,7 @@ class Workspace:
     """A directory of the host that the agent finds at /workspace."""
 
     path: str
-    mode: Literal["ro", "rw"] = "ro"
+    mode: Literal["ro", "rw", "overlay"] = "ro"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,41 @@ class AgentInfo:
     workspace: Workspace | None
     spend: Spend
     failure: str
+    changes_kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One path of an overlay workspace that an agent made another; `outcome` and `why` are set by an apply.
+
+    `path` is relative to the workspace; bytes that are no UTF-8 are surrogate escapes in it, as os.fsdecode() has them.
+    """
+
+    path: str
+    kind: str  # added, modified, deleted
+    type: str
+    size_bytes: int
+    mode: int
+    sha256: str
+    link: str
+    notes: tuple[str, ...]
+    conflict: str
+    refused: str
+    patch: bytes = b""
+    outcome: str = ""  # applied, conflict, refused, failed
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an agent changed; `digest` names all of it, and `kept` says whether it is still there."""
+
+    agent_id: str
+    agent_name: str
+    workspace: str
+    digest: str
+    kept: bool
+    changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True, slots=True)
