@@ -35,6 +35,9 @@ _OPAQUE: Final = "user.overlay.opaque"
 
 Kind = Literal["added", "modified", "deleted"]
 Type = Literal["file", "directory", "symlink", "fifo", "socket", "device"]
+# Of a directory of the layer, what the workspace has in the same place: shown where the layer has nothing of its own,
+# hidden by a directory that was made anew, or nothing at all.
+Shows = Literal["merged", "hidden", "nothing"]
 MADE: Final = ("file", "directory", "symlink")  # what can be applied
 
 
@@ -148,7 +151,7 @@ class Walk:
 
     def changes(self) -> Iterator[Change]:
         """Yield every change, a directory before what is in it. Raises TooMuch."""
-        yield from self._directory("", 0, merged=True)
+        yield from self._directory("", 0, "merged")
 
     def _count(self, number: int = 1) -> None:
         self.entries += number
@@ -167,12 +170,11 @@ class Walk:
             os.close(fd)
         return sorted(names)
 
-    def _directory(self, path: str, depth: int, *, merged: bool) -> Iterator[Change]:
-        """`merged`: what the workspace has in this directory shows through where the layer has nothing."""
+    def _directory(self, path: str, depth: int, shows: Shows) -> Iterator[Change]:
         if depth > DEPTH_MAX:
             raise TooMuch(f"more than {DEPTH_MAX} directories deep")
         names = self._list(self.upper, path)
-        if not merged:
+        if shows == "hidden":
             yield from self._hidden(path, set(names))
         for name in names:
             inner = f"{path}/{name}" if path else name
@@ -180,7 +182,7 @@ class Walk:
                 raise TooMuch(f"a path of more than {PATH_BYTES_MAX} bytes")
             status = look(self.upper, inner)
             if status is not None:
-                yield from self._entry(inner, status, depth, merged=merged)
+                yield from self._entry(inner, status, depth, shows)
 
     def _hidden(self, path: str, kept: set[str]) -> Iterator[Change]:
         """What a directory that was made anew no longer has of the workspace's."""
@@ -191,11 +193,12 @@ class Walk:
             if name not in kept:
                 yield from self._deletion(f"{path}/{name}" if path else name)
 
-    def _entry(self, path: str, status: os.stat_result, depth: int, *, merged: bool) -> Iterator[Change]:
+    def _entry(self, path: str, status: os.stat_result, depth: int, shows: Shows) -> Iterator[Change]:
         if _whiteout(status):
-            yield from self._deletion(path)
+            if shows != "nothing":
+                yield from self._deletion(path)
             return
-        below = self._below(path)
+        below = None if shows == "nothing" else self._below(path)
         if isinstance(below, str):
             yield Change(path, "modified", _type(status.st_mode), status.st_size, conflict=below, refused=below)
             return
@@ -203,8 +206,8 @@ class Walk:
             through = below is not None and below.type == "directory"
             if not through or below is None or below.mode & 0o777 != status.st_mode & 0o777:
                 yield self._made(path, status, below)
-            opaque = not merged or self._is_opaque(path)
-            yield from self._directory(path, depth + 1, merged=through and not opaque)
+            inner: Shows = "nothing" if not through else "hidden" if self._is_opaque(path) else shows
+            yield from self._directory(path, depth + 1, inner)
             return
         change = self._made(path, status, below)
         if not self._same(change, below):

@@ -29,7 +29,7 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
 from sandbox.running import State
-from sandbox.scratch import LAYERS, RESERVE_BYTES, Stock
+from sandbox.scratch import HOMES, LAYERS, RESERVE_BYTES, Stock
 from sandbox.scratch import READY as IMAGES_READY
 from sandbox.serve import Server
 from sandbox.starters import READY, Starters
@@ -131,7 +131,7 @@ def _make_directories(run_dir: str) -> None:
 
 
 def _make_scratch_directory(top: str) -> None:
-    for path in (top, f"{top}/{LAYERS}") if top else ():
+    for path in (top, f"{top}/{LAYERS}", f"{top}/{HOMES}") if top else ():
         os.makedirs(path, 0o700, exist_ok=True)
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:

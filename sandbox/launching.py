@@ -21,7 +21,7 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
-from sandbox.scratch import UPPER, CannotMakeScratch, Image, Stock, geometry
+from sandbox.scratch import HOME_ID, UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sweeper import Sweeper
@@ -83,6 +83,8 @@ class Workshop:
         for agent in agents:
             if agent.agent_id == plan.agent_id:
                 raise StepError("check plan", 0, f"agent {plan.agent_id} is there already")
+            if plan.home is not None and agent.plan.home == plan.home:
+                raise StepError("check plan", 0, f"the home of {plan.home} is in use by {agent.agent_id}")
             if agent.plan.ids.start == plan.ids.start:
                 raise StepError("check plan", 0, f"ids {plan.ids.start} are in use by {agent.agent_id}")
         if plan.fds_needed() > len(fds):
@@ -160,15 +162,20 @@ def _take_scratch(workshop: Workshop, agent: Agent) -> None:
             agent.image = stock.make_kept(plan.limits.disk_bytes, stock.layer_path(plan.agent_id))
         else:
             agent.image = stock.take(plan.limits.disk_bytes)
+        if plan.home is not None:
+            agent.home = stock.home(plan.home, plan.limits.disk_bytes)
     except CannotMakeScratch as error:
+        _put_away(agent)
         raise StepError("make scratch", error.number, str(error), error.remedy) from error
 
 
 def _put_away(agent: Agent) -> None:
-    image, agent.image = agent.image, None
-    if image is not None and agent.put_away is not None:
-        image.forget()
-        agent.put_away(image)
+    if agent.image is not None:
+        agent.image.forget()
+    for image in (agent.image, agent.home):
+        if image is not None and agent.put_away is not None:
+            agent.put_away(image)
+    agent.image = agent.home = None
 
 
 def _gather(
@@ -200,6 +207,17 @@ def _gather(
                     os.chmod(UPPER, mode & 0o777, dir_fd=agent.image.root)
             image = add(agent.image.mount)
             agent.image.mount = -1
+    home = None
+    if agent.home is not None:
+        with step("show kept home"):
+            users_of_home = workshop.holders.for_mount(
+                disk_uid=HOME_ID, disk_gid=HOME_ID, host_uid=host_uid, host_gid=host_gid
+            )
+            mine.callback(os.close, users_of_home)
+            set_ = syscalls.MOUNT_ATTR_IDMAP
+            syscalls.mount_setattr(agent.home.mount, "", syscalls.AT_EMPTY_PATH, set_=set_, userns_fd=users_of_home)
+            home = add(agent.home.mount)
+            agent.home.mount = -1
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
@@ -222,6 +240,7 @@ def _gather(
         "users": users,
         "rootfs": rootfs,
         "image": image,
+        "home": home,
         "binds": binds,
         "exit": add(agent.exit_fd, own=False),
         "stdio": stdio,
@@ -469,7 +488,8 @@ def _scratch(agent: Agent) -> str:
         return "tmpfs, counts as memory"
     disk_bytes = agent.plan.limits.disk_bytes
     inodes = geometry(disk_bytes).inodes
-    return f"on disk, {disk_bytes} bytes and {inodes} inodes; /dev/shm is tmpfs, counts as memory"
+    home = "" if agent.plan.home is None else "; home is kept, with a limit of its own"
+    return f"on disk, {disk_bytes} bytes and {inodes} inodes{home}; /dev/shm is tmpfs, counts as memory"
 
 
 def degraded(agent: Agent) -> list[str]:

@@ -98,10 +98,10 @@ class Staged:
         return os.open(self.stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def make_own(plan: SandboxPlan, image: Staged | None, mark: Callable[[str], None]) -> None:
+def make_own(plan: SandboxPlan, image: Staged | None, home: Staged | None, mark: Callable[[str], None]) -> None:
     """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be.
 
-    `image` is the agent's disk-backed scratch; None for memory.
+    `image` is the agent's disk-backed scratch, None for memory; `home` the image of a home that is kept.
     """
     weak = frozenset(plan.weaken)
     with step("write /etc"):
@@ -112,7 +112,7 @@ def make_own(plan: SandboxPlan, image: Staged | None, mark: Callable[[str], None
             options = f"ptmxmode=0666,mode=0620,gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
             flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
             syscalls.mount("devpts", "dev/pts", "devpts", flags | syscalls.MS_REMOUNT, options)
-        _make_scratch(plan, image, _flags(weak))
+        _make_scratch(plan, image, home, _flags(weak))
     mark("scratch")
 
 
@@ -315,7 +315,7 @@ def _mask_directory(target: str) -> None:
     )
 
 
-def _make_scratch(plan: SandboxPlan, image: Staged | None, flags: int) -> None:
+def _make_scratch(plan: SandboxPlan, image: Staged | None, home: Staged | None, flags: int) -> None:
     sizes, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
     if "user_namespace" in plan.weaken:
         uid, gid = plan.uid, plan.gid
@@ -327,18 +327,22 @@ def _make_scratch(plan: SandboxPlan, image: Staged | None, flags: int) -> None:
         if own_workspace:
             _tmpfs("workspace", flags, sizes.workspace_bytes, mode=0o750, inodes=sizes.inodes, uid=uid, gid=gid)
     else:
-        _show_image(image, own_workspace=own_workspace, unsafe=not flags)
+        parts = [(scratch.TMP, "tmp")]
+        if home is None:
+            parts.append((scratch.HOME, "home/agent"))
+        else:
+            _show_image(home, [(scratch.HOME, "home/agent")], unsafe=not flags)
+        if own_workspace:
+            parts.append((scratch.WORKSPACE, "workspace"))
+        _show_image(image, parts, unsafe=not flags)
     if "devices" not in plan.weaken:
         _tmpfs("dev/shm", flags, sizes.shm_bytes, mode=0o1777, inodes=sizes.inodes)
 
 
-def _show_image(image: Staged, *, own_workspace: bool, unsafe: bool) -> None:
-    """Show the parts of a scratch image where they belong; the whole stays out."""
+def _show_image(image: Staged, parts: list[tuple[str, str]], *, unsafe: bool) -> None:
+    """Show parts of an image where they belong; the whole stays out."""
     top = image.attach()
     try:
-        parts = [(scratch.TMP, "tmp"), (scratch.HOME, "home/agent")]
-        if own_workspace:
-            parts.append((scratch.WORKSPACE, "workspace"))
         for name, target in parts:
             _show(top, name, target, 0, clear=_SAFE if unsafe else 0)
     finally:

@@ -231,6 +231,7 @@ class SandboxPlan:
     stdin: bool = False
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
     weaken: tuple[str, ...] = ()
+    home: str | None = None  # the name of a home that is kept; None: it ends with the agent
 
     VERSION: ClassVar[int] = 1
 
@@ -274,6 +275,12 @@ class SandboxPlan:
             raise InvalidPlan(f"weaken: there is no {', '.join(sorted(unknown))}")
         if self.tty is not None:
             check_terminal(self.tty)
+        if self.home is not None:
+            _check_name("home", self.home.replace(".", "-"), most=64)
+            if self.home.startswith(".") or self.scratch.disk != "required":
+                raise InvalidPlan(
+                    "home: a name without a dot at its start; and it is kept on disk, so that is required"
+                )
         self._check_files()
 
     def _check_files(self) -> None:
@@ -314,6 +321,8 @@ class SandboxPlan:
         yield self.rootfs.describe()
         yield from (file.describe() for file in self.etc)
         yield self.scratch.describe()
+        if self.home is not None:
+            yield f"keep the home of {self.home}, {self.limits.disk_bytes} bytes of its own"
         yield from (bind.describe() for bind in self.binds)
         yield from (f"hide {path}" for path in self.hide)
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"

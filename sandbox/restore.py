@@ -140,12 +140,18 @@ def _find_image(server: Server, agent: Agent) -> None:
     agent.put_away = server.workshop.put_away
     if agent.plan.scratch.disk == "off":
         return
+    stock, disk_bytes = server.workshop.stock, agent.plan.limits.disk_bytes
+    if agent.plan.home is not None:
+        with contextlib.suppress(OSError):
+            found = again(f"/proc/{agent.pid}/root/home/agent")
+            if found is not None:
+                agent.home = Image(*found, -1, disk_bytes, stock.home_path(agent.plan.home))
     with contextlib.suppress(OSError):
         found = again(f"/proc/{agent.pid}/root/tmp")
         if found is not None:
-            agent.image = Image(*found, -1, agent.plan.limits.disk_bytes)
+            agent.image = Image(*found, -1, disk_bytes)
             if any(bind.layer for bind in agent.plan.binds):
-                agent.image.kept = server.workshop.stock.layer_path(agent.agent_id)
+                agent.image.kept = stock.layer_path(agent.agent_id)
 
 
 def _reconnect(agent: Agent) -> None:

@@ -73,6 +73,7 @@ class Agent:
     net: "Net | None" = None
     listener: int = -1
     image: "Image | None" = None
+    home: "Image | None" = None
     put_away: "Callable[[Image], None] | None" = None
     pid: int = 0
     pidfd: int = -1
@@ -200,11 +201,12 @@ class Agent:
             self.net, self.listener = None, -1
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
-        image, self.image = self.image, None
-        if image is not None and self.put_away is not None:
-            if not self.started_at:
-                image.forget()  # nothing ran, so there is nothing to keep
-            self.put_away(image)
+        if self.image is not None and not self.started_at:
+            self.image.forget()  # nothing ran, so there is no layer to keep
+        for image in (self.image, self.home):
+            if image is not None and self.put_away is not None:
+                self.put_away(image)
+        self.image = self.home = None
         oom = self._remove_group(ending)
         self._leave_status(oom=oom)
         self.state = State.GONE

@@ -32,7 +32,9 @@ RESERVE_BYTES: Final = 256 << 20
 USUAL_BYTES: Final = 1 << 30
 
 TMP, HOME, WORKSPACE, UPPER, WORK, LOWER = "tmp", "home", "workspace", "upper", "work", "lower"
-LAYERS: Final = "layers"
+LAYERS, HOMES = "layers", "homes"
+# Who owns a kept home on disk: the agents that have it one after the other have different ids.
+HOME_ID: Final = 1000
 # What an image has at its top, with the modes; nothing of it is a place that an agent can name from inside.
 _PLACES: Final = ((TMP, 0o1777), (HOME, 0o750), (WORKSPACE, 0o750), (UPPER, 0o755), (WORK, 0o700), (LOWER, 0o700))
 _MKE2FS: Final = ("/usr/sbin/mke2fs", "/sbin/mke2fs")
@@ -210,6 +212,24 @@ class Stock:
     def layer_path(self, agent_id: str) -> str:
         """Where the image of an agent with a layer is kept."""
         return f"{self.directory}/{LAYERS}/{agent_id}.img"
+
+    def home_path(self, name: str) -> str:
+        return f"{self.directory}/{HOMES}/{name}.img"
+
+    def home(self, name: str, disk_bytes: int) -> Image:
+        """The kept home of this name, made where there is none; raises `CannotMakeScratch`."""
+        path = self.home_path(name)
+        if os.path.exists(path):
+            return self.open(path)
+        image = self.make_kept(disk_bytes, path)
+        try:
+            with self._telling(f"make {path}"):
+                os.chown(HOME, HOME_ID, HOME_ID, dir_fd=image.root, follow_symlinks=False)
+        except CannotMakeScratch:
+            image.forget()
+            image.drop()
+            raise
+        return image
 
     def read(self, path: str) -> int:
         """Return the top of what the agent changed, mounted once more and read-only; links in it lead nowhere.

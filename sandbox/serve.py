@@ -195,8 +195,12 @@ class Server:
         if operation is None:
             answer(StepError("read request", 0, f"there is no operation {str(message.get('op'))[:64]!r}"))
             return
+        self._answering(answer, str(message.get("op")), lambda: operation(connection, message, fds, answer))
+
+    def _answering(self, answer: Answer, name: str, act: Callable[[], None]) -> None:
+        """Do something; whatever goes wrong is the answer."""
         try:
-            operation(connection, message, fds, answer)
+            act()
         except StepError as error:
             answer(error)
         except InvalidPlan as error:
@@ -204,9 +208,7 @@ class Server:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             answer(StepError("check request", 0, f"{type(error).__name__}: {error}"))
         except Exception as error:  # noqa: BLE001 - one bad request must not end the process that holds every agent
-            answer(
-                StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}")
-            )
+            answer(StepError(name, getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}"))
 
     def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         for connection in list(self.connections):
@@ -276,6 +278,23 @@ class Server:
     def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         began = time.perf_counter_ns()
         plan = SandboxPlan.from_json(message["plan"])
+        if plan.home is None:
+            self._launch_plan(plan, began, message, fds, answer)
+            return
+        # The last agent that had this home has ended; what it wrote may still be on its way to the disk.
+        held = [os.dup(fd) for fd in fds]
+
+        def launch() -> None:
+            try:
+                self._answering(answer, "launch", lambda: self._launch_plan(plan, began, message, held, answer))
+            finally:
+                sync.close_all(held)
+
+        self.workshop.when_free(self.workshop.stock.home_path(plan.home), launch)
+
+    def _launch_plan(
+        self, plan: SandboxPlan, began: int, message: dict[str, Any], fds: list[int], answer: Answer
+    ) -> None:
         meta = dict(message.get("meta") or {})
         if len(json.dumps(meta)) > launching.META_BYTES_MAX:
             raise StepError("check plan", errno.E2BIG, f"meta is longer than {launching.META_BYTES_MAX} bytes")

@@ -36,6 +36,7 @@ from supervisord.errors import CannotRecord, InvalidInput, NotFound, StockadeErr
 from supervisord.exchanges import Exchanges, Route
 from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
+from supervisord.homes import Homes
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
@@ -174,6 +175,7 @@ class Daemon:
             slots=self._slots,
             holds=holds,
             layers=self._layers,
+            homes=Homes(config.scratch_dir / "homes"),
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,

@@ -18,7 +18,7 @@ from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import NO_BUDGET, Budget, Ledger
 from supervisord.callers import Role
 from supervisord.channel import close_all
-from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
+from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
 from supervisord.hostfiles import open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State, can
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
+    from supervisord.homes import Homes
     from supervisord.launcher_link import LauncherLink, Reply
     from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
@@ -68,6 +69,7 @@ class Launching:
         slots: Slots,
         holds: Holds,
         layers: Layers,
+        homes: Homes,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -83,6 +85,7 @@ class Launching:
         self._slots = slots
         self._holds = holds
         self._layers = layers
+        self._homes = homes
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -118,6 +121,13 @@ class Launching:
         chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
         name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
         self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+        if policy.home is Home.PERSISTENT:
+            if not order.name:
+                raise InvalidInput(
+                    f"cannot launch with policy {policy.name}: it keeps a home for each name, and none is given",
+                    remedy="give the agent a name",
+                )
+            self._homes.claim(name, caller)
         files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
         try:
             slot = self._slots.claim()
@@ -344,8 +354,6 @@ def _unmet(policy: Policy) -> str:
         return "egress.transparent"
     if policy.rootfs is not None:
         return "a rootfs other than the host's"
-    if policy.home is Home.PERSISTENT:
-        return "home: persistent"
     if policy.canary:
         return "canary"
     return ""

@@ -12,7 +12,7 @@ from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, IdRange, Sand
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
-from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
+from supervisord.policy import Demand, Home, Limits, LimitsWanted, Policy, User, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -160,7 +160,8 @@ def build(
         gid=inside,
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
-        scratch=_scratch(limits, required=policy.disk_quota is Demand.REQUIRED or any(f.wanted.layer for f in files)),
+        scratch=_scratch(limits, required=_needs_disk(policy, files)),
+        home=name if policy.home is Home.PERSISTENT else None,
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
@@ -195,6 +196,12 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str) -> tuple[
         own["TERM"] = "xterm-256color"
     fixed = {"STOCKADE_AGENT_ID": agent_id, "STOCKADE_GATEWAY_URL": gateway}
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
+
+
+def _needs_disk(policy: Policy, files: Sequence[OpenedFile]) -> bool:
+    """Whether memory will not do: what is kept when the agent has ended is on disk."""
+    kept = policy.home is Home.PERSISTENT or any(file.wanted.layer for file in files)
+    return kept or policy.disk_quota is Demand.REQUIRED
 
 
 def _scratch(limits: Limits, *, required: bool) -> Scratch:
