@@ -268,7 +268,11 @@ class Launching:
         except BaseException as error:
             await self._undo(agent, error, caller)
             raise
-        self._agents.apply(agent, Event.EXEC_OK)
+        # It may have ended already: the word of its end can come in the same breath as the answer.
+        if can(agent.state, Event.EXEC_OK):
+            self._agents.apply(agent, Event.EXEC_OK)
+        else:
+            agent.started_at_ns = agent.started_at_ns or agent.ended_at_ns
         await self._outcome(agent, "agent.exec", "done", "", caller)
 
     def _built(self, agent: Agent, reply: Reply) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandbox import scratch, syscalls
-from sandbox.plan import Limits, SandboxPlan
+from sandbox.plan import Bind, Limits, SandboxPlan
 from tests.support.launcher import Agent, Launcher, LauncherError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 DISK = 64 << 20
 FILL = "dd if=/dev/zero of=/tmp/full bs=1M 2>/dev/null; df --output=size,avail -B1 /tmp | tail -1; stat -c %s /tmp/full"
@@ -140,7 +140,7 @@ def test_the_end_of_an_agent_takes_image_and_device_along() -> None:
         free = os.statvfs(launcher.scratch_dir)
         launcher.kill(agent)
         until(lambda: not devices(launcher.instance))
-        assert list(launcher.scratch_dir.iterdir()) == []
+        assert [path for path in launcher.scratch_dir.rglob("*") if not path.is_dir()] == []
         after = os.statvfs(launcher.scratch_dir)
         assert after.f_bfree >= free.f_bfree - (8 << 20) // free.f_frsize
 
@@ -234,3 +234,106 @@ def test_room_taken_at_once_is_there_whatever_the_host_does(tmp_path: Path) -> N
         image = stock.take(16 << 20)
         assert (os.fstat(image.file).st_blocks * 512 >= 16 << 20) == preallocate
         image.drop()
+
+
+# --- layers and kept homes
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A workspace of host user 1000, and its descriptor."""
+    path = tmp_path / "work"
+    path.mkdir()
+    for name in ("kept", "gone"):
+        (path / name).write_text("old")
+    for entry in (path, *path.iterdir()):
+        os.chown(entry, 1000, 1000)
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    yield path, fd
+    os.close(fd)
+
+
+def layered(launcher: Launcher, script: str) -> SandboxPlan:
+    bind = Bind(fd=0, target="/workspace", writable=False, owner_uid=1000, owner_gid=1000, layer=True)
+    return replace(on_disk(launcher, ["/bin/sh", "-c", script]), binds=(bind,))
+
+
+def layer(launcher: Launcher, agent: Agent) -> int:
+    _, (top,) = launcher.request_fds("layer", agent_id=agent.agent_id)
+    return top
+
+
+def test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing(
+    launcher: Launcher, workspace: tuple[Path, int]
+) -> None:
+    path, fd = workspace
+    script = "echo new > fresh; echo new > kept; rm gone; cat kept; ls; stat -c %U kept fresh"
+    agent = launcher.wait(launcher.start_plan(layered(launcher, script), [fd]))
+    assert agent.stdout.split() == ["new", "fresh", "kept", "agent", "agent"], agent.stderr
+    assert {entry.name: entry.read_text() for entry in path.iterdir()} == {"kept": "old", "gone": "old"}
+    top = layer(launcher, agent)
+    try:
+        assert sorted(os.listdir(top)) == ["fresh", "gone", "kept"]  # noqa: PTH208 - a descriptor
+        assert os.stat("gone", dir_fd=top, follow_symlinks=False).st_rdev == 0
+        with pytest.raises(OSError, match="Read-only"):
+            os.open("mine", os.O_CREAT | os.O_WRONLY, dir_fd=top)
+    finally:
+        os.close(top)
+    launcher.request("drop", agent_id=agent.agent_id)
+    with pytest.raises(LauncherError, match="there is no layer"):
+        launcher.request("layer", agent_id=agent.agent_id)
+
+
+def test_a_layer_of_an_agent_that_runs_is_read_and_not_dropped(launcher: Launcher, workspace: tuple[Path, int]) -> None:
+    agent = launcher.start_plan(layered(launcher, "echo x > fresh; sleep 60"), [workspace[1]])
+    until(lambda: "fresh" in names_of(layer(launcher, agent)))
+    with pytest.raises(LauncherError, match="has not ended"):
+        launcher.request("drop", agent_id=agent.agent_id)
+    launcher.kill(agent)
+    assert "fresh" in names_of(layer(launcher, agent)), "a kill writes out what is kept"
+    launcher.request("drop", agent_id=agent.agent_id)
+
+
+def names_of(top: int) -> list[str]:
+    try:
+        return os.listdir(top)
+    finally:
+        os.close(top)
+
+
+def test_a_launch_that_fails_keeps_no_layer(launcher: Launcher, workspace: tuple[Path, int]) -> None:
+    agent = launcher.build(layered(launcher, "true"), [workspace[1]])
+    launcher.request("abort", agent_id=agent.agent_id)
+    with pytest.raises(LauncherError, match="there is no layer"):
+        launcher.request("layer", agent_id=agent.agent_id)
+
+
+@pytest.mark.parametrize("name", ["../homes/x", "", "a/b"])
+def test_no_name_of_a_layer_leads_elsewhere(launcher: Launcher, name: str) -> None:
+    for operation in ("layer", "drop"):
+        with pytest.raises(LauncherError, match="must be letters"):
+            launcher.request(operation, agent_id=name)
+
+
+def home(launcher: Launcher, script: str, *, name: str = "worker") -> SandboxPlan:
+    return replace(on_disk(launcher, ["/bin/sh", "-c", script]), home=name)
+
+
+def test_a_kept_home_is_the_next_agents_whatever_its_ids(launcher: Launcher) -> None:
+    for expected in ("", "x", "xx"):
+        agent = launcher.wait(launcher.start_plan(home(launcher, "cat ~/f; printf x >> ~/f; stat -c %u:%g ~/f ~")))
+        assert agent.stdout.replace("1000:1000\n", "") == expected, agent.stderr
+        assert agent.stdout.count("1000:1000") == 2
+    other = launcher.wait(launcher.start_plan(home(launcher, "ls -A ~", name="other")))
+    assert other.stdout == ""
+
+
+def test_one_agent_at_a_time_has_a_home(launcher: Launcher) -> None:
+    first = launcher.start_plan(home(launcher, "sleep 60", name="single"))
+    with pytest.raises(LauncherError, match="the home of single is in use"):
+        launcher.start_plan(home(launcher, "true", name="single"))
+    launcher.kill(first)
+    assert launcher.wait(launcher.start_plan(home(launcher, "true", name="single"))).status == {
+        "code": 0,
+        "signal": None,
+    }

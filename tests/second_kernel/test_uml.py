@@ -35,6 +35,7 @@ SKIPPED_IN_GUEST = {
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
 SCRATCH = "tests/kernel/test_scratch.py"
+CHANGES = "tests/kernel/test_changes.py"
 
 
 def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
@@ -64,6 +65,11 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{SCRATCH}::test_what_is_on_scratch_is_not_counted_as_memory",
         f"{SCRATCH}::test_the_end_of_an_agent_takes_image_and_device_along",
         f"{SCRATCH}::test_with_it_nothing_is_degraded",
+        f"{SCRATCH}::test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        f"{SCRATCH}::test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        f"{CHANGES}::test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        f"{CHANGES}::test_what_is_no_file_is_shown_and_neither_opened_nor_made",
+        f"{CHANGES}::test_the_worker_acts_as_the_owner_and_has_nothing_else",
         seconds_max=400,
     )
     shutil.rmtree(directory)
@@ -98,6 +104,10 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_what_is_on_scratch_is_not_counted_as_memory",
         "test_the_end_of_an_agent_takes_image_and_device_along",
         "test_with_it_nothing_is_degraded",
+        "test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        "test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        "test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        "test_the_worker_acts_as_the_owner_and_has_nothing_else",
     ],
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
