@@ -29,6 +29,7 @@ INODES_MAX: Final = 1 << 20
 READY: Final = 2
 SIZES_MAX: Final = 4  # kinds of images that are kept ready, the last ones asked for
 RESERVE_BYTES: Final = 256 << 20
+RESERVE_PART: Final = 10
 USUAL_BYTES: Final = 1 << 30
 
 TMP, HOME, WORKSPACE, UPPER, WORK, LOWER = "tmp", "home", "workspace", "upper", "work", "lower"
@@ -157,6 +158,7 @@ class Stock:
         self._templates: dict[int, _Template] = {}
         self._stock: dict[int, list[Image]] = {USUAL_BYTES: []}
         self._broken = False
+        self.reserve_part = RESERVE_PART
 
     def __len__(self) -> int:
         return sum(map(len, self._stock.values()))
@@ -265,9 +267,11 @@ class Stock:
         with self._telling("make scratch"):
             room = os.statvfs(self.directory)
         free = room.f_bavail * room.f_frsize
-        if free < self._reserve_bytes:
+        # Of a small file system a tenth: state_dir may have one of its own.
+        reserve = min(self._reserve_bytes, room.f_blocks * room.f_frsize // self.reserve_part)
+        if free < reserve:
             raise CannotMakeScratch(
-                f"{self.directory} has {free} bytes left, and {self._reserve_bytes} stay free for the host",
+                f"{self.directory} has {free} bytes left, and {reserve} stay free for the host",
                 errno.ENOSPC,
                 "make room, or set scratch.reserve in stockade.toml",
             )

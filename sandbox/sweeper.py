@@ -99,8 +99,8 @@ def _serve(sock: socket.socket) -> NoReturn:
                     syscalls.shut_file_system_down(fds[0])
             os.close(fds[0])
             with contextlib.suppress(OSError):
-                if message["keep"]:
-                    os.fsync(fds[1])
+                for fd in fds[1:] if message["keep"] else ():
+                    os.fsync(fd)
             sync.close_all(fds[1:])
             with contextlib.suppress(OSError):
                 sync.send(sock, {"number": message["number"]})
