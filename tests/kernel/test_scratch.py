@@ -297,6 +297,23 @@ def test_a_layer_of_an_agent_that_runs_is_read_and_not_dropped(launcher: Launche
     launcher.request("drop", agent_id=agent.agent_id)
 
 
+def test_a_launcher_that_was_restarted_still_keeps_what_is_to_be_kept(workspace: tuple[Path, int]) -> None:
+    with Launcher.start() as launcher:
+        agents = []
+        for name in ("first", "second"):
+            plan = replace(layered(launcher, f"echo x > {name}; echo y > ~/y; sleep 60"), home=name)
+            agents.append(launcher.start_plan(plan, [workspace[1]]))
+        until(lambda: all("gone" not in names_of(layer(launcher, a)) and names_of(layer(launcher, a)) for a in agents))
+        launcher.restart()
+        launcher.request("hello")
+        for agent, name in zip(agents, ("first", "second"), strict=True):
+            launcher.kill(agent)
+            assert name in names_of(layer(launcher, agent))
+            again = launcher.wait(launcher.start_plan(home(launcher, "cat ~/y", name=name)))
+            assert again.stdout == "y\n", again.stderr
+            launcher.request("drop", agent_id=agent.agent_id)
+
+
 def names_of(top: int) -> list[str]:
     try:
         return os.listdir(top)
