@@ -235,6 +235,10 @@ class Group(ABC):
     def stats(self) -> Stats: ...
 
     @abstractmethod
+    def in_force(self) -> dict[str, float]:
+        """The limits as the kernel has them now, by the names of `Limits`; 0 where one cannot be read or is none."""
+
+    @abstractmethod
     def oom_kills(self) -> int: ...
 
     @abstractmethod

@@ -69,6 +69,18 @@ class HybridGroup(Group):
             oom_kills=self.oom_kills(),
         )
 
+    def in_force(self) -> dict[str, float]:
+        memory, cpu = self._v1["memory"], self._v1["cpu"]
+        limits: dict[str, float] = {
+            "memory_bytes": read_int(memory / "memory.limit_in_bytes"),
+            "cpus": read_int(cpu / "cpu.cfs_quota_us") / (read_int(cpu / "cpu.cfs_period_us") or 1),
+            "pids": read_int(self._v1["pids"] / "pids.max"),
+        }
+        both = memory / "memory.memsw.limit_in_bytes"
+        if both.exists():
+            limits["swap_bytes"] = read_int(both) - limits["memory_bytes"]
+        return limits
+
     def oom_kills(self) -> int:
         return read_key(self._v1["memory"] / "memory.oom_control", "oom_kill")
 

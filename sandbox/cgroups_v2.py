@@ -51,6 +51,18 @@ class UnifiedGroup(Group):
             oom_kills=self.oom_kills(),
         )
 
+    def in_force(self) -> dict[str, float]:
+        limits: dict[str, float] = {
+            "memory_bytes": read_int(self._limited / "memory.max"),
+            "cpus": _cpus(self._limited / "cpu.max"),
+            "pids": read_int(self._limited / "pids.max"),
+        }
+        swap = self._limited / "memory.swap.max"
+        if swap.exists():
+            # "max" is no number: as much as there is.
+            limits["swap_bytes"] = -1 if swap.read_bytes().strip() == b"max" else read_int(swap)
+        return limits
+
     def oom_kills(self) -> int:
         return read_key(self._limited / "memory.events", "oom_kill")
 
@@ -125,3 +137,11 @@ class UnifiedLayout(Layout):
         write(path / "memory.oom.group", "1", remedy=_REMEDY)
         write(path / "cpu.max", f"{cpu_quota_usec(limits.cpus)} {CPU_PERIOD_USEC}", remedy=_REMEDY)
         write(path / "pids.max", str(limits.pids), remedy=_REMEDY)
+
+
+def _cpus(path: Path) -> float:
+    """Quota over period of `cpu.max`; 0 where there is no quota or no such file."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = path.read_text(encoding="ascii").split()
+        return int(quota) / int(period)
+    return 0

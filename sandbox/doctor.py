@@ -1,4 +1,4 @@
-"""What this host has of what Stockade enforces with: a table of controls over small probes that change nothing.
+"""What this host has of what Stockade enforces with: a probe for each control of `sandbox.controls`.
 
 Used by `stockadectl doctor`, `stockaded --check` and at the daemon's start; `required` controls stop it. A probe tries
 the thing itself where that leaves no trace (a network is made and thrown away in a thread of its own) and otherwise
@@ -8,6 +8,7 @@ reads what the kernel says about it.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import platform
 import pwd
@@ -19,31 +20,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sandbox import cgroups, scratch, syscalls
+from sandbox.controls import CONTROLS, Control
 from sandbox.netpool import CannotMakeNetwork, Pool
 from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 KERNEL_LEAST: Final = (5, 14)
 IDMAP_FILE_SYSTEMS: Final = frozenset(
     {"ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat", "tmpfs", "erofs", "squashfs", "zfs"}
 )
 DESCRIPTORS_LEAST: Final = 4096
+MEMORY_BYTES_LEAST: Final = 512 << 20
+STATE_DISK_BYTES_LEAST: Final = 256 << 20
 NAMESPACES: Final = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-USERS: Final = ("stockade-egress", "stockade-dialer", "stockade-gateway")
+USERS: Final = ("stockade-egress", "stockade-dialer", "stockade-gateway", "stockade-images")
 _PROBE_SECONDS_MAX: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One control: whether the host has it, how that shows, and what to do where it does not."""
+    """One control: whether the host has it, how that shows, and what to do where it does not.
+
+    `source` is what was asked, `absence` what a launch does where it is missing (`sandbox.controls.Absence`).
+    """
 
     control: str
     present: bool
     how: str
     remedy: str
     required: bool
+    source: str
+    protects: str
+    absence: str
 
 
 class Lacking(Exception):  # noqa: N818 - reads as what the host is
@@ -58,6 +69,7 @@ class Host:
     cgroup_root: Path = cgroups.ROOT
     cgroup_parent: str | None = None
     users: tuple[str, ...] = USERS
+    state_dir: Path = Path("/var/lib/stockade")
     subordinate: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid"))
     kernel: str = platform.release()
     scratch: str = "/var/tmp"  # noqa: S108 - on the same kind of disk as a state_dir, as a rule
@@ -70,29 +82,29 @@ class Host:
             return None
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A row of the table: the probe returns how the control shows, or raises `Lacking`."""
-
-    name: str
-    required: bool
-    remedy: str
-    probe: Callable[[Host], str]
-
-
 def probe(host: Host | None = None) -> tuple[Finding, ...]:
     """Try every control; a probe that fails in a way of its own counts as missing and says so."""
     return tuple(_find(control, host or Host()) for control in CONTROLS)
 
 
 def _find(control: Control, host: Host) -> Finding:
+    look, source = _PROBES[control.name]
     try:
-        how, present = control.probe(host), True
+        how, present = look(host), True
     except Lacking as lacking:
         how, present = str(lacking), False
     except OSError as error:
         how, present = f"cannot be probed: {error}", False
-    return Finding(control.name, present, how, "" if present else control.remedy, control.required)
+    return Finding(
+        control=control.name,
+        present=present,
+        how=how,
+        remedy="" if present else control.remedy,
+        required=control.required,
+        source=source,
+        protects=control.protects,
+        absence=control.absence.value,
+    )
 
 
 # --- probes --------------------------------------------------------------------------------------------------------
@@ -136,8 +148,26 @@ def _layout(host: Host) -> cgroups.Layout:
 
 
 def _cgroups(host: Host) -> str:
-    facts = _layout(host).facts()
-    return f"{facts['cgroups']}: {facts['memory']}, {facts['cpu']}, {facts['pids']}"
+    layout = _layout(host)
+    facts = layout.facts()
+    v1 = _hierarchies(host) if layout.kind == "hybrid" else ""
+    return f"{facts['cgroups']}: {facts['memory']}, {facts['cpu']}, {facts['pids']}{v1}"
+
+
+def _hierarchies(host: Host) -> str:
+    """What the v1 side of a hybrid host has, and whether limits there hold for all that is below a group."""
+    try:
+        nodes = importlib.import_module("cgroupspy.nodes")
+    except ImportError as error:
+        return f"; v1 not looked at: {error}"
+    root = nodes.Node(str(host.cgroup_root))
+    names = sorted(path.name for path in host.cgroup_root.iterdir() if (path / "tasks").exists())
+    memory = nodes.Node("memory", parent=root).controller
+    if memory.get_content("use_hierarchy") is False:
+        raise Lacking("memory.use_hierarchy is 0: a limit would not hold for groups below the one that has it")
+    swappiness = memory.get_content("swappiness")
+    told = "" if swappiness is None else f", swappiness {swappiness}"
+    return f"; v1 hierarchies: {', '.join(names)}{told}"
 
 
 def _cgroup_kill(host: Host) -> str:
@@ -305,55 +335,67 @@ def _descriptors(_: Host) -> str:
     return f"{soft} open files, raisable to {most}"
 
 
-_NEWER: Final = "use a newer kernel: Debian 12 (6.1) and Ubuntu 22.04 (5.15) have everything required"
-_BOOTED: Final = "boot with systemd.unified_cgroup_hierarchy=1, or keep cgroup v1 and mount the v2 tree beside it"
+def _workspace_quota(_: Host) -> str:
+    raise Lacking("a writable bind has no limit on bytes or files of Stockade's, on any host")
 
-CONTROLS: Final = (
-    Control("kernel", required=True, remedy=_NEWER, probe=_kernel),
-    Control("root", required=True, remedy="start it as root, or as its systemd unit does", probe=_root),
-    Control("system-calls", required=True, remedy=_NEWER, probe=_system_calls),
-    Control("namespaces", required=True, remedy=_NEWER, probe=_namespaces),
-    Control(
-        "user-namespaces",
-        required=True,
-        remedy="sysctl user.max_user_namespaces=10000 (and in /etc/sysctl.d)",
-        probe=_user_namespaces,
-    ),
-    Control("cgroups", required=True, remedy=_BOOTED, probe=_cgroups),
-    Control("cgroup-kill", required=True, remedy=_NEWER, probe=_cgroup_kill),
-    Control("swap", required=False, remedy="boot with swapaccount=1, or switch swap off: swapoff -a", probe=_swap),
-    Control("seccomp", required=True, remedy="use a kernel with CONFIG_SECCOMP_FILTER", probe=_seccomp),
-    Control("libseccomp", required=True, remedy="apt-get install libseccomp2", probe=_libseccomp),
-    Control(
-        "landlock",
-        required=False,
-        remedy="boot with landlock in the lsm= list, on Linux 5.13 or newer",
-        probe=_landlock,
-    ),
-    Control(
-        "idmap",
-        required=False,
-        remedy="put workspaces on ext4, xfs or btrfs; elsewhere they need `degraded_ok: [idmap]` and are read-only",
-        probe=_idmap,
-    ),
-    Control(
-        "disk-quota",
-        required=False,
-        remedy="apt-get install e2fsprogs; modprobe loop; without it scratch counts as memory, and overlay workspaces"
-        " and persistent homes are refused",
-        probe=_disk_quota,
-    ),
-    Control("network", required=True, remedy="load the veth module: modprobe veth", probe=_network),
-    Control("nftables", required=False, remedy="modprobe nf_tables nft_reject_inet", probe=_nftables),
-    Control("users", required=True, remedy="run ./bootstrap setup, which makes them", probe=_users),
-    Control(
-        "agent-ids",
-        required=True,
-        remedy="give these ids up: they are for agents, and must never belong to anyone else",
-        probe=_agent_ids,
-    ),
-    Control("core-pattern", required=False, remedy="", probe=_core_pattern),
-    Control(
-        "descriptors", required=False, remedy="raise LimitNOFILE= or `ulimit -n` for the launcher", probe=_descriptors
-    ),
-)
+
+def _host_memory(_: Host) -> str:
+    memory = _psutil().virtual_memory()
+    how = f"{memory.available >> 20} of {memory.total >> 20} MiB available"
+    if memory.available < MEMORY_BYTES_LEAST:
+        raise Lacking(how)
+    return how
+
+
+def _state_disk(host: Host) -> str:
+    """The file system that holds, or will hold, the action log."""
+    place = host.state_dir
+    while not place.exists():
+        place = place.parent
+    psutil = _psutil()
+    usage = psutil.disk_usage(str(place))
+    held = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
+    kind, mounted = ("unknown", "/")
+    if held:
+        nearest = max(held, key=lambda part: len(part.mountpoint))
+        kind, mounted = nearest.fstype, nearest.mountpoint
+    how = f"{host.state_dir} is on {kind} mounted at {mounted}, {usage.free >> 20} MiB free"
+    if usage.free < STATE_DISK_BYTES_LEAST:
+        raise Lacking(f"{how}: too little")
+    if kind in {"tmpfs", "ramfs", "overlay"} and mounted != "/":
+        raise Lacking(f"{how}: it may not outlive a restart")
+    return how
+
+
+def _psutil() -> ModuleType:
+    """Imported where it is used: the daemon's start and the launches have no need of it."""
+    try:
+        return importlib.import_module("psutil")
+    except ImportError as error:
+        raise Lacking(f"cannot tell: {error}") from error
+
+
+_PROBES: Final[dict[str, tuple[Callable[[Host], str], str]]] = {
+    "kernel": (_kernel, "uname(2)"),
+    "root": (_root, "geteuid(2)"),
+    "system-calls": (_system_calls, "each called in vain"),
+    "namespaces": (_namespaces, "/proc/self/ns"),
+    "user-namespaces": (_user_namespaces, "/proc/sys/user/max_user_namespaces"),
+    "cgroups": (_cgroups, "/sys/fs/cgroup"),
+    "cgroup-kill": (_cgroup_kill, "files of the v2 tree"),
+    "swap": (_swap, "/proc/swaps, memory controller"),
+    "seccomp": (_seccomp, "/proc/sys/kernel/seccomp/actions_avail"),
+    "libseccomp": (_libseccomp, "loaded"),
+    "landlock": (_landlock, "landlock_create_ruleset(2)"),
+    "idmap": (_idmap, "/proc/self/mountinfo"),
+    "workspace-quota": (_workspace_quota, "not in this version"),
+    "disk-quota": (_disk_quota, "made an image and threw it away"),
+    "network": (_network, "made one and threw it away"),
+    "nftables": (_nftables, "loaded the rules in a namespace of its own"),
+    "users": (_users, "the user database"),
+    "agent-ids": (_agent_ids, "the user database, /etc/subuid, /etc/subgid"),
+    "core-pattern": (_core_pattern, "/proc/sys/kernel/core_pattern"),
+    "descriptors": (_descriptors, "getrlimit(2)"),
+    "host-memory": (_host_memory, "/proc/meminfo"),
+    "state-disk": (_state_disk, "statfs(2), /proc/self/mounts"),
+}

@@ -7,6 +7,7 @@
       plan + descriptors     ->  network namespace, mounts, pivot_root  network namespace
                                  terminal, and the word "built"      -> streams, user namespace (last of all)
                                  user namespace, gives up everything    gives up everything, seccomp last
+                                                                        canaries, where asked for, in a child of it
       <- ready                                                          waits
       go                     ->                                         execve (end-of-file on the sync socket)
                                  reaps; writes the exit status
@@ -31,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from sandbox import confine, etc, mounts, syscalls
+from sandbox import canaries, confine, etc, mounts, syscalls
 from sandbox.plan import INIT_INSIDE, SandboxPlan
 from sandbox.sync import StepError, receive, send, step
 
@@ -269,7 +270,11 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
             _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
         confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
         clock.mark("stub close in")
-        send(control, {"ready": True, "timings_us": answer["timings_us"] | clock.steps})
+        said: dict[str, Any] = {"ready": True, "securebits": syscalls.prctl(syscalls.PR_GET_SECUREBITS)}
+        if plan.canary:
+            said["canary"] = canaries.run(plan)
+            clock.mark("stub canaries")
+        send(control, said | {"timings_us": answer["timings_us"] | clock.steps})
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run

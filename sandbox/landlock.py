@@ -1,6 +1,9 @@
 """Landlock as a second layer: whatever the mounts say, writing is possible below the named places only.
 
 Rights are those of the ABI that the running kernel has (landlock(7)); reading and executing are left to the mounts.
+Of newer ABIs nothing more is used, each for a reason: rules for TCP ports (4) know no address, so a rule for the
+proxy's port alone would forbid local servers; ioctl on devices (5) is no right to take from the six that there are,
+terminals among them; scopes (6) are told of below.
 """
 
 # ruff: noqa: PTH112 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd

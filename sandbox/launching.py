@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import init, landlock, mounts, sync, syscalls
+from sandbox import canaries, capabilities, controls, examine, init, landlock, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
 from sandbox.loop import READ, Loop
@@ -31,6 +31,7 @@ from sandbox.userns import Holders
 BUILD_SECONDS_MAX: Final = 20.0
 GO_SECONDS_MAX: Final = 60.0
 META_BYTES_MAX: Final = 64 << 10
+KERNEL: Final = os.uname().release
 
 Built = Callable[[Agent, StepError | None], None]
 
@@ -91,10 +92,21 @@ class Workshop:
             raise StepError("check plan", 0, f"plan needs {plan.fds_needed()} descriptors, {len(fds)} came")
         if "seccomp" not in plan.weaken and plan.filter_digest not in self.filters:
             raise StepError("check plan", 0, f"filter {plan.filter_digest!r} is not known", "send it first (op filter)")
-        if plan.landlock == "required" and not landlock.ABI:
-            raise StepError(
-                "restrict with Landlock", 0, "this kernel has none", "boot with lsm=…,landlock, Linux 5.13+"
-            )
+        degraded(plan, self.lacking(plan))
+
+    def lacking(self, plan: SandboxPlan) -> dict[str, str]:
+        """Return what this host and this plan do without, before anything is made, and how each shows."""
+        found = {}
+        if plan.landlock != "off" and not landlock.ABI:
+            found["landlock"] = "this kernel has none"
+        if self.layout.facts()["swap"] != "0" and swaps():
+            found["swap"] = "the host swaps, and swap is not accounted"
+        if plan.scratch.disk != "off" and self.stock.lacking:
+            found["disk-quota"] = self.stock.lacking
+        writable = [bind.target for bind in plan.binds if bind.writable]
+        if writable:
+            found["workspace-quota"] = f"{', '.join(writable)}: a writable bind has no limit on bytes or files"
+        return found
 
 
 def begin(
@@ -124,12 +136,14 @@ def begin(
             raise StepError("make network", getattr(error, "errno", 0) or 0, str(error)) from error
         undo.callback(agent.net.close)
         agent.listener = agent.net.listener
+        agent.lacking = workshop.lacking(plan) | lacking_network(agent.net)
         clock.mark("network")
         _take_scratch(workshop, agent)
         undo.callback(_put_away, agent)
         clock.mark("scratch")
         with contextlib.ExitStack() as mine:
             order, given = _gather(workshop, agent, fds, mine, undo)
+            agent.degraded = degraded(plan, agent.lacking)
             clock.mark("gather")
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
             message["stage"] = f"{workshop.run_dir}/stage"
@@ -155,8 +169,7 @@ def _take_scratch(workshop: Workshop, agent: Agent) -> None:
             raise StepError(
                 "make scratch", 0, f"the host cannot have it on disk: {stock.lacking}", "see `stockadectl doctor`"
             )
-        agent.degraded.append(f"disk-quota: scratch is memory, and counts as such ({stock.lacking})")
-        return
+        return  # it is memory, and listed as lacking
     try:
         if any(bind.layer for bind in plan.binds):
             agent.image = stock.make_kept(plan.limits.disk_bytes, stock.layer_path(plan.agent_id))
@@ -263,10 +276,11 @@ def _binds(
                     namespaces[owner] = workshop.holders.for_mount(
                         disk_uid=owner[0], disk_gid=owner[1], host_uid=host[0], host_gid=host[1]
                     )
-                tree, degraded = mounts.clone_bind(
+                tree, unmapped = mounts.clone_bind(
                     bind, fds[bind.fd], namespaces[owner], safe="mount_flags" not in agent.plan.weaken
                 )
-            agent.degraded += degraded
+            if unmapped:
+                agent.lacking["idmap"] = "; ".join(filter(None, (agent.lacking.get("idmap"), unmapped)))
             binds.append(add(tree))
     finally:
         sync.close_all(list(namespaces.values()))
@@ -367,6 +381,9 @@ class Follow:
             self._fail(ToldError(message["error"]))
         elif "forked" in message:
             agent.agent_pidfd = fds[0]
+            # Now, while the launcher waits for the child anyway. One that died meanwhile is told of by its pidfd.
+            with contextlib.suppress(OSError):
+                agent.agent_pid = examine.pid_of(fds[0])
         elif message.get("terminal"):
             self._adopt_terminal(fds[0])
         elif message.get("sealed"):
@@ -387,6 +404,11 @@ class Follow:
             agent.timings_us |= {f"child.{name}": value for name, value in message["timings_us"].items()}
             # pid 1 has said all it had to say before the stub could be ready.
             self._drain_builder()
+            try:
+                _verify(agent, message)
+            except StepError as error:
+                self._fail(error)
+                return
             self._is_built()
 
     def _adopt_terminal(self, master: int) -> None:
@@ -463,23 +485,57 @@ def _hear(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
         return None, []
 
 
+def _verify(agent: Agent, said: dict[str, Any]) -> None:
+    """Read back what is in force before the program runs; raises `StepError` where that is not what was planned."""
+    began = time.perf_counter_ns()
+    try:
+        agent.seen = examine.at_launch(agent)
+    except OSError as error:
+        raise StepError.from_os("read back confinement", error, "it may have been killed") from error
+    except (LookupError, ValueError) as error:
+        # Of a kernel that tells it in another way: whatever it is, it must not end the process that holds every agent.
+        raise StepError("read back confinement", 0, f"{type(error).__name__}: {error}", "report this") from error
+    agent.seen["securebits"] = hex(said["securebits"])
+    if "canary" in said:
+        agent.seen["canary"] = {"digest": canaries.digest(), **said["canary"]}
+    drift = examine.drift(agent.plan, agent.filters, agent.seen)
+    # Only the process itself can read these (capabilities(7)); it was ours when it said so.
+    if said["securebits"] != capabilities.SECUREBITS and "capabilities" not in agent.plan.weaken:
+        drift.append(f"securebits: {said['securebits']:#x}, not {capabilities.SECUREBITS:#x}")
+    agent.timings_us["read back"] = (time.perf_counter_ns() - began) // 1000
+    if drift:
+        raise StepError(
+            "confine agent", 0, f"not in force as planned: {'; '.join(drift)}", "see `stockadectl doctor`; report this"
+        )
+
+
 def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
-    """Return which controls are in force, as they were applied."""
-    plan, net = agent.plan, agent.net
+    """Return which controls are in force: as the kernel told where it can (`seen`), else as they were applied."""
+    plan, net, seen = agent.plan, agent.net, agent.seen
     return {
-        "ids": {"start": plan.ids.start, "size": plan.ids.size, "inside": plan.uid},
-        "namespaces": ["mnt", "pid", "net", "ipc", "uts", "cgroup", "user"],
-        "rootfs": plan.rootfs.kind,
+        "ids": {
+            "start": plan.ids.start,
+            "size": plan.ids.size,
+            "inside": plan.uid,
+            **{name: seen[name] for name in ("uid", "gid", "groups", "uid_map", "gid_map")},
+        },
+        "namespaces": seen["namespaces"],
+        **plan.rootfs.facts(),
         "seccomp": plan.filter_digest,
-        "no_new_privs": "new_privileges" not in plan.weaken,
-        "capabilities": [] if "capabilities" not in plan.weaken else ["all"],
+        "seccomp_filters": seen["seccomp_filters"],
+        "no_new_privs": seen["no_new_privs"],
+        "capabilities": seen["capabilities"],
+        "securebits": seen["securebits"],
         "landlock_abi": 0 if plan.landlock == "off" or "landlock" in plan.weaken else landlock.ABI,
         "limits": {name: getattr(plan.limits, name) for name in plan.limits.__slots__},
         "cgroups": workshop.layout.facts(),
         "network": net.facts() if isinstance(net, Net) else {},
         "scratch": _scratch(agent),
+        "canary": seen.get("canary", {}),
+        "kernel": KERNEL,
         "weakened": sorted(plan.weaken),
-        "degraded": degraded(agent),
+        "root_owned": [bind.target for bind in plan.binds if bind.writable and not bind.owner_uid],
+        "degraded": agent.degraded,
     }
 
 
@@ -492,19 +548,23 @@ def _scratch(agent: Agent) -> str:
     return f"on disk, {disk_bytes} bytes and {inodes} inodes{home}; /dev/shm is tmpfs, counts as memory"
 
 
-def degraded(agent: Agent) -> list[str]:
-    plan = agent.plan
-    items = list(agent.degraded)
-    if any(bind.writable for bind in plan.binds):
-        items.append("workspace-quota: a writable bind has no limit on bytes or files")
-    items += [
-        f"root-owned: {b.target} is writable and owned by uid 0 on disk"
-        for b in plan.binds
-        if b.writable and not b.owner_uid
-    ]
-    if plan.landlock == "if-present" and not landlock.ABI:
-        items.append("landlock: this kernel has none")
-    return items
+def degraded(plan: SandboxPlan, lacking: dict[str, str]) -> list[str]:
+    """Return what posture lists as degraded; raises `StepError` on what the plan does not do without."""
+    require = {*plan.require, *(("landlock",) if plan.landlock == "required" else ())}
+    try:
+        return controls.degraded(lacking, require=require, degraded_ok=plan.degraded_ok)
+    except controls.Demanded as demanded:
+        raise StepError("launch on this host", 0, str(demanded), demanded.remedy) from demanded
+
+
+def lacking_network(net: Net) -> dict[str, str]:
+    return {} if net.firewall == "nftables" else {"nftables": net.firewall.removeprefix("missing: ")}
+
+
+def swaps() -> bool:
+    """Return whether the host swaps to anything (proc(5), /proc/swaps: a heading, then a line each)."""
+    with open("/proc/swaps", "rb") as file:
+        return len(file.read(4096).splitlines()) > 1
 
 
 def save(agent: Agent) -> None:

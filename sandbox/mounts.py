@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sandbox import etc, scratch, syscalls
+from sandbox.controls import BY_NAME
 from sandbox.plan import Bind, SandboxPlan
 from sandbox.sync import StepError, step
 
@@ -49,6 +50,9 @@ PROC_READ_ONLY: Final = ("bus", "fs", "irq", "sys")
 _RO: Final = syscalls.MOUNT_ATTR_RDONLY
 _SAFE: Final = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 _MS_SAFE: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Of /var in a root given as a directory: places of services, and what the sandbox makes itself.
+_OWN_IN_VAR: Final = frozenset({"tmp", "run", "lock"})
 _TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
@@ -157,12 +161,36 @@ def _show_rootfs(plan: SandboxPlan, rootfs: int, *, read_only: bool, safe: bool)
     attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
     names = HOST_ROOT if plan.rootfs.kind == "host" else tuple(n for n in _names(rootfs) if n not in OWN)
     for name in names:
-        _show_entry(rootfs, name, name, attributes)
-    for name in ("etc", "proc", "sys", "dev", "tmp", "home", "home/agent", "run", "var", "grants"):
+        if name != "var":
+            _show_entry(rootfs, name, name, attributes)
+    _show_var(rootfs, attributes, shown="var" in names)
+    for name in ("etc", "proc", "sys", "dev", "tmp", "home", "home/agent", "run", "grants"):
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755)
-    with contextlib.suppress(FileExistsError):
-        os.symlink("/tmp", "var/tmp")  # noqa: S108 - the private one of the sandbox
+
+
+def _show_var(rootfs: int, attributes: int, *, shown: bool) -> None:
+    """Make /var of what a directory given as root has there, with the sandbox's own /var/tmp.
+
+    Entry by entry: in a /var that is shown as a whole nothing of the sandbox's could be put. A /var that is a link is
+    left at that, and nothing is made through it: here it would still lead to the host.
+    """
+    try:
+        if shown and stat.S_ISLNK(os.stat("var", dir_fd=rootfs, follow_symlinks=False).st_mode):
+            _show_entry(rootfs, "var", "var", attributes)
+            return
+        source = os.open("var", _DIRECTORY, dir_fd=rootfs) if shown else None
+    except NotADirectoryError:
+        source = None
+    os.mkdir("var", 0o755)
+    if source is not None:
+        try:
+            for name in os.listdir(source):
+                if name not in _OWN_IN_VAR:
+                    _show_entry(source, name, f"var/{name}", attributes)
+        finally:
+            os.close(source)
+    os.symlink("/tmp", "var/tmp")  # noqa: S108 - the private one of the sandbox
 
 
 def _names(directory: int) -> list[str]:
@@ -180,7 +208,7 @@ def _show_etc(plan: SandboxPlan, rootfs: int) -> None:
     os.mkdir("etc/stockade", 0o755)
     _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _bundle(rootfs))
     try:
-        source = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=rootfs)
+        source = os.open("etc", _DIRECTORY, dir_fd=rootfs)
     except (FileNotFoundError, NotADirectoryError):
         return
     host = plan.rootfs.kind == "host"
@@ -219,11 +247,19 @@ def _uncover(path: str) -> None:
 
 
 def _bundle(rootfs: int) -> bytes:
-    """Return the certificate bundle of the root file system; links stay below it."""
+    """Return the certificate bundle of the root file system; links stay below it, and nothing but a file is opened."""
     try:
-        fd = syscalls.openat2(rootfs, etc.CA_BUNDLE, os.O_RDONLY, resolve=syscalls.RESOLVE_IN_ROOT)
-    except FileNotFoundError:
-        return b""
+        place = syscalls.openat2(rootfs, etc.CA_BUNDLE, os.O_PATH, resolve=syscalls.RESOLVE_IN_ROOT)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
+            return b""
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            return b""
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
     with open(fd, "rb") as file:
         return file.read(4 << 20) + b"\n"
 
@@ -352,12 +388,12 @@ def _show_image(image: Staged, parts: list[tuple[str, str]], *, unsafe: bool) ->
 # --- binds ---------------------------------------------------------------------------------------------------------
 
 
-def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, list[str]]:
-    """Return a detached mount of what the bind names, ids mapped, and what had to be done with less (`degraded`).
+def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, str]:
+    """Return a detached mount of what the bind names, ids mapped, and what shows where that could not be.
 
     Runs in the launcher: a mount can be cloned only in the mount namespace in which its descriptor was opened.
     """
-    degraded: list[str] = []
+    unmapped = ""
     read_only = not bind.writable
     tree = clone_tree(fd, bind.target)
     try:
@@ -370,17 +406,17 @@ def clone_bind(bind: Bind, fd: int, userns: int, *, safe: bool) -> tuple[int, li
                 raise StepError(
                     f"bind {bind.target}",
                     errno.EINVAL,
-                    "its file system cannot map ids (no idmapped mounts)",
-                    "move it to ext4, xfs, btrfs or tmpfs, or let the policy allow it read-only without a map",
+                    "its file system cannot map ids (no idmapped mounts): this host lacks idmap for it",
+                    BY_NAME["idmap"].remedy,
                 ) from error
             read_only = True
-            degraded.append(f"no-idmap: {bind.target} is read-only and shows the owner of the host")
+            unmapped = f"{bind.target} is read-only and shows the owner of the host"
         attributes = (_RO if read_only else 0) | (_SAFE if safe else 0)
         syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH, set_=attributes)
     except BaseException:
         os.close(tree)
         raise
-    return tree, degraded
+    return tree, unmapped
 
 
 def clone_tree(fd: int, target: str, flags: int = 0) -> int:

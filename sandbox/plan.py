@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
+from sandbox.controls import NEGOTIABLE
+
 # Host ids that agents may have: clear of every id systemd hands out (UIDS-GIDS.md) and of every person and service.
 AGENT_ID_FIRST: Final = 1879048192
 AGENT_ID_LAST: Final = 2147352575
@@ -84,13 +86,28 @@ class IdRange:
 
 @dataclass(frozen=True, slots=True)
 class Rootfs:
-    """What the agent sees as `/`: the host's /usr with a minimal /etc, or a directory given by descriptor."""
+    """What the agent sees as `/`: the host's /usr with a minimal /etc, or a directory given by descriptor.
+
+    `form`, `source` and `digest` say where that directory came from; they are for the posture and act on nothing.
+    """
 
     kind: Literal["host", "directory"] = "host"
     fd: int | None = None
+    form: str = ""
+    source: str = ""
+    digest: str = ""
 
     def describe(self) -> str:
-        return "read-only view of the host's /usr" if self.kind == "host" else f"read-only root from fd {self.fd}"
+        if self.kind == "host":
+            return "read-only view of the host's /usr"
+        origin = f", {self.form or 'directory'} {self.source}" if self.source else ""
+        return f"read-only root from fd {self.fd}{origin}{f', {self.digest}' if self.digest else ''}"
+
+    def facts(self) -> dict[str, str]:
+        """Say it for the posture; a directory that is no image has no digest, for it can change at any time."""
+        if self.kind == "host":
+            return {"rootfs": "host", "rootfs_source": "", "rootfs_digest": ""}
+        return {"rootfs": self.form or self.kind, "rootfs_source": self.source, "rootfs_digest": self.digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +244,9 @@ class SandboxPlan:
     limits: Limits = Limits()
     filter_digest: str = ""
     landlock: Literal["off", "if-present", "required"] = "if-present"
+    require: tuple[str, ...] = ()  # controls that must be there (sandbox/controls.py)
+    degraded_ok: tuple[str, ...] = ()  # controls that may be missing; for the rest the table of controls decides
+    canary: bool = False  # the attempts of sandbox/canaries.py run before the program does
     tty: Tty | None = None
     stdin: bool = False
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
@@ -273,6 +293,8 @@ class SandboxPlan:
         check_target("cwd", self.cwd)
         if unknown := set(self.weaken) - WEAKENINGS:
             raise InvalidPlan(f"weaken: there is no {', '.join(sorted(unknown))}")
+        if unknown := {*self.require, *self.degraded_ok} - set(NEGOTIABLE):
+            raise InvalidPlan(f"require, degraded_ok: no policy decides on {', '.join(sorted(unknown))}")
         if self.tty is not None:
             check_terminal(self.tty)
         if self.home is not None:
@@ -328,6 +350,12 @@ class SandboxPlan:
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
         yield f"uid {self.uid} gid {self.gid} inside, no capability, no_new_privs, Landlock {self.landlock}"
         yield f"seccomp filter {self.filter_digest or 'none'}"
+        if self.require:
+            yield f"refuse a host without {', '.join(self.require)}"
+        if self.degraded_ok:
+            yield f"do without {', '.join(self.degraded_ok)} where the host lacks it"
+        if self.canary:
+            yield "canaries: attempts to get out, each of which must fail, before the program runs"
         yield from (f"WEAKENED for a test: {name}" for name in self.weaken)
         if self.tty is not None:
             yield self.tty.describe()

@@ -78,6 +78,7 @@ class Agent:
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
+    agent_pid: int = 0  # of the launcher's namespace; known from the launch on, and asked of the pidfd later
     own_child: bool = True
     exit_fd: int = -1
     control: socket.socket | None = None
@@ -92,7 +93,9 @@ class Agent:
     streams: "dict[str, Stream]" = field(default_factory=dict)
     ending: Ending | None = None
     gone: "list[Callable[[Agent], None]]" = field(default_factory=list)
+    lacking: dict[str, str] = field(default_factory=dict)  # controls that it does without, and how that shows
     degraded: list[str] = field(default_factory=list)
+    seen: dict[str, Any] = field(default_factory=dict)  # what the kernel said of it before it ran
     timings_us: dict[str, int] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=lambda: dict(KILLED))
 

@@ -15,6 +15,7 @@
     stats    agent_ids                     -> stats
     layer    agent_id                      -> ok + [top of what the agent changed, read-only]
     drop     agent_id                      -> ok; the layer of an agent that has ended is no more
+    examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
@@ -39,7 +40,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, launching, sync
+from sandbox import attach, confine, examine, launching, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.launching import Follow, Workshop
 from sandbox.loop import READ, WRITE
@@ -165,6 +166,7 @@ class Server:
             "freeze": self._freeze,
             "thaw": self._thaw,
             "stats": self._stats,
+            "examine": self._examine,
             "adopt": self._adopt,
             "layer": self._layer,
             "drop": self._drop,
@@ -517,6 +519,14 @@ class Server:
             answer()
 
         self.workshop.when_free(path, drop)
+
+    def _examine(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        try:
+            effective = examine.examine(agent)
+        except (OSError, LookupError, ValueError) as error:
+            raise StepError("examine", getattr(error, "errno", 0) or 0, f"{error}", "it may have ended") from error
+        answer(effective=effective | {"launcher": {"pid": os.getpid(), "protocol": VERSION}})
 
     def _adopt(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         agent = self.agent(message)

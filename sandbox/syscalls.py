@@ -111,9 +111,11 @@ PR_SET_KEEPCAPS: Final = 8
 PR_SET_NAME: Final = 15
 PR_CAPBSET_READ: Final = 23
 PR_CAPBSET_DROP: Final = 24
+PR_GET_SECUREBITS: Final = 27
 PR_SET_SECUREBITS: Final = 28
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
+PR_GET_NO_NEW_PRIVS: Final = 39
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
@@ -356,6 +358,12 @@ def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 
     )
 
 
+def syncfs(fd: int) -> None:
+    """Have everything reach the disk of the file system that this is on. Source: man page syncfs, section 2."""
+    if _libc.syncfs(c_int(fd)) < 0:
+        raise_errno("syncfs", f"fd {fd}")
+
+
 def close_range(first: int, last: int = FD_MAX, flags: int = 0) -> None:
     _syscall("close_range", f"{first}..{last}", c_uint(first), c_uint(last), c_uint(flags))
 
@@ -508,3 +516,16 @@ def landlock_add_path(ruleset: int, access: int, parent_fd: int) -> None:
 
 def landlock_restrict_self(ruleset: int) -> None:
     _syscall("landlock_restrict_self", f"fd {ruleset}", ruleset, c_uint(0))
+
+
+# --- canaries ------------------------------------------------------------------------------------------------------
+
+
+def attempt(number: int, *arguments: int) -> tuple[int, int]:
+    """Make a call by its number; `(result, errno)`, the errno 0 where it succeeded. For sandbox/canaries.py alone.
+
+    Holds the interpreter's lock, because the call may be a clone, which returns twice.
+    """
+    ctypes.set_errno(0)
+    result = int(_libc_locked.syscall(c_long(number), *[c_long(argument) for argument in arguments]))
+    return result, ctypes.get_errno() if result < 0 else 0

@@ -61,11 +61,12 @@ def _options() -> argparse.Namespace:
 def _check(config: Config) -> int:
     """Print what the host has and lacks; 1 where a required control is missing."""
     missing = 0
-    for finding in doctor.probe():
+    for finding in doctor.probe(doctor.Host(state_dir=config.state_dir)):
         mark = "ok     " if finding.present else ("MISSING" if finding.required else "absent ")
         missing += finding.required and not finding.present
-        sys.stdout.write(f"{mark} {finding.control}: {finding.how}\n")
+        sys.stdout.write(f"{mark} {finding.control}: {finding.how} ({finding.source})\n")
         if not finding.present and finding.remedy:
+            sys.stdout.write(f"        needed: {finding.absence}; protects {finding.protects}\n")
             sys.stdout.write(f"        {finding.remedy}\n")
     sys.stdout.write(f"configuration {config.source}: ok\n")
     return EXIT_FAILED if missing else 0

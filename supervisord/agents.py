@@ -217,6 +217,8 @@ class Agents:
         agent.state = transition(agent.state, event)
         if agent.state is State.RUNNING and agent.started_at_ns is None:
             agent.started_at_ns = self._now_ns()
+        if agent.state is State.EXITED and event is Event.EXEC_OK:
+            agent.started_at_ns = agent.ended_at_ns  # it ran for less time than its launch took to hear of it
         if agent.state in ENDED and not agent.ended.is_set():
             agent.ended_at_ns = self._now_ns()
             agent.ended.set()

@@ -7,6 +7,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from sandbox.images.limits import ImageLimits
+
 # Clear of the ranges systemd gives to containers, dynamic users and homes (systemd.io/UIDS-GIDS).
 UID_FIRST: Final = 1879048192
 UID_LAST: Final = 2147352575
@@ -108,6 +110,7 @@ class UsersConfig:
     egress: str = "stockade-egress"
     dialer: str = "stockade-dialer"
     gateway: str = "stockade-gateway"
+    images: str = "stockade-images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class Config:
     users: UsersConfig = UsersConfig()
     agents: AgentsConfig = AgentsConfig()
     scratch: ScratchConfig = ScratchConfig()
+    images: ImageLimits = field(default_factory=ImageLimits)
     pool_netns: int = 4
     pool_images: int = 2
     egress_workers: int = 1

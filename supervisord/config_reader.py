@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from sandbox.images.limits import ImageLimits
 from supervisord.config import (
     UID_FIRST,
     UID_LAST,
@@ -146,6 +147,7 @@ def _config(root: Table, source: str) -> Config:
         users=_users(root.table("users")),
         agents=_agents(root.table("agents")),
         scratch=_scratch(root.table("scratch")),
+        images=_images(root.table("images")),
         pool_netns=pool.whole("netns", default.pool_netns, 0, 256),
         pool_images=pool.whole("images", default.pool_images, 0, 64),
         egress_workers=egress.whole("workers", default.egress_workers, 1, 64),
@@ -340,10 +342,13 @@ def _users(table: Table) -> UsersConfig:
         egress=table.matching("egress", default.egress, _ACCOUNT, "a user's name"),
         dialer=table.matching("dialer", default.dialer, _ACCOUNT, "a user's name"),
         gateway=table.matching("gateway", default.gateway, _ACCOUNT, "a user's name"),
+        images=table.matching("images", default.images, _ACCOUNT, "a user's name"),
     )
-    names = {users.egress, users.dialer, users.gateway}
+    names = {users.egress, users.dialer, users.gateway, users.images}
     if names != names - {"root"} or len(names) != len(UsersConfig.__slots__):
-        table.findings.add(table.name, "egress, dialer and gateway must be three users other than root", "rename one")
+        table.findings.add(
+            table.name, "egress, dialer, gateway and images must be four users other than root", "rename one"
+        )
     table.end()
     return users
 
@@ -369,6 +374,19 @@ def _measure(table: Table, key: str, default: M, parse: Callable[[str], M]) -> M
     except InvalidInput as error:
         table.problem(key, error.message, error.remedy)
         return default
+
+
+def _images(table: Table) -> ImageLimits:
+    default = ImageLimits()
+    limits = ImageLimits(
+        unpacked_bytes_max=table.whole("unpacked_bytes_max", default.unpacked_bytes_max, 1 << 20, 1 << 44),
+        entries_max=table.whole("entries_max", default.entries_max, 1, 5_000_000),
+        layers_max=table.whole("layers_max", default.layers_max, 1, 1000),
+        compression_ratio_max=table.whole("compression_ratio_max", default.compression_ratio_max, 1, 1100),
+        unpack_seconds_max=table.whole("unpack_seconds_max", default.unpack_seconds_max, 1, 86400),
+    )
+    table.end()
+    return limits
 
 
 def _agents(table: Table) -> AgentsConfig:

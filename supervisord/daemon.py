@@ -38,6 +38,7 @@ from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
 from supervisord.homes import Homes
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
+from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
@@ -104,6 +105,7 @@ class Daemon:
         self._history = {row.agent_id: row for row in await self._store.agents()}
         self._agents.on_change.append(self._changed)
         self._wire(Holds(await self._store.holds()))
+        await self._images.start()
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
@@ -116,7 +118,7 @@ class Daemon:
     def _wire(self, holds: Holds) -> None:
         config = self.config
         users = config.users
-        for name in (users.egress, users.dialer, users.gateway):
+        for name in (users.egress, users.dialer, users.gateway, users.images):
             user_id(name)
         self._plane = EgressPlane(
             users=users,
@@ -163,6 +165,14 @@ class Daemon:
             keep_seconds=config.scratch.keep_layers_seconds,
             now=time.time,
         )
+        self._images = Images(
+            directory=config.state_dir / "images",
+            records=config.run_dir / "processes",
+            user=users.images,
+            limits=config.images,
+            own=(config.state_dir, config.run_dir),
+            record=self._actions.record,
+        )
         self._launching = Launching(
             config=config,
             agents=self._agents,
@@ -176,6 +186,7 @@ class Daemon:
             holds=holds,
             layers=self._layers,
             homes=Homes(config.scratch_dir / "homes"),
+            images=self._images,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,
@@ -264,10 +275,19 @@ class Daemon:
             ActionService(agents=self._agents, actions=self._actions), server
         )
         policies_pb2_grpc.add_PolicyServiceServicer_to_server(
-            PolicyService(config=config, policies=self._policies, agents=self._agents, book=self._book), server
+            PolicyService(
+                config=config, policies=self._policies, agents=self._agents, book=self._book, images=self._images
+            ),
+            server,
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(instance=config.instance, started_at_ns=self._started_at_ns, health=self.health), server
+            SystemService(
+                instance=config.instance,
+                state_dir=config.state_dir,
+                started_at_ns=self._started_at_ns,
+                health=self.health,
+            ),
+            server,
         )
         self._health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # there, and not in its stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)
@@ -449,6 +469,7 @@ class Daemon:
         await self._server.stop(STOP_SECONDS)
         for task in self._background:
             task.cancel()
+        await self._images.stop()
         if not left:
             await self._plane.stop()
         if self._gateway is not None:
@@ -466,7 +487,7 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_plane", "_gateway")):
+        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway")):
             if part is not None:
                 await part.stop()
         for task in self._background:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
@@ -21,8 +22,8 @@ from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
 from supervisord.hostfiles import open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
-from supervisord.lifecycle import Event, State, can
-from supervisord.plan import LaunchOrder, build, check_order, wanted_files
+from supervisord.lifecycle import Event, State
+from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
 from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
     from supervisord.homes import Homes
+    from supervisord.images import Images
     from supervisord.launcher_link import LauncherLink, Reply
     from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
@@ -50,6 +52,7 @@ log = structlog.get_logger()
 
 NAME_CHARACTERS_MAX: Final = 40
 OBJECT_CHARACTERS_MAX: Final = 512
+VERSION: Final = version("stockade")
 
 
 class Launching:
@@ -70,6 +73,7 @@ class Launching:
         holds: Holds,
         layers: Layers,
         homes: Homes,
+        images: Images,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -86,6 +90,7 @@ class Launching:
         self._holds = holds
         self._layers = layers
         self._homes = homes
+        self._images = images
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
@@ -97,6 +102,10 @@ class Launching:
         agent_id = new_agent_id(self._entropy)
         files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
         close_all(fds)
+        root = None
+        if policy.rootfs is not None:
+            form, digest = self._images.glance(policy.rootfs)
+            root = Root(len(fds), form, str(policy.rootfs), digest)
         plan = build(
             order,
             policy,
@@ -107,6 +116,7 @@ class Launching:
             slot=0,
             files=files,
             filter_digest=self._filters[policy.seccomp],
+            root=root,
         )
         return "\n".join(plan.describe())
 
@@ -128,35 +138,67 @@ class Launching:
                     remedy="give the agent a name",
                 )
             self._homes.claim(name, caller)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+        fds: list[int] = []
         try:
-            slot = self._slots.claim()
-            try:
-                plan = build(
-                    order,
-                    policy,
-                    agent_id=chosen,
-                    name=name,
-                    instance=self._config.instance,
-                    id_first=self._config.agents.uid_first,
-                    slot=slot,
-                    files=files,
-                    filter_digest=self._filters[policy.seccomp],
-                )
-                what = self._description(
-                    order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
-                )
-                agent = Agent(what)
-                self._agents.add(agent)
-            except BaseException:
-                self._slots.release(slot)
-                raise
-            if idempotency_key:
-                self._keys[caller.actor, idempotency_key] = chosen
+            image = None if policy.rootfs is None else await self._images.open(policy.rootfs)
+            if image is not None:
+                fds.append(image.fd)
+                # That may have taken minutes: somebody may have launched the same meanwhile, or forbidden it.
+                known = self._known(order, caller=caller, agent_id=agent_id, idempotency_key=idempotency_key)
+                if known is not None:
+                    return known, True
+                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+            files, opened = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+            root = None
+            if image is not None:
+                root = Root(len(opened), image.form, str(policy.rootfs), image.digest, image.path)
+            fds[:0] = opened  # indices of files count from the first
+            agent, plan = self._register(
+                order, policy, chosen, name=name, files=files, root=root, caller=caller, idempotency_key=idempotency_key
+            )
             await self._perform(agent, policy, plan, files=files, fds=fds, caller=caller)
         finally:
             close_all(fds)
         return agent, False
+
+    def _register(
+        self,
+        order: LaunchOrder,
+        policy: Policy,
+        agent_id: AgentId,
+        *,
+        name: AgentName,
+        files: Sequence[OpenedFile],
+        root: Root | None,
+        caller: Caller,
+        idempotency_key: str,
+    ) -> tuple[Agent, SandboxPlan]:
+        """Plan the launch, and have the agent in the table with a slot of its own; raises StockadeError."""
+        slot = self._slots.claim()
+        try:
+            plan = build(
+                order,
+                policy,
+                agent_id=agent_id,
+                name=name,
+                instance=self._config.instance,
+                id_first=self._config.agents.uid_first,
+                slot=slot,
+                files=files,
+                filter_digest=self._filters[policy.seccomp],
+                root=root,
+            )
+            what = self._description(
+                order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
+            )
+            agent = Agent(what)
+            self._agents.add(agent)
+        except BaseException:
+            self._slots.release(slot)
+            raise
+        if idempotency_key:
+            self._keys[caller.actor, idempotency_key] = agent_id
+        return agent, plan
 
     def _known(self, order: LaunchOrder, *, caller: Caller, agent_id: str, idempotency_key: str) -> Agent | None:
         """An earlier attempt of the same caller for the same thing; raises Conflict where it was another thing."""
@@ -255,24 +297,20 @@ class Launching:
             for file in files:
                 if file.wanted.layer:
                     self._layers.add(agent, file, fd=fds[file.index])
-            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, caller)))
+            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
             building = asyncio.ensure_future(
                 self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
             )
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
-            if not can(agent.state, Event.EXEC_OK) or agent.state is State.KILLING:
+            if agent.state is not State.STARTING:
                 raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
             await self._launcher.call("go", agent_id=agent.agent_id)
         except BaseException as error:
             await self._undo(agent, error, caller)
             raise
-        # It may have ended already: the word of its end can come in the same breath as the answer.
-        if can(agent.state, Event.EXEC_OK):
-            self._agents.apply(agent, Event.EXEC_OK)
-        else:
-            agent.started_at_ns = agent.started_at_ns or agent.ended_at_ns
+        self._agents.apply(agent, Event.EXEC_OK)
         await self._outcome(agent, "agent.exec", "done", "", caller)
 
     def _built(self, agent: Agent, reply: Reply) -> None:
@@ -282,6 +320,7 @@ class Launching:
         agent.posture = dict(posture) if isinstance(posture, dict) else {}
         agent.posture["policy"] = agent.what.policy
         agent.posture["policy_digest"] = agent.what.policy_digest
+        agent.posture["stockade"] = VERSION
         timings = reply.body.get("timings_us")
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
@@ -356,14 +395,10 @@ def _unmet(policy: Policy) -> str:
     """Name what the policy asks for and this version has not, or nothing."""
     if policy.egress.transparent:
         return "egress.transparent"
-    if policy.rootfs is not None:
-        return "a rootfs other than the host's"
-    if policy.canary:
-        return "canary"
     return ""
 
 
-def _intent(agent: Agent, policy: Policy, caller: Caller) -> Action:
+def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> Action:
     what = agent.what
     details: dict[str, JSON] = {
         "name": what.name,
@@ -380,6 +415,7 @@ def _intent(agent: Agent, policy: Policy, caller: Caller) -> Action:
         "pids": what.pids,
         "budget": dict(what.budget),
         "uid_slot": what.slot,
+        **plan.rootfs.facts(),
     }
     return Action(what.agent_id, caller.actor, "agent.launch", _object(agent), "allowed", "", details)
 

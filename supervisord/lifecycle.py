@@ -60,6 +60,8 @@ NEXT: Final[dict[tuple[State, Event], State]] = {
     (State.KILLED, Event.KILL): State.KILLED,
     (State.KILLED, Event.EXITED): State.KILLED,
     (State.KILLED, Event.CGROUP_EMPTY): State.KILLED,
+    # What lives for an instant only: its exit is heard of before the launch that waits for the exec goes on.
+    (State.EXITED, Event.EXEC_OK): State.EXITED,
     (State.EXITED, Event.KILL): State.EXITED,
     (State.EXITED, Event.CGROUP_EMPTY): State.EXITED,
     (State.FAILED, Event.KILL): State.FAILED,

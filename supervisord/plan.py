@@ -48,6 +48,20 @@ class LaunchOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Root:
+    """A root file system other than the host's, opened: what it is, and its index among the descriptors.
+
+    `path` is the search path that an image asks for; empty where it does not.
+    """
+
+    index: int
+    form: str
+    source: str
+    digest: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WantedFile:
     """A host path that the sandbox shows, before it is opened; `why` is for messages."""
 
@@ -145,6 +159,7 @@ def build(
     slot: int,
     files: Sequence[OpenedFile],
     filter_digest: str,
+    root: Root | None = None,
 ) -> SandboxPlan:
     """Gives the plan of the launch; raises PermissionDenied or InvalidInput with the remedy."""
     limits = effective_limits(policy, order.limits)
@@ -154,10 +169,11 @@ def build(
         instance=instance,
         hostname=name.replace(".", "-").replace("_", "-")[:63].strip("-") or "agent",
         argv=order.command,
-        env=_environment(order, policy, agent_id=agent_id),
+        env=_environment(order, policy, agent_id=agent_id, path="" if root is None else root.path),
         ids=IdRange(id_first + slot * IDS_PER_AGENT),
         uid=inside,
         gid=inside,
+        rootfs=_rootfs(root),
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
         scratch=_scratch(limits, required=_needs_disk(policy, files)),
@@ -165,15 +181,24 @@ def build(
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
+        require=tuple(sorted(policy.require)),
+        degraded_ok=tuple(sorted(policy.degraded_ok)),
+        canary=policy.canary,
         tty=order.tty,
         stdin=order.stdin,
     )
 
 
-def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str) -> tuple[tuple[str, str], ...]:
+def _rootfs(root: Root | None) -> sandbox_plan.Rootfs:
+    if root is None:
+        return sandbox_plan.Rootfs()
+    return sandbox_plan.Rootfs("directory", root.index, form=root.form, source=root.source, digest=root.digest)
+
+
+def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str, path: str) -> tuple[tuple[str, str], ...]:
     gateway = f"http://{GATEWAY_NAME}:3128"
     own = {
-        "PATH": PATH,
+        "PATH": path or PATH,
         "HOME": "/home/agent",
         "USER": "root" if policy.user is User.ROOT else "agent",
         "LOGNAME": "root" if policy.user is User.ROOT else "agent",

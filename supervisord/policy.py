@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -81,12 +82,39 @@ class EgressRules:
 
 
 @dataclass(frozen=True, slots=True)
+class RootfsName:
+    """A root file system other than the host's: a path on the host, and which image of it where it has several."""
+
+    path: PurePosixPath
+    selector: str = ""
+    """A tag, a full name, or `sha256:…`; empty where there is one image, or none at all (a plain directory)."""
+
+    @classmethod
+    def parse(cls, text: str) -> "RootfsName":
+        found = _SELECTOR.fullmatch(text)
+        if found is None:
+            return cls(PurePosixPath(text))
+        return cls(PurePosixPath(found["path"]), found["tag"] or found["digest"])
+
+    def __str__(self) -> str:
+        mark = "@" if self.selector.startswith("sha256:") else "#"
+        return f"{self.path}{mark}{self.selector}" if self.selector else str(self.path)
+
+
+_SELECTOR: Final = re.compile(
+    r"(?P<path>/.*)(?:#(?P<tag>[A-Za-z0-9_][A-Za-z0-9._/:-]{0,255})|@(?P<digest>sha256:[0-9a-f]{64}))",
+    re.ASCII | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """One policy after `extends` was followed.
 
     `digest` is `sha256:…` over everything that has an effect, so two policies with one digest contain alike.
     `rootfs` is None for the host's own, else a directory, OCI layout or archive on the host. `ceiling` bounds what may
-    ever be granted; None is no bound. `degraded_ok` names controls a host may lack.
+    ever be granted; None is no bound. `require` names controls that a host must have, `degraded_ok` those it may lack;
+    what is in both must be there.
     """
 
     name: str
@@ -96,7 +124,7 @@ class Policy:
     extends: str | None = None
     widen: Mapping[str, str] = field(default_factory=dict)
     user: User = User.AGENT
-    rootfs: PurePosixPath | None = None
+    rootfs: RootfsName | None = None
     hide: tuple[PurePosixPath, ...] = ()
     home: Home = Home.EPHEMERAL
     allow_root_owned: bool = False
@@ -110,6 +138,7 @@ class Policy:
     landlock: Demand = Demand.PREFERRED
     disk_quota: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
+    require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
     digest: str = ""
@@ -193,6 +222,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
         "disk_quota": (policy.disk_quota, base.disk_quota) == (Demand.PREFERRED, Demand.REQUIRED),
         "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
+        "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
     }
@@ -231,6 +261,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "landlock": policy.landlock.value,
         "disk_quota": policy.disk_quota.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
+        "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
     }

@@ -9,10 +9,31 @@ from typing import Final, Self, TypeVar, cast
 from jsonschema import Draft202012Validator
 
 from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
+from sandbox.controls import BY_NAME, NEGOTIABLE
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
-from supervisord.documents import Document, InvalidDocument, Path, Problem, Value, check_schema, parse_document
+from supervisord.documents import (
+    Document,
+    InvalidDocument,
+    Path,
+    Problem,
+    Value,
+    check_schema,
+    nearest,
+    parse_document,
+)
 from supervisord.errors import StockadeError
-from supervisord.policy import AgentSpec, EgressRules, LimitsWanted, Policy, Workspace, digest, effect, wider
+from supervisord.ids import shown
+from supervisord.policy import (
+    AgentSpec,
+    EgressRules,
+    LimitsWanted,
+    Policy,
+    RootfsName,
+    Workspace,
+    digest,
+    effect,
+    wider,
+)
 from supervisord.sizes import format_size, parse_size
 
 MEMORY_BYTES_MIN: Final = 16 << 20
@@ -135,6 +156,24 @@ class _Reader:
         value = self.get((key,))
         return tuple(PurePosixPath(str(path)) for path in value) if isinstance(value, list) else None
 
+    def controls(self, key: str) -> frozenset[str] | None:
+        """Gives the controls that a policy names; one that no policy decides on is a problem."""
+        value = self.get((key,))
+        if not isinstance(value, list):
+            return None
+        for index, name in enumerate(map(str, value)):
+            if name in NEGOTIABLE:
+                continue
+            if name in BY_NAME:
+                self.problem(
+                    (key, index),
+                    f"{name} is not for a policy to decide: without it nothing is launched, or it confines no agent",
+                    f"leave it out; a policy decides on {', '.join(NEGOTIABLE)}",
+                )
+            else:
+                self.problem((key, index), f"there is no control {shown(name)}", nearest(name, NEGOTIABLE))
+        return frozenset(map(str, value))
+
     def done(self, what: str) -> None:
         if self.problems:
             raise InvalidDocument(what, self.problems)
@@ -205,7 +244,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
     ceiling = read.scopes(("grants", "ceiling"))
     scopes = read.scopes(("scopes",))
     hide = read.paths("hide")
-    degraded_ok = read.get(("degraded_ok",))
+    require, degraded_ok = read.controls("require"), read.controls("degraded_ok")
     extends = read.get(("extends",))
     return Policy(
         name=read.text("name", ""),
@@ -215,7 +254,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         extends=extends if isinstance(extends, str) else None,
         widen=read.texts("widen"),
         user=read.one_of(("user",), base.user),
-        rootfs=base.rootfs if rootfs is None else None if rootfs == "host" else PurePosixPath(str(rootfs)),
+        rootfs=base.rootfs if rootfs is None else None if rootfs == "host" else RootfsName.parse(str(rootfs)),
         hide=base.hide if hide is None else hide,
         home=read.one_of(("home",), base.home),
         allow_root_owned=read.flag(("allow_root_owned",), default=base.allow_root_owned),
@@ -237,9 +276,8 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         landlock=read.one_of(("landlock",), base.landlock),
         disk_quota=read.one_of(("disk_quota",), base.disk_quota),
         on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
-        degraded_ok=base.degraded_ok
-        if not isinstance(degraded_ok, list)
-        else frozenset(str(name) for name in degraded_ok),
+        require=base.require if require is None else require,
+        degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
         source=read.document.source,
     )

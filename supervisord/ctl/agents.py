@@ -84,8 +84,17 @@ def read_file(name: str) -> bytes:
 def agent_document(info: AgentInfo) -> dict[str, Any]:
     """The agent in JSON: all of its fields; its command as text, which is what people wrote."""
     document: dict[str, Any] = plain(info)
+    document["degraded"] = degraded(info)
+    if not document["effective"]:
+        del document["effective"]
     document["command"] = [argument.decode("utf-8", "backslashreplace") for argument in info.command]
     return document
+
+
+def degraded(info: AgentInfo) -> list[str]:
+    """The names of the controls that the agent does without."""
+    listed = info.posture.get("degraded")
+    return [str(item).partition(":")[0] for item in listed] if isinstance(listed, list) else []
 
 
 def status(stockade: Stockade, options: Namespace) -> int:
@@ -99,7 +108,7 @@ def show_agents(found: Sequence[AgentInfo], options: Namespace) -> None:
     if options.output == "json":
         print_json([agent_document(info) for info in found])
         return
-    head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "AGENT_ID")
+    head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "AGENT_ID", "DEGRADED")
     print_table(head, [agent_row(info) for info in found])
 
 
@@ -117,15 +126,21 @@ def agent_row(info: AgentInfo) -> tuple[str | None, ...]:
         size(info.memory_bytes),
         text(info.pids),
         info.agent_id,
+        ", ".join(degraded(info)),
     )
 
 
 def inspect(stockade: Stockade, options: Namespace) -> int:
-    document = agent_document(stockade.agent(options.subject).info)
+    document = agent_document(stockade.agent(options.subject, examine=True).info)
+    effective = document.get("effective", {})
     if options.output == "json":
         print_json(document)
     else:
         print_facts({**document, "command": shlex.join(document["command"])})
+    for item in effective.get("drift", ()):
+        complain(f"stockadectl: {options.subject} is not confined as planned: {item}")
+    if "unreadable" in effective:
+        complain(f"stockadectl: cannot read what is in force for {options.subject}: {effective['unreadable']}")
     return OK
 
 

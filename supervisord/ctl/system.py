@@ -61,7 +61,7 @@ def _check(stockade: Stockade, options: Namespace) -> int:
     answer = stockade.call(methods.CHECK_POLICY, request)
     problems = [convert.problem(message) for message in answer.problems]
     if options.output == "json":
-        print_json({"ok": answer.ok, "problems": problems})
+        print_json({"ok": answer.ok, "problems": problems, "notes": list(answer.notes)})
         return OK if answer.ok else FAILED
     for found in problems:
         where = ":".join(str(part) for part in (found.filename or options.subject, found.line, found.column) if part)
@@ -70,6 +70,8 @@ def _check(stockade: Stockade, options: Namespace) -> int:
             complain(f"  {found.remedy}")
     if answer.ok:
         say(f"good: {options.subject}")
+        for note in answer.notes:
+            say(f"  {note}")
     return OK if answer.ok else FAILED
 
 
@@ -99,13 +101,16 @@ def doctor(stockade: Stockade, options: Namespace) -> int:
             (
                 item.control,
                 "yes" if item.present else "NO" if item.required else "no",
-                "required" if item.required else "optional",
+                item.absence,
                 item.how,
-                "" if item.present else item.remedy,
+                item.source,
             )
             for item in found
         ]
-        print_table(("CONTROL", "THERE", "NEED", "FOUND BY", "WHAT TO DO"), rows)
+        print_table(("CONTROL", "THERE", "NEEDED", "FOUND", "BY"), rows)
+        for item in found:
+            if not item.present and item.remedy:
+                say(f"{item.control} protects {item.protects}: {item.remedy}")
     return OK if answer.ok else FAILED
 
 

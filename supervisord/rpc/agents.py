@@ -116,7 +116,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
     async def GetAgent(self, request: agents_pb2.GetAgentRequest, _context: Context) -> agents_pb2.GetAgentResponse:
         agent = self._agents.find(request.agent)
         usage = await self._usage([agent])
-        return agents_pb2.GetAgentResponse(agent=self._shown(agent, usage.get(agent.agent_id)))
+        message = self._shown(agent, usage.get(agent.agent_id))
+        if request.examine and agent.live:
+            convert.effective(message, await self._examine(agent))
+        return agents_pb2.GetAgentResponse(agent=message)
 
     async def ListAgents(
         self, request: agents_pb2.ListAgentsRequest, _context: Context
@@ -313,6 +316,15 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             return {}
         stats = reply.body.get("stats")
         return stats if isinstance(stats, dict) else {}
+
+    async def _examine(self, agent: Agent) -> dict[str, object]:
+        """What the kernel says of a live agent; where it cannot be read, the cause: silence would pass for good."""
+        try:
+            reply = await self._launcher.call("examine", agent_id=agent.agent_id)
+        except StockadeError as error:
+            return {"unreadable": error.message}
+        found = reply.body.get("effective")
+        return found if isinstance(found, dict) else {"unreadable": "the launcher gave no answer"}
 
 
 def _chunk(chunk: Chunk) -> agents_pb2.OutputChunk:

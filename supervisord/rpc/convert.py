@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -228,6 +228,11 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
     return message
 
 
+def effective(message: agents_pb2.Agent, found: dict[str, Any]) -> None:
+    """Put what was read from the kernel into an agent's message."""
+    json_format.ParseDict(found, message.effective)
+
+
 def exit_status(value: core.Exit | None) -> agents_pb2.ExitStatus:
     message = agents_pb2.ExitStatus()
     if value is None:
@@ -393,6 +398,9 @@ def findings(values: Iterable[Finding]) -> system_pb2.DoctorResponse:
                 how=finding.how,
                 remedy=finding.remedy,
                 required=finding.required,
+                source=finding.source,
+                protects=finding.protects,
+                absence=finding.absence,
             )
             for finding in listed
         ],

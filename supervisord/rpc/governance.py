@@ -22,7 +22,7 @@ from supervisord.documents import InvalidDocument
 from supervisord.errors import InvalidInput, NotFound, StockadeError
 from supervisord.explain import explain
 from supervisord.ids import grant_id as parse_grant_id
-from supervisord.policy import Policy, policy_yaml
+from supervisord.policy import Policy, RootfsName, policy_yaml
 from supervisord.rpc import convert
 from supervisord.scopes import read_scope
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from supervisord.acts import Acts
     from supervisord.agents import Agents
     from supervisord.config import Config
+    from supervisord.images import Images
     from supervisord.policies import PolicyShelf
     from supervisord.requests import Requests
     from supervisord.scopes import GrantBook
@@ -204,8 +205,11 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
 
 
 class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
-    def __init__(self, *, config: Config, policies: PolicyShelf, agents: Agents, book: GrantBook) -> None:
+    def __init__(
+        self, *, config: Config, policies: PolicyShelf, agents: Agents, book: GrantBook, images: Images
+    ) -> None:
         self._config = config
+        self._images = images
         self._policies = policies
         self._agents = agents
         self._book = book
@@ -232,6 +236,8 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
         source = convert.text("file name", request.filename) or "policy"
         try:
             found = self._policies.check(request.content.decode(), source=source, directory=PurePosixPath("/"))
+            rootfs = found.rootfs if isinstance(found, Policy) else None
+            notes = [] if rootfs is None else [self._rootfs(rootfs)]
         except InvalidDocument as error:
             problems = [
                 policies_pb2.PolicyProblem(
@@ -252,7 +258,11 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
             problem = policies_pb2.PolicyProblem(filename=source, message=error.message, remedy=error.remedy)
             return policies_pb2.CheckPolicyResponse(ok=False, problems=[problem])
         policy = convert.policy(found) if isinstance(found, Policy) else None
-        return policies_pb2.CheckPolicyResponse(ok=True, policy=policy)
+        return policies_pb2.CheckPolicyResponse(ok=True, policy=policy, notes=notes)
+
+    def _rootfs(self, name: RootfsName) -> str:
+        form, digest = self._images.glance(name)
+        return f"rootfs: {name} is there ({form}{f', {digest}' if digest else ''})"
 
     async def Explain(self, request: policies_pb2.ExplainRequest, _context: Context) -> policies_pb2.ExplainResponse:
         scope = read_scope(request.scope)

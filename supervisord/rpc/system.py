@@ -15,6 +15,7 @@ from supervisord.rpc import convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import grpc
 
@@ -25,9 +26,15 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
     """`health` gives each part's readiness and a word on it."""
 
     def __init__(
-        self, *, instance: str, started_at_ns: int, health: Callable[[], Mapping[str, tuple[bool, str]]]
+        self,
+        *,
+        instance: str,
+        state_dir: Path,
+        started_at_ns: int,
+        health: Callable[[], Mapping[str, tuple[bool, str]]],
     ) -> None:
         self._instance = instance
+        self._host = doctor.Host(state_dir=state_dir)
         self._started_at_ns = started_at_ns
         self._health = health
 
@@ -41,7 +48,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         )
 
     async def Doctor(self, _request: system_pb2.DoctorRequest, _context: Context) -> system_pb2.DoctorResponse:
-        return convert.findings(await asyncio.to_thread(doctor.probe))
+        return convert.findings(await asyncio.to_thread(doctor.probe, self._host))
 
     async def Ready(self, _request: system_pb2.ReadyRequest, _context: Context) -> system_pb2.ReadyResponse:
         health = self._health()

@@ -263,23 +263,25 @@ def test_writable_root_owned_bind_needs_a_word(launcher: Launcher, tmp_path: Pat
     agent = launcher.sh("touch made", [fd], binds=(replace(bind, allow_root_owned=True),))
     os.close(fd)
     assert (tmp_path / "made").stat().st_uid == 0
-    assert any("root-owned" in item for item in agent.posture["degraded"])
+    assert agent.posture["root_owned"] == ["/workspace"]
 
 
 def test_file_system_without_idmap_fails_or_is_read_only(launcher: Launcher) -> None:
     """The proc file system has none; a real one without is found under User-Mode Linux (hostfs)."""
     fd = os.open("/proc/sys/kernel", os.O_PATH)
     bind = Bind(0, "/data", writable=True, owner_uid=1000, owner_gid=1000)
-    with pytest.raises(LauncherError, match="cannot map ids"):
+    with pytest.raises(LauncherError, match="cannot map ids") as caught:
         launcher.build(launcher.plan(["/bin/true"], binds=(bind,)), [fd])
+    assert "degraded_ok: [idmap]" in caught.value.error["remedy"]
     agent = launcher.sh(
         "cat /data/ostype; grep ' /data ' /proc/self/mounts | cut -d' ' -f4 | cut -c1-2",
         [fd],
         binds=(replace(bind, without_idmap="read-only"),),
+        degraded_ok=("idmap",),
     )
     os.close(fd)
     assert agent.stdout.split() == ["Linux", "ro"]
-    assert any("no-idmap" in item for item in agent.posture["degraded"])
+    assert any(item.startswith("idmap: /data") for item in agent.posture["degraded"])
 
 
 def test_a_hundred_launches_leave_nothing(launcher: Launcher) -> None:

@@ -70,6 +70,11 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{CHANGES}::test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
         f"{CHANGES}::test_what_is_no_file_is_shown_and_neither_opened_nor_made",
         f"{CHANGES}::test_the_worker_acts_as_the_owner_and_has_nothing_else",
+        "tests/kernel/test_degraded.py::test_this_very_kernel_is_judged_as_doctor_says",
+        "tests/kernel/test_canaries.py::test_the_default_plan_holds",
+        "tests/kernel/test_posture.py::test_examination_is_what_the_host_sees_after_exec",
+        "tests/adversarial/test_unpacker.py",  # there without Landlock
+        "tests/adversarial/test_images.py::test_the_same_image_unspoiled_is_taken_in_each_form",
         seconds_max=400,
     )
     shutil.rmtree(directory)
@@ -108,6 +113,10 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_kept_home_is_the_next_agents_whatever_its_ids",
         "test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
         "test_the_worker_acts_as_the_owner_and_has_nothing_else",
+        "test_this_very_kernel_is_judged_as_doctor_says",
+        "test_the_default_plan_holds",
+        "test_examination_is_what_the_host_sees_after_exec",
+        "test_a_taken_over_unpacker_reaches_its_directory_and_nothing_else",
     ],
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
@@ -119,7 +128,7 @@ def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
 def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
     report = guest(
         tmp_path,
-        *("tests/kernel/test_network.py", "tests/kernel/test_doctor.py", LAUNCH),
+        *("tests/kernel/test_network.py", "tests/kernel/test_doctor.py", "tests/kernel/test_roots.py", LAUNCH),
         f"--deselect={LAUNCH}::test_a_hundred_launches_leave_nothing",  # minutes, on one slow processor
         seconds_max=900,
     )

@@ -10,7 +10,13 @@ import grpc
 from stockade.client import convert, methods
 from stockade.client.errors import Failed, from_rpc
 from stockade.client.session import INPUT_BYTES_MAX
-from stockade.client.sync import CALL_SECONDS_MAX, CHANNEL_OPTIONS, EXEC_OUTPUT_BYTES_MAX, default_target
+from stockade.client.sync import (
+    CALL_SECONDS_MAX,
+    CHANNEL_OPTIONS,
+    EXEC_OUTPUT_BYTES_MAX,
+    default_target,
+    launch_seconds,
+)
 from stockade.client.values import Completed, ExitStatus, Selector
 from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, requests_pb2
 
@@ -89,7 +95,8 @@ class AsyncStockade:
 
     async def launch(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> AsyncAgent:
         """An agent that runs: when this returns, its execve has happened."""
-        answer = await self.call(methods.LAUNCH, convert.launch_request(command, **options))
+        request = convert.launch_request(command, **options)
+        answer = await self.call(methods.LAUNCH, request, timeout_seconds=launch_seconds(self._timeout))
         return AsyncAgent(self, convert.agent(answer.agent))
 
     async def plan(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> str:
@@ -98,9 +105,12 @@ class AsyncStockade:
         request.dry_run = True
         return (await self.call(methods.LAUNCH, request)).plan_text
 
-    async def agent(self, name: str) -> AsyncAgent:
-        """The agent of this name or id; of several with one name the live one, else the last."""
-        answer = await self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name))
+    async def agent(self, name: str, *, examine: bool = False) -> AsyncAgent:
+        """The agent of this name or id; of several with one name the live one, else the last.
+
+        With `examine`, `info.effective` is what the kernel says is in force now, and its `drift` from the plan.
+        """
+        answer = await self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name, examine=examine))
         return AsyncAgent(self, convert.agent(answer.agent))
 
     async def agents(self, selector: Selector | None = None, *, include_ended: bool = False) -> list[AsyncAgent]:

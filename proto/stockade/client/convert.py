@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
+    from google.protobuf.struct_pb2 import Struct
     from google.protobuf.timestamp_pb2 import Timestamp
 
 NANOS_PER_MICRO: Final = 1_000
@@ -68,7 +69,7 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         started_at=time_of(message, "started_at"),
         memory_bytes=message.memory_bytes if message.HasField("memory_bytes") else None,
         pids=message.pids if message.HasField("pids") else None,
-        posture={key: whole(value) for key, value in MessageToDict(message.posture).items()},
+        posture=struct(message.posture),
         policy_digest=message.policy_digest,
         labels=dict(message.labels),
         exit_signal=message.exit_signal if message.HasField("exit_signal") else None,
@@ -82,7 +83,13 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
         failure=message.failure,
         changes_kept=message.changes_kept,
+        effective=struct(message.effective),
     )
+
+
+def struct(message: Struct) -> values.JsonObject:
+    """A Struct as a mapping, its whole numbers as such."""
+    return {key: whole(value) for key, value in MessageToDict(message).items()}
 
 
 def workspace(message: agents_pb2.Workspace) -> values.Workspace:
@@ -285,6 +292,9 @@ def finding(message: system_pb2.Finding) -> values.Finding:
         required=message.required,
         how=message.how,
         remedy=message.remedy,
+        source=message.source,
+        protects=message.protects,
+        absence=message.absence,
     )
 
 

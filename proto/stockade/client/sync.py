@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SOCKET: Final = "/run/stockade/control.sock"
 CALL_SECONDS_MAX: Final = 60.0
+# The first launch from an image waits until that is unpacked; the daemon bounds it ([images] unpack_seconds_max).
+LAUNCH_SECONDS_MAX: Final = 900.0
 MESSAGE_BYTES_MAX: Final = 16 << 20
 EXEC_OUTPUT_BYTES_MAX: Final = 64 << 20
 CHANNEL_OPTIONS: Final = (
@@ -46,6 +48,11 @@ CHANNEL_OPTIONS: Final = (
 
 def default_target() -> str:
     return "unix:" + os.environ.get("STOCKADE_SOCKET", DEFAULT_SOCKET)
+
+
+def launch_seconds(timeout_seconds: float) -> float:
+    """How long a launch may take: as all calls, where the caller said how long those may."""
+    return LAUNCH_SECONDS_MAX if timeout_seconds == CALL_SECONDS_MAX else timeout_seconds
 
 
 class Stockade:
@@ -104,7 +111,8 @@ class Stockade:
     def launch(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> Agent:
         """An agent that runs: when this returns, its execve has happened."""
         request = convert.launch_request(command, **options)
-        return Agent(self, convert.agent(self.call(methods.LAUNCH, request).agent))
+        answer = self.call(methods.LAUNCH, request, timeout_seconds=launch_seconds(self._timeout))
+        return Agent(self, convert.agent(answer.agent))
 
     def plan(self, command: Sequence[str | bytes] = (), **options: Unpack[LaunchOptions]) -> str:
         """What a launch would do, a line a step; nothing is started or recorded."""
@@ -112,9 +120,12 @@ class Stockade:
         request.dry_run = True
         return self.call(methods.LAUNCH, request).plan_text
 
-    def agent(self, name: str) -> Agent:
-        """The agent of this name or id; of several with one name the live one, else the last."""
-        answer = self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name))
+    def agent(self, name: str, *, examine: bool = False) -> Agent:
+        """The agent of this name or id; of several with one name the live one, else the last.
+
+        With `examine`, `info.effective` is what the kernel says is in force now, and its `drift` from the plan.
+        """
+        answer = self.call(methods.GET_AGENT, agents_pb2.GetAgentRequest(agent=name, examine=examine))
         return Agent(self, convert.agent(answer.agent))
 
     def agents(self, selector: Selector | None = None, *, include_ended: bool = False) -> list[Agent]:

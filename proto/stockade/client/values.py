@@ -86,6 +86,7 @@ class AgentInfo:
     workspace: Workspace | None
     spend: Spend
     failure: str
+    effective: JsonObject = field(default_factory=dict)  # only where an examination was asked for
     changes_kept: bool = False
 
 
@@ -275,6 +276,9 @@ class Finding:
     required: bool
     how: str
     remedy: str
+    source: str
+    protects: str
+    absence: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Spend(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cost_usd: _Optional[float] = ..., estimated: _Optional[bool] = ...) -> None: ...
 
 class Agent(_message.Message):
-    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "changes_kept")
+    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "changes_kept")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Agent(_message.Message):
     WORKSPACE_FIELD_NUMBER: _ClassVar[int]
     OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_FIELD_NUMBER: _ClassVar[int]
     CHANGES_KEPT_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     name: str
@@ -128,8 +129,9 @@ class Agent(_message.Message):
     workspace: Workspace
     out_of_memory: bool
     limits: Limits
+    effective: _struct_pb2.Struct
     changes_kept: bool
-    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., changes_kept: _Optional[bool] = ...) -> None: ...
+    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., changes_kept: _Optional[bool] = ...) -> None: ...
 
 class Workspace(_message.Message):
     __slots__ = ("path", "mode")
@@ -237,10 +239,12 @@ class LaunchResponse(_message.Message):
     def __init__(self, agent: _Optional[_Union[Agent, _Mapping]] = ..., plan_text: _Optional[str] = ..., existed: _Optional[bool] = ...) -> None: ...
 
 class GetAgentRequest(_message.Message):
-    __slots__ = ("agent",)
+    __slots__ = ("agent", "examine")
     AGENT_FIELD_NUMBER: _ClassVar[int]
+    EXAMINE_FIELD_NUMBER: _ClassVar[int]
     agent: str
-    def __init__(self, agent: _Optional[str] = ...) -> None: ...
+    examine: bool
+    def __init__(self, agent: _Optional[str] = ..., examine: _Optional[bool] = ...) -> None: ...
 
 class GetAgentResponse(_message.Message):
     __slots__ = ("agent",)

@@ -33,18 +33,24 @@ class DoctorRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Finding(_message.Message):
-    __slots__ = ("control", "present", "how", "remedy", "required")
+    __slots__ = ("control", "present", "how", "remedy", "required", "source", "protects", "absence")
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
     HOW_FIELD_NUMBER: _ClassVar[int]
     REMEDY_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PROTECTS_FIELD_NUMBER: _ClassVar[int]
+    ABSENCE_FIELD_NUMBER: _ClassVar[int]
     control: str
     present: bool
     how: str
     remedy: str
     required: bool
-    def __init__(self, control: _Optional[str] = ..., present: _Optional[bool] = ..., how: _Optional[str] = ..., remedy: _Optional[str] = ..., required: _Optional[bool] = ...) -> None: ...
+    source: str
+    protects: str
+    absence: str
+    def __init__(self, control: _Optional[str] = ..., present: _Optional[bool] = ..., how: _Optional[str] = ..., remedy: _Optional[str] = ..., required: _Optional[bool] = ..., source: _Optional[str] = ..., protects: _Optional[str] = ..., absence: _Optional[str] = ...) -> None: ...
 
 class DoctorResponse(_message.Message):
     __slots__ = ("ok", "findings")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from sandbox import doctor
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from sandbox.controls import CONTROLS
 
 
 def find(control: str, host: doctor.Host) -> doctor.Finding:
     """The finding of one control alone."""
-    (row,) = (item for item in doctor.CONTROLS if item.name == control)
+    (row,) = (item for item in CONTROLS if item.name == control)
     return doctor._find(row, host)
 
 
@@ -158,6 +156,31 @@ def test_a_probe_that_breaks_counts_as_missing_and_hides_nothing(tmp_path: Path)
 
 
 def test_every_required_control_has_a_remedy_and_a_name_of_its_own() -> None:
-    names = [control.name for control in doctor.CONTROLS]
+    names = [control.name for control in CONTROLS]
     assert len(set(names)) == len(names)
-    assert all(control.remedy for control in doctor.CONTROLS if control.required)
+    assert all(control.remedy for control in CONTROLS if control.required)
+    assert names == list(doctor._PROBES)
+
+
+def test_little_memory_and_a_state_directory_that_may_vanish_are_told(tmp_path: Path) -> None:
+    kept = find("state-disk", doctor.Host(state_dir=tmp_path / "not" / "yet"))
+    assert str(tmp_path) in kept.how
+    assert not find("state-disk", doctor.Host(state_dir=Path("/dev/shm/stockade"))).present
+    assert "MiB available" in find("host-memory", doctor.Host()).how
+
+
+def test_a_v1_memory_hierarchy_without_inheritance_is_found(tmp_path: Path) -> None:
+    for name in ("memory", "cpu", "pids", "unified"):
+        (tmp_path / "cgroup" / name).mkdir(parents=True)
+        (tmp_path / "cgroup" / name / "cgroup.procs").touch()
+        (tmp_path / "cgroup" / name / "tasks").touch()
+    (tmp_path / "cgroup" / "unified" / "cgroup.controllers").touch()
+    flag = tmp_path / "cgroup" / "memory" / "memory.use_hierarchy"
+    flag.write_text("0\n")
+    assert "use_hierarchy is 0" in find("cgroups", proc(tmp_path)).how
+    flag.write_text("1\n")
+    (tmp_path / "cgroup" / "memory" / "memory.swappiness").write_text("60\n")
+    finding = find("cgroups", proc(tmp_path))
+    assert finding.present
+    assert "v1 hierarchies: cpu, memory, pids" in finding.how
+    assert "swappiness 60" in finding.how

@@ -103,6 +103,15 @@ async def test_states_move_along_the_table_only(table: Agents) -> None:
     assert (agent.state, agent.ended_at_ns) == (State.KILLED, ended)
 
 
+async def test_an_exit_that_is_heard_of_before_the_exec_is_an_exit(table: Agents) -> None:
+    agent = make_agent("a", State.STARTING)
+    table.add(agent)
+    table.apply(agent, Event.EXITED)
+    table.apply(agent, Event.EXEC_OK)
+    assert (agent.state, agent.started_at_ns) == (State.EXITED, agent.ended_at_ns)
+    assert agent.started_at_ns is not None
+
+
 async def test_a_watcher_misses_no_change(table: Agents) -> None:
     told: list[str] = []
     table.on_change.append(lambda agent: told.append(agent.state.value))

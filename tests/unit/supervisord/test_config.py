@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox.images.limits import ImageLimits
 from supervisord.config import (
     UID_FIRST,
     UID_LAST,
@@ -238,8 +239,8 @@ def test_every_key_arrives() -> None:
         ('[control]\ntcp_listen = "7443"', "control.tcp_listen: '7443' is not IP:PORT"),
         ('[control.roles]\n"ci" = "admin"', "control.roles.ci: is neither cn:NAME"),
         ('[control.roles]\n"cn:ci" = "root"', "control.roles.cn:ci: 'root' is none of reader, operator, admin"),
-        ('[users]\negress = "root"', "users: egress, dialer and gateway must be three users other than root"),
-        ('[users]\negress = "a"\ndialer = "a"', "users: egress, dialer and gateway must be three users"),
+        ('[users]\negress = "root"', "users: egress, dialer, gateway and images must be four users other than root"),
+        ('[users]\negress = "a"\ndialer = "a"', "users: egress, dialer, gateway and images must be four users"),
         ("[agents]\nuid_range = [0, 4294967295]", "agents.uid_range"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_FIRST + 65534}]", "is not 65536 or more ids"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_LAST + 1}]", "agents.uid_range"),
@@ -314,3 +315,18 @@ def test_files_that_are_named_and_not_there(tmp_path: Path) -> None:
     assert missing_files(parse(text)) == ()
     assert missing_files(parse(DOCUMENTED)) == (), "the embedded gateway needs no credential"
     assert missing_files(parse(DOCUMENTED.replace("embedded", "litellm")))
+
+
+def test_what_unpacking_an_image_may_cost() -> None:
+    assert parse_config("", source="x").images == ImageLimits()
+    limits = parse_config("[images]\nunpacked_bytes_max = 1048576\nentries_max = 7\n", source="x").images
+    assert limits == ImageLimits(unpacked_bytes_max=1 << 20, entries_max=7)
+    for text in (
+        "unpacked_bytes_max = 1",
+        "layers_max = 0",
+        "unpack_seconds_max = 0",
+        'entries_max = "7"',
+        "files = 1",
+    ):
+        with pytest.raises(InvalidDocument):
+            parse_config(f"[images]\n{text}\n", source="x")

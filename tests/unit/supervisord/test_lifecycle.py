@@ -15,7 +15,7 @@ RUNNING     -       -             FROZEN RUNNING KILLING EXITED  -            FA
 FROZEN      -       -             FROZEN RUNNING KILLING EXITED  -            FAILED
 KILLING     KILLING KILLING       -      -       KILLING KILLING KILLED       KILLED
 KILLED      -       -             -      -       KILLED  KILLED  KILLED       -
-EXITED      -       -             -      -       EXITED  -       EXITED       -
+EXITED      EXITED  -             -      -       EXITED  -       EXITED       -
 FAILED      -       -             -      -       FAILED  -       FAILED       -
 """
 

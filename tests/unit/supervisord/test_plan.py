@@ -12,7 +12,16 @@ from gateway_client.egress.scope import parse_scope
 from sandbox.plan import IDS_PER_AGENT, SandboxPlan, Tty
 from supervisord import plan as module
 from supervisord.errors import InvalidInput, PermissionDenied
-from supervisord.plan import LaunchOrder, OpenedFile, WantedFile, build, check_order, effective_limits, wanted_files
+from supervisord.plan import (
+    LaunchOrder,
+    OpenedFile,
+    Root,
+    WantedFile,
+    build,
+    check_order,
+    effective_limits,
+    wanted_files,
+)
 from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
 
 AGENT = "ag_" + "a" * 26
@@ -28,10 +37,11 @@ def made(
     name: str = "reader",
     slot: int = 0,
     files: tuple[OpenedFile, ...] = (),
+    root: Root | None = None,
 ) -> SandboxPlan:
     return build(
         order, policy, agent_id=AGENT, name=name, instance="default", id_first=ID_FIRST, slot=slot, files=files,
-        filter_digest="sha256:0",
+        filter_digest="sha256:0", root=root,
     )  # fmt: skip
 
 
@@ -194,3 +204,24 @@ def test_two_paths_cannot_be_in_one_place() -> None:
         ("/srv/c", "/srv/c", True, False),
         ("/srv/a", "/workspace", True, False),
     ]
+
+
+# --- root file system
+
+
+def test_an_image_is_a_directory_by_descriptor_and_its_path_the_least_of_three() -> None:
+    root = Root(3, "oci-archive", "/srv/image.tar#v1", "sha256:1", "/image/bin")
+    plan = made(root=root)
+    assert (plan.rootfs.kind, plan.rootfs.fd) == ("directory", 3)
+    assert plan.rootfs.facts() == {
+        "rootfs": "oci-archive",
+        "rootfs_source": "/srv/image.tar#v1",
+        "rootfs_digest": "sha256:1",
+    }
+    assert "read-only root from fd 3, oci-archive /srv/image.tar#v1, sha256:1" in list(plan.describe())
+    assert dict(plan.env)["PATH"] == "/image/bin"
+    assert dict(made(policy=Policy(name="x", env={"PATH": "/p"}), root=root).env)["PATH"] == "/p"
+    assert dict(made(LaunchOrder(("true",), env={"PATH": "/o"}), root=root).env)["PATH"] == "/o"
+    assert dict(made(root=Root(0, "directory", "/srv/root")).env)["PATH"] == module.PATH
+    assert made().rootfs.facts() == {"rootfs": "host", "rootfs_source": "", "rootfs_digest": ""}
+    assert SandboxPlan.from_json(plan.to_json()).rootfs == plan.rootfs

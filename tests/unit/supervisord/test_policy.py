@@ -26,6 +26,7 @@ from supervisord.policy import (
     OnLoss,
     Policy,
     Risk,
+    RootfsName,
     User,
     Worker,
     policy_yaml,
@@ -105,6 +106,7 @@ seccomp: strict
 landlock: required
 on_supervisor_loss: kill
 degraded_ok: [idmap, workspace-quota]
+require: [nftables]
 canary: true
 """)
     assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20)
@@ -112,12 +114,23 @@ canary: true
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
     assert full.ceiling is not None
     assert full.egress == EgressRules(OnDeny.ASK, transparent=True, worker=Worker.DEDICATED)
-    assert full.rootfs == PurePosixPath("/srv/images/agent")
+    assert full.rootfs == RootfsName(PurePosixPath("/srv/images/agent"))
     assert full.hide == (PurePosixPath("/usr/local"), PurePosixPath("/opt"))
     assert (full.risk, full.user, full.home, full.seccomp) == (Risk.HIGH, User.ROOT, Home.PERSISTENT, "strict")
     assert (full.landlock, full.on_supervisor_loss) == (Demand.REQUIRED, OnLoss.KILL)
     assert (full.degraded_ok, full.canary, full.version) == (frozenset({"idmap", "workspace-quota"}), True, 7)
+    assert full.require == {"nftables"}
     assert full.env == {"A_B": "1"}
+
+
+@pytest.mark.parametrize("key", ["require", "degraded_ok"])
+def test_controls_are_those_of_the_table(key: str) -> None:
+    with pytest.raises(InvalidDocument) as raised:
+        policy(f"kind: Policy\nname: x\n{key}: [landlock, nftable, seccomp, descriptors]\n")
+    unknown, fixed, advice = raised.value.problems
+    assert (unknown.key, unknown.remedy) == (f"{key}[1]", "did you mean nftables?")
+    assert "not for a policy to decide" in fixed.message
+    assert "workspace-quota" in advice.remedy
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
         ("disk_quota", "disk_quota: required", "disk_quota: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
+        ("require", "require: [landlock, nftables]", "require: [landlock]"),
     ],
 )
 def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text: str) -> None:
@@ -245,15 +259,18 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
-    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary"}
+    cases = {key for key, _ in WIDER} | {
+        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require"
+    }  # fmt: skip
     everything = Policy(
-        name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=PurePosixPath("/x"), home=Home.PERSISTENT,
+        name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50), scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
     )  # fmt: skip
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
+        require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
         disk_quota=Demand.REQUIRED,
     )  # fmt: skip
@@ -344,6 +361,7 @@ documents = st.fixed_dictionaries(
         "env": st.dictionaries(st.sampled_from(["A", "B_1"]), st.text("xyz \n\"'", max_size=5)),
         "landlock": st.sampled_from(["required", "preferred"]),
         "degraded_ok": st.lists(st.sampled_from(["idmap", "landlock"]), unique=True),
+        "require": st.lists(st.sampled_from(["nftables", "workspace-quota"]), unique=True),
         "canary": st.booleans(),
     },
 )
@@ -479,3 +497,22 @@ def test_check_judges_both_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["default", "coding-agent", "python-agent", "claude-code", "codex", "high-risk"])
 def test_every_shipped_policy_works_behind_a_gateway_without_forward_proxy(name: str) -> None:
     assert PolicyShelf([], gateway=CLOSED).get(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "selector"),
+    [
+        ("/srv/root", "/srv/root", ""),
+        ("/srv/image.tar#v1.2", "/srv/image.tar", "v1.2"),
+        ("/srv/image#example.com:5000/team/image:v1", "/srv/image", "example.com:5000/team/image:v1"),
+        ("/srv/image@sha256:" + "a" * 64, "/srv/image", "sha256:" + "a" * 64),
+        ("/srv/a#b#c", "/srv/a#b", "c"),
+        ("/srv/a#", "/srv/a#", ""),
+        ("/srv/a@sha256:12", "/srv/a@sha256:12", ""),
+        ("/srv/a#b c", "/srv/a#b c", ""),
+    ],
+)
+def test_a_rootfs_names_a_path_and_perhaps_one_image_of_it(text: str, path: str, selector: str) -> None:
+    name = RootfsName.parse(text)
+    assert name == RootfsName(PurePosixPath(path), selector)
+    assert str(name) == text
