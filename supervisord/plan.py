@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
 from sandbox import plan as sandbox_plan
-from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, IdRange, SandboxPlan, Scratch, Tty
+from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, EtcFile, IdRange, SandboxPlan, Scratch, Tty
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
@@ -178,6 +178,7 @@ def build(
         hide=tuple(str(path) for path in policy.hide),
         scratch=_scratch(limits, required=_needs_disk(policy, files)),
         home=name if policy.home is Home.PERSISTENT else None,
+        etc=tuple(EtcFile(name, text) for name, text in policy.etc.items()),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",

@@ -134,6 +134,7 @@ class Policy:
     ceiling: tuple[Scope, ...] | None = None
     egress: EgressRules = EgressRules()
     env: Mapping[str, str] = field(default_factory=dict)
+    etc: Mapping[str, str] = field(default_factory=dict)
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
     disk_quota: Demand = Demand.PREFERRED
@@ -257,6 +258,7 @@ def effect(policy: Policy) -> dict[str, object]:
             "worker": policy.egress.worker.value,
         },
         "env": dict(sorted(policy.env.items())),
+        "etc": dict(sorted(policy.etc.items())),
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
         "disk_quota": policy.disk_quota.value,

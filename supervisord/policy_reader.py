@@ -272,6 +272,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
             read.one_of(("egress", "worker"), base.egress.worker),
         ),
         env={**base.env, **read.texts("env")},
+        etc={**base.etc, **read.texts("etc")},
         seccomp=read.text("seccomp", base.seccomp),
         landlock=read.one_of(("landlock",), base.landlock),
         disk_quota=read.one_of(("disk_quota",), base.disk_quota),
