@@ -23,6 +23,7 @@ from sandbox.sync import StepError, step
 
 SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LOCKED_MEMORY_BYTES: Final = 8 << 20
+QUEUED_SIGNALS_MAX: Final = 8192  # and timers, which reserve one each; the default grows with the machine
 # The kernel's killer takes agents before services of the host (proc(5), oom_score_adj).
 OOM_SCORE: Final = 500
 # Of what Python sets to "ignore" at its start; a program expects the default.
@@ -129,6 +130,7 @@ def _limit(plan: SandboxPlan, *, core: bool) -> None:
     _lower(resource.RLIMIT_NOFILE, plan.limits.open_files)
     _lower(resource.RLIMIT_MEMLOCK, LOCKED_MEMORY_BYTES)
     _lower(resource.RLIMIT_RTPRIO, 0)
+    _lower(resource.RLIMIT_SIGPENDING, QUEUED_SIGNALS_MAX)
     if core:
         # 1 and not 0: with 0 a core_pattern that is a pipe still starts its handler, as root of the host (core(5)).
         _lower(resource.RLIMIT_CORE, 1)

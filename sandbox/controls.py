@@ -67,6 +67,18 @@ CONTROLS: Final = (
         "the memory limit, which swap would go around",
         "boot with swapaccount=1, or switch swap off: swapoff -a",
     ),
+    Control(
+        "io",
+        Absence.REFUSED,
+        "the host's disks, where a policy sets io_read or io_write",
+        "boot with systemd.unified_cgroup_hierarchy=1, or leave io_write out",
+    ),
+    Control(
+        "pressure",
+        Absence.TOLD,
+        "the news that an agent waits for memory or disks",
+        "boot with psi=1",
+    ),
     Control("seccomp", Absence.STOPS, "the kernel's attack surface", "use a kernel with CONFIG_SECCOMP_FILTER"),
     Control("libseccomp", Absence.STOPS, "the kernel's attack surface", "apt-get install libseccomp2"),
     Control(

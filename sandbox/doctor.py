@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from sandbox import cgroups, scratch, syscalls
 from sandbox.controls import CONTROLS, Control
 from sandbox.netpool import CannotMakeNetwork, Pool
-from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST
+from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -170,6 +170,20 @@ def _hierarchies(host: Host) -> str:
     return f"; v1 hierarchies: {', '.join(names)}{told}"
 
 
+def _io(host: Host) -> str:
+    layout = _layout(host)
+    held = str(layout.facts()["io"])
+    if why := layout.io_unheld(Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1)):
+        raise Lacking(why)
+    return held
+
+
+def _pressure(host: Host) -> str:
+    if host.text("pressure/memory") is None:
+        raise Lacking("the kernel keeps no pressure stall information")
+    return "pressure stall information, for each group of the v2 tree"
+
+
 def _cgroup_kill(host: Host) -> str:
     tree = _layout(host).tops("probe")[0].parent
     children = [path for path in tree.iterdir() if path.is_dir()] if tree.is_dir() else []
@@ -181,8 +195,8 @@ def _cgroup_kill(host: Host) -> str:
 def _swap(host: Host) -> str:
     swaps = (host.text("swaps") or "").splitlines()[1:]
     swap = str(_layout(host).facts()["swap"])
-    if swap == "0":
-        return "agents get none" if swaps else "agents get none; the host has none"
+    if swap.startswith("memory."):
+        return "agents get what their policy says, usually none" if swaps else "agents get none; the host has none"
     if swaps:
         raise Lacking(f"the host swaps to {swaps[0].split()[0]}, and swap is not accounted: a memory limit is no limit")
     return "not accounted; the host has none"
@@ -384,6 +398,8 @@ _PROBES: Final[dict[str, tuple[Callable[[Host], str], str]]] = {
     "cgroups": (_cgroups, "/sys/fs/cgroup"),
     "cgroup-kill": (_cgroup_kill, "files of the v2 tree"),
     "swap": (_swap, "/proc/swaps, memory controller"),
+    "io": (_io, "files of the v2 tree, blkio"),
+    "pressure": (_pressure, "/proc/pressure"),
     "seccomp": (_seccomp, "/proc/sys/kernel/seccomp/actions_avail"),
     "libseccomp": (_libseccomp, "loaded"),
     "landlock": (_landlock, "landlock_create_ruleset(2)"),

@@ -99,10 +99,12 @@ class Workshop:
         found = {}
         if plan.landlock != "off" and not landlock.ABI:
             found["landlock"] = "this kernel has none"
-        if self.layout.facts()["swap"] != "0" and swaps():
+        if not str(self.layout.facts()["swap"]).startswith("memory.") and swaps():
             found["swap"] = "the host swaps, and swap is not accounted"
         if plan.scratch.disk != "off" and self.stock.lacking:
             found["disk-quota"] = self.stock.lacking
+        if why := self.layout.io_unheld(plan.limits):
+            found["io"] = why
         writable = [bind.target for bind in plan.binds if bind.writable]
         if writable:
             found["workspace-quota"] = f"{', '.join(writable)}: a writable bind has no limit on bytes or files"

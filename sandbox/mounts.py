@@ -53,6 +53,9 @@ _MS_SAFE: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Of /var in a root given as a directory: places of services, and what the sandbox makes itself.
 _OWN_IN_VAR: Final = frozenset({"tmp", "run", "lock"})
+# All agents share kernel.pty.max - kernel.pty.reserve (3072) terminals: none may take them from the others.
+TERMINALS_MAX: Final = 64
+_DEVPTS: Final = f"ptmxmode=0666,mode=0620,max={TERMINALS_MAX}"
 _TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
@@ -113,7 +116,7 @@ def make_own(plan: SandboxPlan, image: Staged | None, home: Staged | None, mark:
     mark("own etc")
     with step("mount scratch"):
         if "devices" not in weak:
-            options = f"ptmxmode=0666,mode=0620,gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
+            options = f"{_DEVPTS},gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
             flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
             syscalls.mount("devpts", "dev/pts", "devpts", flags | syscalls.MS_REMOUNT, options)
         _make_scratch(plan, image, home, _flags(weak))
@@ -297,7 +300,7 @@ def _make_dev(weak: frozenset[str]) -> None:
     # An instance of its own: no terminal of the host or of another agent in it. ptmx is for the agent, hence 0666.
     # Whose group a terminal gets is said when the agent is known.
     flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-    syscalls.mount("devpts", "dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=0620")
+    syscalls.mount("devpts", "dev/pts", "devpts", flags, f"newinstance,{_DEVPTS}")
     for name, target in (
         ("ptmx", "pts/ptmx"),
         ("fd", "/proc/self/fd"),

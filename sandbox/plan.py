@@ -31,6 +31,7 @@ INIT_INSIDE: Final = 65533
 
 PLAN_BYTES_MAX: Final = 1 << 20
 ARGUMENTS_MAX: Final = 4096
+NO_RATE: Final = 1 << 50  # bytes per second that no device reaches: not limited
 ENVIRONMENT_MAX: Final = 1024
 BINDS_MAX: Final = 64
 ETC_FILES_MAX: Final = 64
@@ -193,10 +194,20 @@ class Limits:
     open_files: int = 4096
     disk_bytes: int = 1 << 30
     output_bytes: int = 64 << 20
+    swap_bytes: int = 0
+    io_read_bytes_per_second: int = NO_RATE  # from each disk of the host
+    io_write_bytes_per_second: int = NO_RATE
+
+    @property
+    def io_limited(self) -> bool:
+        return min(self.io_read_bytes_per_second, self.io_write_bytes_per_second) < NO_RATE
 
     def validate(self) -> None:
         for name, least, most in (
             ("memory_bytes", 8 << 20, 1 << 50),
+            ("swap_bytes", 0, 1 << 50),
+            ("io_read_bytes_per_second", 4096, NO_RATE),
+            ("io_write_bytes_per_second", 4096, NO_RATE),
             ("cpus", 0.01, 4096),
             ("pids", 2, 4 << 20),
             ("open_files", 16, 1 << 20),
@@ -207,10 +218,12 @@ class Limits:
                 raise InvalidPlan(f"limits.{name}: {getattr(self, name)} is outside of {least}..{most}")
 
     def describe(self) -> str:
-        return (
-            f"limits: memory {self.memory_bytes} bytes, {self.cpus:g} cpus, {self.pids} pids, "
+        text = (
+            f"limits: memory {self.memory_bytes} bytes, swap {self.swap_bytes}, {self.cpus:g} cpus, {self.pids} pids, "
             f"{self.open_files} open files, disk {self.disk_bytes} bytes, output {self.output_bytes} bytes"
         )
+        rates = {"read": self.io_read_bytes_per_second, "written": self.io_write_bytes_per_second}
+        return text + "".join(f", {rate} bytes/s {what}" for what, rate in rates.items() if rate < NO_RATE)
 
 
 @dataclass(frozen=True, slots=True)

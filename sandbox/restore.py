@@ -90,6 +90,7 @@ def restore(server: Server, notifier: Notifier) -> None:
             _reconnect(agent)
             _find_image(server, agent)
             agent.watch_death()
+            server.watch.add(agent, fresh=False)
         else:
             agent.end()
     for fd in notifier.stored.values():

@@ -141,6 +141,7 @@ class Agent:
         cut_ms = (time.monotonic() - began) * 1000
         processes = 0
         if self.group is not None:
+            self.loop.forget(self.group.oom_fd())
             processes = len(self.group.pids())
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()

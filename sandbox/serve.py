@@ -15,11 +15,13 @@
     stats    agent_ids                     -> stats
     layer    agent_id                      -> ok + [top of what the agent changed, read-only]
     drop     agent_id                      -> ok; the layer of an agent that has ended is no more
+    counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
-(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom) and `exec_exited` (agent_id, stream_id, status);
+(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id, status) and
+`met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there);
 a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
@@ -43,6 +45,7 @@ from typing import Any, Final
 from sandbox import attach, confine, examine, launching, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.launching import Follow, Workshop
+from sandbox.limits_watch import Kind, Watch
 from sandbox.loop import READ, WRITE
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import Agent, State, agent_error, read_status
@@ -148,6 +151,7 @@ class Server:
         self.agents: dict[str, Agent] = {}
         self.connections: set[Connection] = set()
         self.on_change: list[Callable[[Agent, str], None]] = []
+        self.watch = Watch(self.loop, self.agents, self._met_limit)
         self._follows: dict[str, Follow] = {}
         self._listener = listener
         listener.setblocking(False)
@@ -166,6 +170,7 @@ class Server:
             "freeze": self._freeze,
             "thaw": self._thaw,
             "stats": self._stats,
+            "counters": self._counters,
             "examine": self._examine,
             "adopt": self._adopt,
             "layer": self._layer,
@@ -333,6 +338,7 @@ class Server:
                 answer(error)
             else:
                 answer(pid=agent.pid, started_at=agent.started_at)
+                self.watch.add(agent, fresh=True)
 
         follow.go(went)
 
@@ -520,6 +526,12 @@ class Server:
 
         self.workshop.when_free(path, drop)
 
+    def _counters(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        assert agent.group is not None  # noqa: S101 - it runs
+        now = agent.group.counters()
+        answer(counters={name: getattr(now, name) for name in now.__slots__})
+
     def _examine(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
         try:
@@ -535,6 +547,13 @@ class Server:
             self._notify(agent, "built")
         answer()
 
+    def _met_limit(self, agent: Agent, kind: Kind, details: dict[str, Any]) -> None:
+        limits = agent.plan.limits
+        limit = {Kind.PIDS_LIMIT: limits.pids, Kind.THROTTLED: limits.cpus, Kind.MEMORY_PRESSURE: limits.memory_bytes}
+        if kind in limit:
+            details["limit"] = limit[kind]
+        self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+
     # --- ends ---
 
     def _notify(self, agent: Agent, what: str) -> None:
@@ -544,6 +563,7 @@ class Server:
     def agent_gone(self, agent: Agent) -> None:
         self.agents.pop(agent.agent_id, None)
         self._follows.pop(agent.agent_id, None)
+        self.watch.remove(agent)
         self._notify(agent, "gone")
         if agent.started_at:
             status = {"code": agent.status["code"], "signal": agent.status["signal"]}

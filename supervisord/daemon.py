@@ -44,6 +44,7 @@ from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
+from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
@@ -385,6 +386,8 @@ class Daemon:
                 return
             case "exited":
                 self._exited(agent_id, message)
+            case "met_limit":
+                self._met_limit(agent_id, message)
             case "exec_exited":
                 status = message.get("status")
                 self._acts.exec_ended(
@@ -409,8 +412,24 @@ class Daemon:
             self._gone(agent)
             self._in_background(self._record_exit(agent))
 
+    def _met_limit(self, agent_id: str, message: Message) -> None:
+        agent, details = self._agents.get(agent_id), message.get("details")
+        if agent is None or not isinstance(details, dict):
+            return
+        action = met_limit_action(agent, str(message.get("kind")), details)
+        if action is not None:
+            self._in_background(self._record_met(action))
+
+    async def _record_met(self, action: Action) -> None:
+        try:
+            await self._actions.append(action)
+        except CannotRecord as error:
+            log.error("what an agent met is not in the action log", agent=action.agent_id, cause=error.message)
+
     async def _record_exit(self, agent: Agent) -> None:
         try:
+            if agent.exit is not None and agent.exit.out_of_memory:
+                await self._actions.append(oom_action(agent))
             await self._actions.append(exit_action(agent))
         except CannotRecord as error:
             log.error("an exit is not in the action log", agent=agent.agent_id, cause=error.message)

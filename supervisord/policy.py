@@ -12,6 +12,7 @@ from typing import Final
 import yaml
 
 from gateway_client.egress.scope import Scope, format_scope, includes
+from sandbox.plan import NO_RATE
 from supervisord.budgets import MICROUSD_PER_USD, NO_BUDGET, Budget
 from supervisord.sizes import format_size
 
@@ -60,6 +61,9 @@ class Limits:
     disk_bytes: int = 1 << 30
     open_files: int = 4096
     output_bytes: int = 64 << 20
+    swap_bytes: int = 0
+    io_read_bytes_per_second: int = NO_RATE
+    io_write_bytes_per_second: int = NO_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,9 @@ class LimitsWanted:
     disk_bytes: int | None = None
     open_files: int | None = None
     output_bytes: int | None = None
+    swap_bytes: int | None = None
+    io_read_bytes_per_second: int | None = None
+    io_write_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +186,7 @@ class AgentSpec:
     source: str = ""
 
 
+NO_RATE_WORD: Final = "none"
 _RISKS: Final = (Risk.MINIMAL, Risk.LIMITED, Risk.HIGH)
 _LIMIT_KEYS: Final = {
     "memory_bytes": "memory",
@@ -187,6 +195,9 @@ _LIMIT_KEYS: Final = {
     "disk_bytes": "disk",
     "open_files": "open_files",
     "output_bytes": "output",
+    "swap_bytes": "swap",
+    "io_read_bytes_per_second": "io_read",
+    "io_write_bytes_per_second": "io_write",
 }
 
 
@@ -236,7 +247,7 @@ def effect(policy: Policy) -> dict[str, object]:
     if (cost := budget.pop("cost_microusd", None)) is not None:
         budget["cost_usd"] = cost / MICROUSD_PER_USD if cost % MICROUSD_PER_USD else cost // MICROUSD_PER_USD
     limits = {
-        key: format_size(value) if name.endswith("_bytes") else value
+        key: NO_RATE_WORD if value == NO_RATE else format_size(value) if "_bytes" in name else value
         for name, key in _LIMIT_KEYS.items()
         for value in [getattr(policy.limits, name)]
     }

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 
 from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
 from sandbox.controls import BY_NAME, NEGOTIABLE
+from sandbox.plan import NO_RATE
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
 from supervisord.documents import (
     Document,
@@ -24,6 +25,7 @@ from supervisord.documents import (
 from supervisord.errors import StockadeError
 from supervisord.ids import shown
 from supervisord.policy import (
+    NO_RATE_WORD,
     AgentSpec,
     EgressRules,
     LimitsWanted,
@@ -39,6 +41,7 @@ from supervisord.sizes import format_size, parse_size
 MEMORY_BYTES_MIN: Final = 16 << 20
 DISK_BYTES_MIN: Final = 1 << 20
 OUTPUT_BYTES_MIN: Final = 64 << 10
+RATE_BYTES_MIN: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,16 @@ class _Reader:
             disk_bytes=self.size(("limits", "disk"), None, DISK_BYTES_MIN),
             open_files=open_files if isinstance(open_files, int) else None,
             output_bytes=self.size(("limits", "output"), None, OUTPUT_BYTES_MIN),
+            swap_bytes=self.size(("limits", "swap"), None, 0),
+            io_read_bytes_per_second=self.rate(("limits", "io_read")),
+            io_write_bytes_per_second=self.rate(("limits", "io_write")),
         )
+
+    def rate(self, path: Path) -> int | None:
+        if self.get(path) == NO_RATE_WORD:
+            return NO_RATE
+        size = self.size(path, None, RATE_BYTES_MIN)
+        return size if size is None else min(size, NO_RATE)
 
     def budget(self) -> Budget:
         value = self.get(("budget",))

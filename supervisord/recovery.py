@@ -17,6 +17,7 @@ from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
 from supervisord.lifecycle import ENDED, Event, State
+from supervisord.limit_actions import oom_action
 from supervisord.processes import spawn
 from supervisord.store import AgentRow
 
@@ -183,6 +184,8 @@ class Recovery:
             self._agents.remember(agent)
             self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
             found.append(agent)
+            if agent.exit is not None and agent.exit.out_of_memory:
+                await self._actions.append(oom_action(agent))
             await self._actions.append(exit_action(agent))
         return found
 

@@ -117,6 +117,8 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         agent = self._agents.find(request.agent)
         usage = await self._usage([agent])
         message = self._shown(agent, usage.get(agent.agent_id))
+        if agent.live:
+            message.counters.update(await self._counters(agent))
         if request.examine and agent.live:
             convert.effective(message, await self._examine(agent))
         return agents_pb2.GetAgentResponse(agent=message)
@@ -303,6 +305,17 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             self._holds.all(), size=request.page_size, token=request.page_token, key=lambda hold: hold.hold_id
         )
         return agents_pb2.ListHoldsResponse(holds=[convert.hold(hold) for hold in shown], next_page_token=token)
+
+    async def _counters(self, agent: Agent) -> dict[str, int]:
+        """How often a live agent met its limits; empty where the launcher has no answer, or the kernel no figure."""
+        try:
+            reply = await self._launcher.call("counters", agent_id=agent.agent_id)
+        except StockadeError as error:
+            log.info("no counters", cause=error.message)
+            return {}
+        counters = reply.body.get("counters")
+        found = counters.items() if isinstance(counters, dict) else ()
+        return {name: number for name, number in found if isinstance(number, int) and number >= 0}
 
     async def _usage(self, agents: Sequence[Agent]) -> dict[str, dict[str, int]]:
         """What live agents use now; an empty answer where the launcher has none."""

@@ -25,13 +25,14 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("modprobe") is None, reason="needs modprobe (Debian's kmod)"),
 ]
 
-# What the guest's kernel lacks: nftables for IPv4, hence the second layer of the network.
-SKIPPED_IN_GUEST = {
+# What the guest's kernel lacks: nftables for IPv4, hence the second layer of the network; and PSI.
+WITHOUT_NFTABLES = {
     "test_binding_to_the_device_does_not_get_around_the_missing_route",
     "test_broadcast_and_multicast_datagrams_do_not_leave",
     "test_only_packets_to_the_proxy_port_are_seen_in_the_gate",
     "test_the_firewall_alone_would_hold_the_gate",
 }
+SKIPPED_IN_GUEST = {*WITHOUT_NFTABLES, "test_waiting_for_memory_is_told_of"}
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
 SCRATCH = "tests/kernel/test_scratch.py"
@@ -54,6 +55,7 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         directory,
         "tests/kernel/test_cgroups.py",
         "tests/kernel/test_cgroups_launch.py",
+        "tests/kernel/test_limits.py",
         f"{LAUNCH}::test_identity_and_environment_come_from_the_plan_alone",
         f"{LAUNCH}::test_one_route_and_the_proxy_only",
         f"{LAUNCH}::test_workspace_is_writable_as_the_owner_on_disk",
@@ -97,6 +99,11 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
     [
         "test_every_limit_is_in_force_before_the_first_instruction",
         "test_swap_is_no_way_around_the_limit",
+        "test_a_starter_made_ahead_has_the_limits_of_its_agent_before_exec",
+        "test_out_of_memory_ends_the_agent_as_a_whole",
+        "test_the_pids_limit_is_told_of_once_with_its_count",
+        "test_throttling_is_told_of_and_an_idle_agent_is_not",
+        "test_a_restarted_launcher_keeps_watching",
         "test_kill_leaves_nobody_and_events_tell",
         "test_kill_reaches_a_fork_storm",
         "test_freeze_stops_time_and_thaw_gives_it_back",
@@ -133,7 +140,7 @@ def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
         seconds_max=900,
     )
     assert report.outcome("test_without_the_second_layer_the_gate_alone_leads_nowhere") == "passed"
-    assert {name: report.outcome(name) for name in SKIPPED_IN_GUEST} == dict.fromkeys(SKIPPED_IN_GUEST, "skipped")
+    assert {name: report.outcome(name) for name in WITHOUT_NFTABLES} == dict.fromkeys(WITHOUT_NFTABLES, "skipped")
 
 
 def test_a_guest_that_does_not_end_is_ended_and_leaves_no_process(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
         failure=message.failure,
         changes_kept=message.changes_kept,
+        counters=dict(message.counters),
         effective=struct(message.effective),
     )
 

@@ -87,6 +87,8 @@ class AgentInfo:
     spend: Spend
     failure: str
     effective: JsonObject = field(default_factory=dict)  # only where an examination was asked for
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """How often it met its limits; only there when one agent is asked for."""
     changes_kept: bool = False
 
 

@@ -40,7 +40,7 @@ PARENT = """
 kind: Policy
 name: parent
 user: agent
-limits: {memory: 1GiB, pids: 100}
+limits: {memory: 1GiB, pids: 100, io_read: 10MiB, io_write: 10MiB}
 budget: {llm_tokens: 1000}
 scopes: ["llm:*", "http:GET:https://a.example.com/**"]
 hide: [/usr/local]
@@ -96,7 +96,8 @@ rootfs: /srv/images/agent
 hide: [/usr/local, /opt]
 home: persistent
 allow_root_owned: true
-limits: {memory: 2GiB, cpus: 0.5, pids: 64, disk: 3GiB, open_files: 1024, output: 1MiB}
+limits: {memory: 2GiB, cpus: 0.5, pids: 64, disk: 3GiB, open_files: 1024, output: 1MiB, swap: 1GiB, io_read: 2MiB,
+  io_write: 1MiB}
 budget: {llm_tokens: 10, cost_usd: 0.5, requests: 3}
 scopes: ["llm:gpt-*", "fs:ro:/srv/logs", "mcp:git/*", "tls:git.example.com:443"]
 grants: {ceiling: ["llm:*", "fs:ro:/srv", "mcp:git/*", "tls:git.example.com:443"]}
@@ -109,7 +110,7 @@ degraded_ok: [idmap, workspace-quota]
 require: [nftables]
 canary: true
 """)
-    assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20)
+    assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20, 1 << 30, 2 << 20, 1 << 20)
     assert full.budget == Budget(10, 500_000, 3)
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
     assert full.ceiling is not None
@@ -147,6 +148,9 @@ def test_controls_are_those_of_the_table(key: str) -> None:
         ("limits: {pids: 3}", "limits.pids: '3' is not accepted; wanted: a whole number from 4"),
         ("limits: {pids: true}", "limits.pids"),
         ("limits: {cpus: 0}", "limits.cpus"),
+        ("limits: {io_read: 1KiB}", "f.yaml:3:10: limits.io_read: 1KiB is less than 64KiB"),
+        ("limits: {io_write: never}", "f.yaml:3:10: limits.io_write: 'never' is not what belongs here"),
+        ("limits: {swap: none}", "limits.swap"),
         ("budget: {llm_tokens: -1}", "budget.llm_tokens"),
         ('scopes: ["llm:*", "ftp:x"]', "f.yaml:3:19: scopes[1]: cannot read scope"),
         ('scopes: ["http:GET:https://*.example.com/**"]', "scopes[0]: "),
@@ -197,7 +201,10 @@ degraded_ok: []
 env: {B: "3"}
 risk: high
 """)
-    assert narrow.limits == Limits(memory_bytes=512 << 20, pids=100)
+    rate = 10 << 20
+    assert narrow.limits == Limits(
+        memory_bytes=512 << 20, pids=100, io_read_bytes_per_second=rate, io_write_bytes_per_second=rate
+    )
     assert narrow.budget == Budget(llm_tokens=1000, requests=5)
     assert narrow.scopes == (parse_scope("llm:gpt-*"),)
     assert narrow.ceiling == policy(PARENT).ceiling
@@ -212,6 +219,9 @@ WIDER = [
     ("limits.disk", "limits: {disk: 2GiB}"),
     ("limits.open_files", "limits: {open_files: 4097}"),
     ("limits.output", "limits: {output: 65MiB}"),
+    ("limits.swap", "limits: {swap: 1MiB}"),
+    ("limits.io_read", "limits: {io_read: 11MiB}"),
+    ("limits.io_write", "limits: {io_write: none}"),
     ("budget", "budget: {llm_tokens: 1001}"),
     ("scopes", 'scopes: ["http:GET,POST:https://a.example.com/**"]'),
     ("grants.ceiling", 'grants: {ceiling: ["llm:*", "http:GET:https://a.example.com/**", "tls:b.example.com:443"]}'),
@@ -264,12 +274,14 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
-        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50), scopes=(parse_scope("llm:*"),),
+        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
+        scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
     )  # fmt: skip
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
+        limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
         disk_quota=Demand.REQUIRED,
