@@ -105,6 +105,12 @@ CONTROLS: Final = (
         "that files granted to a running agent can be taken back",
         "use a kernel with CONFIG_FANOTIFY_ACCESS_PERMISSIONS; on this one fs: scopes are for launches alone",
     ),
+    Control(
+        "disk-quota",
+        Absence.SHOWN,
+        "memory, which what agents write to scratch counts as where it cannot be on disk",
+        "apt-get install e2fsprogs; modprobe loop; without it overlay workspaces and persistent homes are refused",
+    ),
     Control("network", Absence.STOPS, "the host's network", "load the veth module: modprobe veth"),
     Control(
         "nftables",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sandbox import cgroups, syscalls
+from sandbox import cgroups, scratch, syscalls
 from sandbox.controls import CONTROLS, Control
 from sandbox.guard import make_group
 from sandbox.netpool import CannotMakeNetwork, Pool
@@ -73,6 +73,7 @@ class Host:
     state_dir: Path = Path("/var/lib/stockade")
     subordinate: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid"))
     kernel: str = platform.release()
+    scratch: str = "/var/tmp"  # noqa: S108 - on the same kind of disk as a state_dir, as a rule
 
     def text(self, path: str) -> str | None:
         """A file below /proc, stripped; None where this kernel has none."""
@@ -267,6 +268,18 @@ def _idmap(host: Host) -> str:
     return f"/ is {kind}"
 
 
+def _disk_quota(host: Host) -> str:
+    """Make an image, and see whether it can be mounted; it is gone when this is over."""
+    if why := scratch.lacking(host.scratch):
+        raise Lacking(why)
+    stock = scratch.Stock(host.scratch, label="stockade-doctor", size=0, reserve_bytes=0)
+    try:
+        stock.take(1 << 20).drop()
+    except scratch.CannotMakeScratch as error:
+        raise Lacking(str(error)) from error
+    return "ext4 images behind loop devices"
+
+
 def _network(_: Host) -> str:
     """Make a whole network and throw it away. In a thread: namespaces are per thread, and end with it."""
     answer: list[str | CannotMakeNetwork] = []
@@ -402,6 +415,7 @@ _PROBES: Final[dict[str, tuple[Callable[[Host], str], str]]] = {
     "idmap": (_idmap, "/proc/self/mountinfo"),
     "workspace-quota": (_workspace_quota, "not in this version"),
     "file-grants": (_file_grants, "made a permission mark"),
+    "disk-quota": (_disk_quota, "made an image and threw it away"),
     "network": (_network, "made one and threw it away"),
     "nftables": (_nftables, "loaded the rules in a namespace of its own"),
     "users": (_users, "the user database"),

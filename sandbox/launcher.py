@@ -30,8 +30,11 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
 from sandbox.running import State
+from sandbox.scratch import HOMES, LAYERS, RESERVE_BYTES, Stock
+from sandbox.scratch import READY as IMAGES_READY
 from sandbox.serve import Server
 from sandbox.starters import READY, Starters
+from sandbox.sweeper import Sweeper
 from sandbox.userns import Holders
 
 PROXY_PORT: Final = 3128
@@ -47,6 +50,7 @@ def main() -> int:
     os.umask(0o077)
     syscalls.set_process_name("stockade-launch")
     _make_directories(options.run_dir)
+    _make_scratch_directory(options.scratch_dir)
     lock = _only_one(options.run_dir)
     loop = Loop()
     layout = cgroups.detect(parent=options.cgroup_parent)
@@ -59,6 +63,14 @@ def main() -> int:
         holders=Holders(),
         starters=Starters(layout, options.instance, f"{options.run_dir}/root", options.starters),
         guard=Guard(loop, options.run_dir),
+        stock=Stock(
+            options.scratch_dir,
+            label=f"stockade-{options.instance}",
+            size=options.images,
+            reserve_bytes=options.scratch_reserve_bytes,
+            preallocate=options.scratch_preallocate,
+        ),
+        sweeper=Sweeper(loop),
         allow_weakened=options.allow_weakened,
     )
     notifier = Notifier()
@@ -76,6 +88,8 @@ def main() -> int:
     notifier.send("READY=1")
     _run(server, options.linger_seconds)
     workshop.starters.close()
+    workshop.stock.close()
+    workshop.sweeper.close()
     workshop.holders.close()
     workshop.pool.close()
     workshop.guard.close()
@@ -100,15 +114,29 @@ def _options() -> argparse.Namespace:
         "--allow-weakened", action="store_true", help="for tests: perform plans that leave controls out"
     )
     parser.add_argument("--starters", type=int, default=READY, help="sandboxes begun ahead of need")
+    parser.add_argument("--scratch-dir", default="", help="where images for scratch on disk are made; empty: memory")
+    parser.add_argument("--images", type=int, default=IMAGES_READY, help="images of each size made ahead of need")
+    parser.add_argument(
+        "--scratch-reserve-bytes", type=int, default=RESERVE_BYTES, help="what stays free where images are made"
+    )
+    parser.add_argument("--scratch-preallocate", action="store_true", help="take all the room of an image at once")
     return parser.parse_args()
 
 
 def _make_directories(run_dir: str) -> None:
     os.makedirs(run_dir, 0o711, exist_ok=True)
-    for name in ("agents", "filters", "root"):
+    for name in ("agents", "filters", "root", "stage", "stage/image", "stage/home", "stage/lower"):
         path = f"{run_dir}/{name}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
+            raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
+
+
+def _make_scratch_directory(top: str) -> None:
+    for path in (top, f"{top}/{LAYERS}", f"{top}/{HOMES}") if top else ():
+        os.makedirs(path, 0o700, exist_ok=True)
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
             raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
@@ -168,7 +196,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             full = False
         elif not any(agent.state in _BEGINNING for agent in server.agents.values()):
             # Stocks are filled when nobody waits, one piece a turn.
-            more = workshop.holders.refill() or workshop.starters.refill()
+            more = workshop.holders.refill() or workshop.starters.refill() or workshop.stock.refill()
             full = workshop.pool.refill(1) == 0 and not more
 
 

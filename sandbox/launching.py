@@ -22,8 +22,10 @@ from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.scratch import HOME_ID, UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
+from sandbox.sweeper import Sweeper
 from sandbox.sync import StepError, ToldError, receive, send, step
 from sandbox.userns import Holders
 
@@ -47,8 +49,33 @@ class Workshop:
     holders: Holders
     starters: Starters
     guard: Guard
+    stock: Stock
+    sweeper: Sweeper
     allow_weakened: bool
     filters: dict[str, bytes] = field(default_factory=dict)
+
+    leaving: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+
+    def put_away(self, image: Image) -> None:
+        """Let go of an image; until that is done, `when_free` of its path waits."""
+        path = image.kept
+        if not path:
+            self.sweeper.put_away(image)
+            return
+        self.leaving.setdefault(path, [])
+
+        def done() -> None:
+            for call in self.leaving.pop(path, []):
+                call()
+
+        self.sweeper.put_away(image, done)
+
+    def when_free(self, path: str, call: Callable[[], None]) -> None:
+        """Call now, or when the image of this path has been written out."""
+        if path in self.leaving:
+            self.leaving[path].append(call)
+        else:
+            call()
 
     def check(self, plan: SandboxPlan, fds: list[int], agents: Iterable[Agent]) -> None:
         """Refuse what cannot be launched here; raises `StepError`."""
@@ -59,6 +86,8 @@ class Workshop:
         for agent in agents:
             if agent.agent_id == plan.agent_id:
                 raise StepError("check plan", 0, f"agent {plan.agent_id} is there already")
+            if plan.home is not None and agent.plan.home == plan.home:
+                raise StepError("check plan", 0, f"the home of {plan.home} is in use by {agent.agent_id}")
             if agent.plan.ids.start == plan.ids.start:
                 raise StepError("check plan", 0, f"ids {plan.ids.start} are in use by {agent.agent_id}")
         if plan.fds_needed() > len(fds):
@@ -74,6 +103,8 @@ class Workshop:
             found["landlock"] = "this kernel has none"
         if not str(self.layout.facts()["swap"]).startswith("memory.") and swaps():
             found["swap"] = "the host swaps, and swap is not accounted"
+        if plan.scratch.disk != "off" and self.stock.lacking:
+            found["disk-quota"] = self.stock.lacking
         if why := self.layout.io_unheld(plan.limits):
             found["io"] = why
         writable = [bind.target for bind in plan.binds if bind.writable]
@@ -111,11 +142,15 @@ def begin(
         agent.listener = agent.net.listener
         agent.lacking = workshop.lacking(plan) | lacking_network(agent.net)
         clock.mark("network")
+        _take_scratch(workshop, agent)
+        undo.callback(_put_away, agent)
+        clock.mark("scratch")
         with contextlib.ExitStack() as mine:
             order, given = _gather(workshop, agent, fds, mine, undo)
             agent.degraded = degraded(plan, agent.lacking)
             clock.mark("gather")
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
+            message["stage"] = f"{workshop.run_dir}/stage"
             with step("send plan"):
                 send(starter.stub, message, given)
                 send(starter.control, message, given)
@@ -125,6 +160,39 @@ def begin(
     agent.control, agent.builder = starter.stub, starter.control
     agent.timings_us = clock.steps
     return agent, Follow(agent, built)
+
+
+def _take_scratch(workshop: Workshop, agent: Agent) -> None:
+    """Give the agent its image, or nothing where the host can have none and the plan may do without."""
+    plan, stock = agent.plan, workshop.stock
+    agent.put_away = workshop.put_away
+    if plan.scratch.disk == "off":
+        return
+    if stock.lacking:
+        if plan.scratch.disk == "required":
+            raise StepError(
+                "make scratch", 0, f"the host cannot have it on disk: {stock.lacking}", "see `stockadectl doctor`"
+            )
+        return  # it is memory, and listed as lacking
+    try:
+        if any(bind.layer for bind in plan.binds):
+            agent.image = stock.make_kept(plan.limits.disk_bytes, stock.layer_path(plan.agent_id))
+        else:
+            agent.image = stock.take(plan.limits.disk_bytes)
+        if plan.home is not None:
+            agent.home = stock.home(plan.home, plan.limits.disk_bytes)
+    except CannotMakeScratch as error:
+        _put_away(agent)
+        raise StepError("make scratch", error.number, str(error), error.remedy) from error
+
+
+def _put_away(agent: Agent) -> None:
+    if agent.image is not None:
+        agent.image.forget()
+    for image in (agent.image, agent.home):
+        if image is not None and agent.put_away is not None:
+            agent.put_away(image)
+    agent.image = agent.home = None
 
 
 def _gather(
@@ -143,11 +211,33 @@ def _gather(
 
     with step("make user namespace"):
         users = add(workshop.holders.for_agent(plan.ids))
+    host_uid, host_gid = host_owner(plan)
+    image = None
+    if agent.image is not None:
+        with step("make scratch"):
+            agent.image.own(host_uid, host_gid)
+            for bind in plan.binds:
+                if bind.layer:
+                    mode = os.fstat(fds[bind.fd]).st_mode
+                    os.chmod(UPPER, mode & 0o777, dir_fd=agent.image.root)
+            image = add(agent.image.mount)
+            agent.image.mount = -1
+    home = None
+    if agent.home is not None:
+        with step("show kept home"):
+            users_of_home = workshop.holders.for_mount(
+                disk_uid=HOME_ID, disk_gid=HOME_ID, host_uid=host_uid, host_gid=host_gid
+            )
+            mine.callback(os.close, users_of_home)
+            set_ = syscalls.MOUNT_ATTR_IDMAP
+            syscalls.mount_setattr(agent.home.mount, "", syscalls.AT_EMPTY_PATH, set_=set_, userns_fd=users_of_home)
+            home = add(agent.home.mount)
+            agent.home.mount = -1
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
             rootfs = add(mounts.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
-    binds = _binds(workshop, agent, fds, host_owner(plan), add)
+    binds = _binds(workshop, agent, fds, (host_uid, host_gid), add)
     undo.callback(mounted.forget, agent)
     with step("note binds"):
         mounted.launched(agent, [given[index] for index in binds])
@@ -167,6 +257,8 @@ def _gather(
         "network": add(net.agent_ns, own=False),
         "users": users,
         "rootfs": rootfs,
+        "image": image,
+        "home": home,
         "binds": binds,
         "exit": add(agent.exit_fd, own=False),
         "stdio": stdio,
@@ -450,13 +542,22 @@ def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
         "limits": {name: getattr(plan.limits, name) for name in plan.limits.__slots__},
         "cgroups": workshop.layout.facts(),
         "network": net.facts() if isinstance(net, Net) else {},
-        "scratch": "tmpfs, counts as memory",
+        "scratch": _scratch(agent),
         "canary": seen.get("canary", {}),
         "kernel": KERNEL,
         "weakened": sorted(plan.weaken),
         "root_owned": [bind.target for bind in plan.binds if bind.writable and not bind.owner_uid],
         "degraded": agent.degraded,
     }
+
+
+def _scratch(agent: Agent) -> str:
+    if agent.image is None:
+        return "tmpfs, counts as memory"
+    disk_bytes = agent.plan.limits.disk_bytes
+    inodes = geometry(disk_bytes).inodes
+    home = "" if agent.plan.home is None else "; home is kept, with a limit of its own"
+    return f"on disk, {disk_bytes} bytes and {inodes} inodes{home}; /dev/shm is tmpfs, counts as memory"
 
 
 def degraded(plan: SandboxPlan, lacking: dict[str, str]) -> list[str]:

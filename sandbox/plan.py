@@ -116,7 +116,8 @@ class Bind:
     """A directory or file of the host made visible inside.
 
     `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped
-    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
+    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only". With `layer` it
+    is the lower part of an overlay: the agent writes to its scratch, and the directory itself stays as it is.
     """
 
     fd: int
@@ -126,17 +127,25 @@ class Bind:
     owner_gid: int
     allow_root_owned: bool = False
     without_idmap: Literal["refuse", "read-only"] = "refuse"
+    layer: bool = False
     name: str = ""
 
     def describe(self) -> str:
+        if self.layer:
+            return f"overlay at {self.target}: fd {self.fd} below, what the agent changes in a layer on its scratch"
         mode = "writable" if self.writable else "read-only"
         return f"bind fd {self.fd} at {self.target} {mode}, owner {self.owner_uid}:{self.owner_gid} shown as the agent"
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Private writable space; each is a tmpfs of its own, with a limit on bytes and on files."""
+    """Private writable space, limited in bytes and files.
 
+    `disk`: /tmp, home, an unbound /workspace and a layer share one image of `limits.disk_bytes`; "preferred" makes each
+    a tmpfs of the size given here where the host can have none. /dev/shm is a tmpfs in any case.
+    """
+
+    disk: Literal["off", "preferred", "required"] = "off"
     root_bytes: int = 16 << 20
     tmp_bytes: int = 256 << 20
     home_bytes: int = 256 << 20
@@ -145,7 +154,10 @@ class Scratch:
     inodes: int = 65536
 
     def describe(self) -> str:
-        return f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
+        if self.disk == "off":
+            sizes = f"/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes}"  # noqa: S108 - the sandbox's own
+            return f"scratch: tmpfs, counts as memory ({sizes})"
+        return f"scratch: on disk ({self.disk}), within limits.disk_bytes; /dev/shm is tmpfs, {self.shm_bytes} bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +220,7 @@ class Limits:
     def describe(self) -> str:
         text = (
             f"limits: memory {self.memory_bytes} bytes, swap {self.swap_bytes}, {self.cpus:g} cpus, {self.pids} pids, "
-            f"{self.open_files} open files, output {self.output_bytes} bytes"
+            f"{self.open_files} open files, disk {self.disk_bytes} bytes, output {self.output_bytes} bytes"
         )
         rates = {"read": self.io_read_bytes_per_second, "written": self.io_write_bytes_per_second}
         return text + "".join(f", {rate} bytes/s {what}" for what, rate in rates.items() if rate < NO_RATE)
@@ -252,6 +264,7 @@ class SandboxPlan:
     stdin: bool = False
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
     weaken: tuple[str, ...] = ()
+    home: str | None = None  # the name of a home that is kept; None: it ends with the agent
 
     VERSION: ClassVar[int] = 1
 
@@ -297,6 +310,12 @@ class SandboxPlan:
             raise InvalidPlan(f"require, degraded_ok: no policy decides on {', '.join(sorted(unknown))}")
         if self.tty is not None:
             check_terminal(self.tty)
+        if self.home is not None:
+            _check_name("home", self.home.replace(".", "-"), most=64)
+            if self.home.startswith(".") or self.scratch.disk != "required":
+                raise InvalidPlan(
+                    "home: a name without a dot at its start; and it is kept on disk, so that is required"
+                )
         self._check_files()
 
     def _check_files(self) -> None:
@@ -306,6 +325,8 @@ class SandboxPlan:
             raise InvalidPlan(f"binds, hide, etc: at most {BINDS_MAX}, {HIDDEN_MAX}, {ETC_FILES_MAX}")
         for index, bind in enumerate(self.binds):
             check_bind(f"binds[{index}]", bind)
+        if any(bind.layer for bind in self.binds) and self.scratch.disk != "required":
+            raise InvalidPlan("scratch.disk: a layer is kept on disk, so it is required")
         for path in self.hide:
             check_target("hide", path)
         for file in self.etc:
@@ -323,6 +344,8 @@ class SandboxPlan:
         yield self.rootfs.describe()
         yield from (file.describe() for file in self.etc)
         yield self.scratch.describe()
+        if self.home is not None:
+            yield f"keep the home of {self.home}, {self.limits.disk_bytes} bytes of its own"
         yield from (bind.describe() for bind in self.binds)
         yield from (f"hide {path}" for path in self.hide)
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
@@ -378,6 +401,8 @@ def check_bind(where: str, bind: Bind) -> None:
         raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
     if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
         raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
+    if bind.layer and (bind.writable or bind.target != "/workspace" or bind.without_idmap != "refuse"):
+        raise InvalidPlan(f"{where}.layer: is for /workspace, and what is below it is read-only and idmapped")
     if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
         raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 

@@ -19,6 +19,7 @@ from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.scratch import Image, again
 from sandbox.serve import Server
 from sandbox.stdio import Feed, Pump, RotatingFile
 
@@ -95,6 +96,7 @@ def restore(server: Server, notifier: Notifier) -> None:
         agent.gone.append(server.agent_gone)
         if agent.pidfd >= 0:
             _reconnect(agent)
+            _find_image(server, agent)
             agent.watch_death()
             server.watch.add(agent, fresh=False)
             if group >= 0:
@@ -143,6 +145,25 @@ def _load(server: Server, directory: str) -> Agent | None:
         else:
             os.close(pidfd)
     return agent
+
+
+def _find_image(server: Server, agent: Agent) -> None:
+    """Take hold of the agent's scratch again, so that its end need not write it out."""
+    agent.put_away = server.workshop.put_away
+    if agent.plan.scratch.disk == "off":
+        return
+    stock, disk_bytes = server.workshop.stock, agent.plan.limits.disk_bytes
+    if agent.plan.home is not None:
+        with contextlib.suppress(OSError):
+            found = again(f"/proc/{agent.pid}/root/home/agent")
+            if found is not None:
+                agent.home = Image(*found, -1, disk_bytes, stock.home_path(agent.plan.home))
+    with contextlib.suppress(OSError):
+        found = again(f"/proc/{agent.pid}/root/tmp")
+        if found is not None:
+            agent.image = Image(*found, -1, disk_bytes)
+            if any(bind.layer for bind in agent.plan.binds):
+                agent.image.kept = stock.layer_path(agent.agent_id)
 
 
 def _reconnect(agent: Agent) -> None:

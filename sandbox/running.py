@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sandbox.mounted import Mounted
     from sandbox.netpool import Net
     from sandbox.plan import SandboxPlan
+    from sandbox.scratch import Image
     from sandbox.stdio import Feed, Pump
 
 POLL_SECONDS: Final = 0.001
@@ -72,6 +73,9 @@ class Agent:
     group_name: str = ""
     net: "Net | None" = None
     listener: int = -1
+    image: "Image | None" = None
+    home: "Image | None" = None
+    put_away: "Callable[[Image], None] | None" = None
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
@@ -209,6 +213,12 @@ class Agent:
         self.mounted.clear()
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
+        if self.image is not None and not self.started_at:
+            self.image.forget()  # nothing ran, so there is no layer to keep
+        for image in (self.image, self.home):
+            if image is not None and self.put_away is not None:
+                self.put_away(image)
+        self.image = self.home = None
         oom = self._remove_group(ending)
         self._leave_status(oom=oom)
         self.state = State.GONE

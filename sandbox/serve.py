@@ -14,6 +14,8 @@
                                               problem
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
+    layer    agent_id                      -> ok + [top of what the agent changed, read-only]
+    drop     agent_id                      -> ok; the layer of an agent that has ended is no more
     counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
@@ -27,7 +29,7 @@ a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's 
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
-# ruff: noqa: PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH108, PTH110 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import base64
 import binascii
@@ -50,6 +52,7 @@ from sandbox.limits_watch import Kind, Watch
 from sandbox.loop import READ, WRITE
 from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import Agent, State, agent_error, read_status
+from sandbox.scratch import CannotMakeScratch
 from sandbox.sync import StepError
 
 VERSION: Final = 1
@@ -175,6 +178,8 @@ class Server:
             "adopt": self._adopt,
             "show": self._show,
             "take": self._take,
+            "layer": self._layer,
+            "drop": self._drop,
         }
 
     # --- channel ---
@@ -202,8 +207,12 @@ class Server:
         if operation is None:
             answer(StepError("read request", 0, f"there is no operation {str(message.get('op'))[:64]!r}"))
             return
+        self._answering(answer, str(message.get("op")), lambda: operation(connection, message, fds, answer))
+
+    def _answering(self, answer: Answer, name: str, act: Callable[[], None]) -> None:
+        """Do something; whatever goes wrong is the answer."""
         try:
-            operation(connection, message, fds, answer)
+            act()
         except StepError as error:
             answer(error)
         except InvalidPlan as error:
@@ -211,9 +220,7 @@ class Server:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             answer(StepError("check request", 0, f"{type(error).__name__}: {error}"))
         except Exception as error:  # noqa: BLE001 - one bad request must not end the process that holds every agent
-            answer(
-                StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}")
-            )
+            answer(StepError(name, getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}"))
 
     def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         for connection in list(self.connections):
@@ -296,6 +303,23 @@ class Server:
     def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         began = time.perf_counter_ns()
         plan = SandboxPlan.from_json(message["plan"])
+        if plan.home is None:
+            self._launch_plan(plan, began, message, fds, answer)
+            return
+        # The last agent that had this home has ended; what it wrote may still be on its way to the disk.
+        held = [os.dup(fd) for fd in fds]
+
+        def launch() -> None:
+            try:
+                self._answering(answer, "launch", lambda: self._launch_plan(plan, began, message, held, answer))
+            finally:
+                sync.close_all(held)
+
+        self.workshop.when_free(self.workshop.stock.home_path(plan.home), launch)
+
+    def _launch_plan(
+        self, plan: SandboxPlan, began: int, message: dict[str, Any], fds: list[int], answer: Answer
+    ) -> None:
         meta = dict(message.get("meta") or {})
         if len(json.dumps(meta)) > launching.META_BYTES_MAX:
             raise StepError("check plan", errno.E2BIG, f"meta is longer than {launching.META_BYTES_MAX} bytes")
@@ -485,6 +509,41 @@ class Server:
                 now = agent.group.stats()
                 stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
         answer(stats=stats)
+
+    def _layer_path(self, message: dict[str, Any]) -> str:
+        agent_id = str(message["agent_id"])
+        if not agent_id or not all(c.isascii() and (c.isalnum() or c in "-_") for c in agent_id):
+            raise InvalidPlan("agent_id: must be letters, digits, '-' or '_'")
+        path = self.workshop.stock.layer_path(agent_id)
+        if not os.path.exists(path):
+            raise StepError(str(message["op"]), errno.ENOENT, f"there is no layer of {agent_id}")
+        return path
+
+    def _layer(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        path = self._layer_path(message)
+
+        def read() -> None:
+            try:
+                top = self.workshop.stock.read(path)
+            except CannotMakeScratch as error:
+                answer(StepError("layer", error.number, str(error), error.remedy))
+                return
+            answer(fds=(top,))
+            os.close(top)
+
+        self.workshop.when_free(path, read)
+
+    def _drop(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        if str(message["agent_id"]) in self.agents:
+            raise StepError("drop", errno.EBUSY, "the agent has not ended")
+        path = self._layer_path(message)
+
+        def drop() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            answer()
+
+        self.workshop.when_free(path, drop)
 
     def _counters(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)

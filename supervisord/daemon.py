@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from stockade.v1 import (
     actions_pb2_grpc,
     agents_pb2_grpc,
+    changes_pb2_grpc,
     grants_pb2_grpc,
     policies_pb2_grpc,
     requests_pb2_grpc,
@@ -36,11 +37,13 @@ from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
 from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
+from supervisord.homes import Homes
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
+from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.outlets import dialer_configuration, worker_configuration
@@ -50,6 +53,7 @@ from supervisord.receipts import Signing
 from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher, row_of
 from supervisord.requests import Requests
 from supervisord.rpc.agents import AgentService
+from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.errors import ErrorInterceptor
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
 from supervisord.rpc.system import SystemService
@@ -107,7 +111,9 @@ class Daemon:
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
+        await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
+        self._in_background(self._layers.expire_forever())
         await self._serve()
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
@@ -153,6 +159,14 @@ class Daemon:
             count=(ids.uid_last + 1 - ids.uid_first) // IDS_PER_AGENT,
         )
         self._filters = _compile_filters()
+        self._layers = Layers(
+            config.scratch_dir / "layers",
+            agents=self._agents,
+            actions=self._actions,
+            launcher=self._launcher,
+            keep_seconds=config.scratch.keep_layers_seconds,
+            now=time.time,
+        )
         self._images = Images(
             directory=config.state_dir / "images",
             records=config.run_dir / "processes",
@@ -172,6 +186,8 @@ class Daemon:
             exchanges=self._exchanges,
             slots=self._slots,
             holds=holds,
+            layers=self._layers,
+            homes=Homes(config.scratch_dir / "homes"),
             images=self._images,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
@@ -252,12 +268,14 @@ class Daemon:
                 holds=self._holds,
                 policies=self._policies,
                 launcher=self._launcher,
+                layers=self._layers,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,
             ),
             server,
         )
+        changes_pb2_grpc.add_ChangeServiceServicer_to_server(ChangeService(layers=self._layers), server)
         grants_pb2_grpc.add_GrantServiceServicer_to_server(
             GrantService(agents=self._agents, book=self._book, acts=self._acts), server
         )
@@ -305,9 +323,7 @@ class Daemon:
     async def _reach_launcher(self) -> None:
         await reach_launcher(
             self._launcher,
-            run_dir=self.config.run_dir,
-            instance=self.config.instance,
-            networks=self.config.pool_netns,
+            self.config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
         )
         self._recovery = Recovery(

@@ -80,6 +80,10 @@ def _check(file: WantedFile, facts: os.stat_result, caller_uid: int | None) -> N
             f"cannot show {file.path} to an agent: it is neither a directory nor a regular file",
             remedy="name a directory or a file",
         )
+    if file.layer and not stat.S_ISDIR(facts.st_mode):
+        raise InvalidInput(
+            f"cannot keep changes of {file.path} in a layer: it is a file", remedy="name the directory it is in"
+        )
     if not file.by_policy and caller_uid not in {0, facts.st_uid}:
         raise PermissionDenied(
             f"cannot show {file.path} to an agent: it is owned by uid {facts.st_uid}, not by you",

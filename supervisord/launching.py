@@ -18,7 +18,7 @@ from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import NO_BUDGET, Budget, Ledger
 from supervisord.channel import close_all
-from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
+from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
 from supervisord.hostfiles import file_uid, open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
+    from supervisord.homes import Homes
     from supervisord.images import Images
     from supervisord.launcher_link import LauncherLink, Reply
+    from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
     from supervisord.scopes import GrantBook
@@ -68,6 +70,8 @@ class Launching:
         exchanges: Exchanges,
         slots: Slots,
         holds: Holds,
+        layers: Layers,
+        homes: Homes,
         images: Images,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
@@ -83,6 +87,8 @@ class Launching:
         self._exchanges = exchanges
         self._slots = slots
         self._holds = holds
+        self._layers = layers
+        self._homes = homes
         self._images = images
         self._filters = filters
         self._entropy = entropy
@@ -124,6 +130,13 @@ class Launching:
         chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
         name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
         self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+        if policy.home is Home.PERSISTENT:
+            if not order.name:
+                raise InvalidInput(
+                    f"cannot launch with policy {policy.name}: it keeps a home for each name, and none is given",
+                    remedy="give the agent a name",
+                )
+            self._homes.claim(name, caller)
         fds: list[int] = []
         try:
             image = None if policy.rootfs is None else await self._images.open(policy.rootfs)
@@ -142,7 +155,7 @@ class Launching:
             agent, plan = self._register(
                 order, policy, chosen, name=name, files=files, root=root, caller=caller, idempotency_key=idempotency_key
             )
-            await self._perform(agent, policy, plan, fds=fds, caller=caller)
+            await self._perform(agent, policy, plan, files=files, fds=fds, caller=caller)
         finally:
             close_all(fds)
         return agent, False
@@ -245,7 +258,7 @@ class Launching:
             purpose=order.purpose,
             command=order.command,
             workspace="" if order.workspace is None else str(order.workspace.path),
-            workspace_mode="" if order.workspace is None else ("rw" if order.workspace.writable else "ro"),
+            workspace_mode="" if order.workspace is None else order.workspace.mode,
             launched_by=caller.actor,
             idempotency_key=idempotency_key,
             slot=slot,
@@ -270,13 +283,23 @@ class Launching:
         return tuple(LaunchGrant(new_grant_id(self._entropy), text, by) for text, by in given.items())
 
     async def _perform(
-        self, agent: Agent, policy: Policy, plan: SandboxPlan, *, fds: list[int], caller: Caller
+        self,
+        agent: Agent,
+        policy: Policy,
+        plan: SandboxPlan,
+        *,
+        files: Sequence[OpenedFile],
+        fds: list[int],
+        caller: Caller,
     ) -> None:
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
-        building = asyncio.ensure_future(
-            self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
-        )
         try:
+            for file in files:
+                if file.wanted.layer:
+                    self._layers.add(agent, file, fd=fds[file.index])
+            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
+            building = asyncio.ensure_future(
+                self._launcher.call("launch", fds, plan=plan.to_json(), meta=agent.what.to_json())
+            )
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             self.give_egress(agent)
@@ -328,6 +351,7 @@ class Launching:
         if agent.state is State.STARTING:
             self._agents.apply(agent, Event.LAUNCH_FAILED)
         self.forget(agent)
+        self._layers.forget(agent.agent_id)
         try:
             await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
         except CannotRecord as unrecorded:
@@ -365,8 +389,6 @@ def _unmet(policy: Policy) -> str:
     """Name what the policy asks for and this version has not, or nothing."""
     if policy.egress.transparent:
         return "egress.transparent"
-    if policy.home is Home.PERSISTENT:
-        return "home: persistent"
     return ""
 
 

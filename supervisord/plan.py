@@ -24,7 +24,7 @@ from sandbox.plan import (
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
-from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
+from supervisord.policy import Demand, Home, Limits, LimitsWanted, Policy, User, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,6 +82,7 @@ class WantedFile:
     writable: bool
     why: str
     by_policy: bool
+    layer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
                 order.workspace.writable,
                 "workspace",
                 by_policy=False,
+                layer=order.workspace.overlay,
             )
         )
     seen: dict[PurePosixPath, WantedFile] = {}
@@ -233,7 +235,8 @@ def build(
         rootfs=_rootfs(root),
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
-        scratch=_scratch(limits),
+        scratch=_scratch(limits, required=_needs_disk(policy, files)),
+        home=name if policy.home is Home.PERSISTENT else None,
         etc=tuple(EtcFile(name, text) for name, text in policy.etc.items()),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
@@ -280,10 +283,22 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str, path: str
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
 
 
-def _scratch(limits: Limits) -> Scratch:
-    """Share the disk limit out: what is on tmpfs counts as memory too, so it never promises more than that."""
+def _needs_disk(policy: Policy, files: Sequence[OpenedFile]) -> bool:
+    """Whether memory will not do: what is kept when the agent has ended is on disk."""
+    kept = policy.home is Home.PERSISTENT or any(file.wanted.layer for file in files)
+    return kept or policy.disk_quota is Demand.REQUIRED
+
+
+def _scratch(limits: Limits, *, required: bool) -> Scratch:
+    """Share the disk limit out, for where it cannot be on disk: what is on tmpfs counts as memory too."""
     total = min(limits.disk_bytes, limits.memory_bytes)
-    return Scratch(tmp_bytes=total, home_bytes=total, shm_bytes=max(total // 2, 1 << 16), workspace_bytes=total)
+    return Scratch(
+        "required" if required else "preferred",
+        tmp_bytes=total,
+        home_bytes=total,
+        shm_bytes=max(total // 2, 1 << 16),
+        workspace_bytes=total,
+    )
 
 
 def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
@@ -300,7 +315,8 @@ def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
         owner_uid=file.owner_uid,
         owner_gid=file.owner_gid,
         allow_root_owned=policy.allow_root_owned,
-        without_idmap="read-only" if "idmap" in policy.degraded_ok else "refuse",
+        without_idmap="read-only" if "idmap" in policy.degraded_ok and not file.wanted.layer else "refuse",
+        layer=file.wanted.layer,
         name=file.wanted.why,
     )
 

@@ -144,6 +144,7 @@ class Policy:
     etc: Mapping[str, str] = field(default_factory=dict)
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
+    disk_quota: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
     require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
@@ -154,8 +155,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
+    """`overlay`: the agent writes to a layer, and the directory stays as it is until somebody applies that."""
+
     path: PurePosixPath
     writable: bool
+    overlay: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "overlay" if self.overlay else "rw" if self.writable else "ro"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +232,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "egress.worker": (policy.egress.worker, base.egress.worker) == (Worker.SHARED, Worker.DEDICATED),
         "seccomp": policy.seccomp != base.seccomp,
         "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
+        "disk_quota": (policy.disk_quota, base.disk_quota) == (Demand.PREFERRED, Demand.REQUIRED),
         "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
         "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
@@ -263,6 +272,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "etc": dict(sorted(policy.etc.items())),
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
+        "disk_quota": policy.disk_quota.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
         "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),

@@ -161,7 +161,8 @@ class _Reader:
         path = PurePosixPath(text) if directory is None else directory / text
         if not path.is_absolute():
             self.problem(("workspace", "path"), "is relative, and nothing says to what", "write an absolute path")
-        return Workspace(path, writable=self.get(("workspace", "mode")) == "rw")
+        mode = self.get(("workspace", "mode"))
+        return Workspace(path, writable=mode == "rw", overlay=mode == "overlay")
 
     def paths(self, key: str) -> tuple[PurePosixPath, ...] | None:
         value = self.get((key,))
@@ -286,6 +287,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         etc={**base.etc, **read.texts("etc")},
         seccomp=read.text("seccomp", base.seccomp),
         landlock=read.one_of(("landlock",), base.landlock),
+        disk_quota=read.one_of(("disk_quota",), base.disk_quota),
         on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
         require=base.require if require is None else require,
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,

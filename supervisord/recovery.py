@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
+    from supervisord.config import Config
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
     from supervisord.slots import Slots
@@ -39,7 +40,7 @@ STATE_BYTES_MAX: Final = 4 << 20
 LAUNCHER: Final = Path(sandbox.__file__ or "").resolve().parent / "launcher.py"
 
 
-async def reach_launcher(link: LauncherLink, *, run_dir: Path, instance: str, networks: int, managed: bool) -> None:
+async def reach_launcher(link: LauncherLink, config: Config, *, managed: bool) -> None:
     """Connect to the launcher; where nobody answers and no service manager keeps one (`managed`), start it.
 
     It is started in a session of its own and outlives this daemon. Raises Unavailable.
@@ -54,18 +55,25 @@ async def reach_launcher(link: LauncherLink, *, run_dir: Path, instance: str, ne
         except OSError as error:
             if not started:
                 started = True
-                program = str(LAUNCHER)
-                argv = [sys.executable, "-I", "-S", "-E", program, "--run-dir", str(run_dir), "--instance", instance]
-                argv += ["--linger-seconds", str(LINGER_SECONDS), "--networks", str(networks)]
-                spawn("launcher", argv, fds={}, new_session=True)
+                spawn("launcher", launcher_command(config), fds={}, new_session=True)
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable(
-                    f"cannot reach the launcher at {run_dir}/launcher.sock: {error.strerror}",
+                    f"cannot reach the launcher at {config.run_dir}/launcher.sock: {error.strerror}",
                     remedy="see its messages in the journal; under systemd: systemctl status stockade-launcher",
                 ) from error
             await asyncio.sleep(CONNECT_PAUSE_SECONDS)
         else:
             return
+
+
+def launcher_command(config: Config) -> list[str]:
+    """The command line of a launcher that the daemon starts itself."""
+    argv = [sys.executable, "-I", "-S", "-E", str(LAUNCHER)]
+    argv += ["--run-dir", str(config.run_dir), "--instance", config.instance]
+    argv += ["--linger-seconds", str(LINGER_SECONDS), "--networks", str(config.pool_netns)]
+    argv += ["--scratch-dir", str(config.scratch_dir), "--images", str(config.pool_images)]
+    argv += ["--scratch-reserve-bytes", str(config.scratch.reserve_bytes)]
+    return [*argv, "--scratch-preallocate"] if config.scratch.preallocate else argv
 
 
 class Recovery:

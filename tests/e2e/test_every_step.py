@@ -1,4 +1,4 @@
-"""`kill -9` of the launcher or the daemon at the steps of a launch, one after the other: nothing is left, nothing runs unrecorded.
+"""`kill -9` of launcher and daemon at the steps of a launch: nothing is left behind, and nothing runs unrecorded.
 
 The steps are the system calls that the process makes during a launch, read off by strace once; strace then kills it on
 entering one of them. A run takes some of them, spread over the launch; `./bootstrap test-full` takes every one.
@@ -70,7 +70,7 @@ def status(pid: int) -> str:
 def launch(stockade: Instance) -> str:
     """The id of an agent that was answered as launched; nothing where the launch failed."""
     with contextlib.suppress(StockadeError), Stockade(f"unix:{stockade.run_dir}/control.sock") as client:
-        return client.launch(["sleep", "1000"], timeout=20).agent_id
+        return client.launch(["sleep", "1000"]).agent_id
     return ""
 
 

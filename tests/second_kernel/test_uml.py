@@ -35,6 +35,8 @@ WITHOUT_NFTABLES = {
 SKIPPED_IN_GUEST = {*WITHOUT_NFTABLES, "test_waiting_for_memory_is_told_of"}
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
+SCRATCH = "tests/kernel/test_scratch.py"
+CHANGES = "tests/kernel/test_changes.py"
 
 
 def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
@@ -60,6 +62,16 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{LAUNCH}::test_workspace_of_root_read_only_shows_as_the_agents",
         f"{KILL}::test_a_frozen_agent_stops_and_can_be_killed",
         f"{KILL}::test_killing_twice_and_what_never_was",
+        f"{SCRATCH}::test_the_limit_stops_bytes_where_df_says_it_is",
+        f"{SCRATCH}::test_inodes_stop_at_the_limit_and_come_back",
+        f"{SCRATCH}::test_what_is_on_scratch_is_not_counted_as_memory",
+        f"{SCRATCH}::test_the_end_of_an_agent_takes_image_and_device_along",
+        f"{SCRATCH}::test_with_it_nothing_is_degraded",
+        f"{SCRATCH}::test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        f"{SCRATCH}::test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        f"{CHANGES}::test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        f"{CHANGES}::test_what_is_no_file_is_shown_and_neither_opened_nor_made",
+        f"{CHANGES}::test_the_worker_acts_as_the_owner_and_has_nothing_else",
         "tests/kernel/test_degraded.py::test_this_very_kernel_is_judged_as_doctor_says",
         "tests/kernel/test_canaries.py::test_the_default_plan_holds",
         "tests/kernel/test_posture.py::test_examination_is_what_the_host_sees_after_exec",
@@ -100,6 +112,15 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_frozen_agent_stops_and_can_be_killed",
         "test_one_route_and_the_proxy_only",
         "test_workspace_is_writable_as_the_owner_on_disk",
+        "test_the_limit_stops_bytes_where_df_says_it_is",
+        "test_inodes_stop_at_the_limit_and_come_back",
+        "test_what_is_on_scratch_is_not_counted_as_memory",
+        "test_the_end_of_an_agent_takes_image_and_device_along",
+        "test_with_it_nothing_is_degraded",
+        "test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        "test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        "test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        "test_the_worker_acts_as_the_owner_and_has_nothing_else",
         "test_this_very_kernel_is_judged_as_doctor_says",
         "test_the_default_plan_holds",
         "test_examination_is_what_the_host_sees_after_exec",

@@ -254,6 +254,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
     [
         ("egress.worker", "egress: {worker: dedicated}", "egress: {worker: shared}"),
         ("landlock", "landlock: required", "landlock: preferred"),
+        ("disk_quota", "disk_quota: required", "disk_quota: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
         ("require", "require: [landlock, nftables]", "require: [landlock]"),
@@ -268,7 +269,9 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
-    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary", "require"}
+    cases = {key for key, _ in WIDER} | {
+        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require"
+    }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
@@ -281,6 +284,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
+        disk_quota=Demand.REQUIRED,
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
