@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from sandbox.cgroups_tree import (
     CannotConfine,
+    Counters,
     Group,
     Layout,
     Limits,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CannotConfine",
+    "Counters",
     "Group",
     "HybridGroup",
     "HybridLayout",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "stockade-"
 CPU_PERIOD_USEC: Final = 100_000
+NO_RATE: Final = 1 << 50  # as in sandbox.plan
 CPU_QUOTA_USEC_MIN: Final = 1_000  # the kernel's min_cfs_quota_period
 REMOVE_SECONDS_MAX: Final = 1.0
 PIDS_READ_BYTES_MAX: Final = 1 << 20
@@ -41,6 +42,14 @@ class Limits(Protocol):
     def cpus(self) -> float: ...
     @property
     def pids(self) -> int: ...
+    @property
+    def swap_bytes(self) -> int: ...
+    @property
+    def io_read_bytes_per_second(self) -> int: ...
+    @property
+    def io_write_bytes_per_second(self) -> int: ...
+    @property
+    def io_limited(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,25 @@ class Stats:
     pids: int
     cpu_usec: int
     oom_kills: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """How often a group met its limits, and how long it waited, since it was made; times in microseconds.
+
+    `*_pressure_usec` is the time in which some process of the group waited for that (PSI, Documentation/accounting/
+    psi.rst). None is what the kernel does not tell.
+    """
+
+    oom_kills: int
+    memory_limit_hits: int | None
+    pids_limit_hits: int
+    cpu_periods: int
+    cpu_periods_throttled: int
+    cpu_throttled_usec: int
+    memory_pressure_usec: int | None
+    cpu_pressure_usec: int | None
+    io_pressure_usec: int | None
 
 
 def check_name(what: str, name: str) -> str:
@@ -92,6 +120,49 @@ def read_key(path: Path, key: str) -> int:
             if name == key:
                 return int(value)
     return 0
+
+
+def read_pairs(path: Path) -> dict[str, int]:
+    """A flat keyed file such as `cpu.stat`; empty where there is none."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return {}
+    words = text.decode("ascii", "replace").split()
+    return {key: int(value) for key, value in zip(words[::2], words[1::2], strict=False) if value.isdigit()}
+
+
+def read_pressure(path: Path) -> int | None:
+    """The `some` total of a PSI file; None where the kernel has or keeps none (`psi=0`)."""
+    try:
+        line = path.read_bytes().partition(b"\n")[0]
+        return int(line.rpartition(b"total=")[2])
+    except (OSError, ValueError):
+        return None
+
+
+def disks(sys_block: Path = Path("/sys/block")) -> list[str]:
+    """`MAJOR:MINOR` of every disk of the host that has a medium: rates are set for each device (io.max, blkio)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(sys_block):
+            with contextlib.suppress(OSError):
+                if read_int(Path(entry.path) / "size"):
+                    found.append((Path(entry.path) / "dev").read_text(encoding="ascii").strip())
+    return sorted(found)
+
+
+def write_for_disk(path: Path, value: str, *, remedy: str) -> None:
+    """As `write`; a disk that has gone since it was listed is nothing to limit."""
+    try:
+        write(path, value, remedy=remedy)
+    except CannotConfine as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in {errno.ENODEV, errno.ENXIO}:
+            raise
+
+
+def rate(bytes_per_second: int, *, none: str) -> str:
+    return none if bytes_per_second >= NO_RATE else str(bytes_per_second)
 
 
 def make_directory(path: Path, *, fresh: bool) -> None:
@@ -242,6 +313,13 @@ class Group(ABC):
     def oom_kills(self) -> int: ...
 
     @abstractmethod
+    def counters(self) -> Counters: ...
+
+    def oom_fd(self) -> int:
+        """Give a descriptor that is readable when the kernel kills for memory; -1 where it ends the group as one."""
+        return -1
+
+    @abstractmethod
     def sub(self, name: str) -> Group:
         """A group inside this one that can be killed and counted by itself; it shares the limits."""
 
@@ -260,6 +338,10 @@ class Layout(ABC):
     @abstractmethod
     def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
         """Lower the limits of a group that was made with larger ones; raising them again is not provided for."""
+
+    @abstractmethod
+    def io_unheld(self, limits: Limits) -> str:
+        """Why the rates asked for cannot be held on this host; empty where they can, or none is asked for."""
 
     @abstractmethod
     def open(self, instance: str, agent_id: str) -> Group:

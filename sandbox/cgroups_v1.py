@@ -14,36 +14,48 @@ from typing import TYPE_CHECKING, Final
 
 from sandbox.cgroups_tree import (
     CPU_PERIOD_USEC,
+    NO_RATE,
     PREFIX,
     CannotConfine,
+    Counters,
     Group,
     Layout,
     Limits,
     Stats,
     check_name,
     cpu_quota_usec,
+    disks,
     make_directory,
+    rate,
     read_int,
     read_key,
+    read_pairs,
+    read_pressure,
     write,
+    write_for_disk,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 CONTROLLERS: Final = ("memory", "cpu", "pids")
+BLKIO: Final = "blkio"  # a group of its own only for agents whose policy asks for a rate
 _REMEDY: Final = "see `stockadectl doctor`"
 
 
 class HybridGroup(Group):
-    def __init__(self, agent_id: str, tree: Path, *, memory: Path, cpu: Path, pids: Path, owner: bool = True) -> None:
+    def __init__(self, agent_id: str, tree: Path, v1: Mapping[str, Path], *, owner: bool = True) -> None:
         super().__init__(agent_id, tree)
-        self._v1 = {"memory": memory, "cpu": cpu, "pids": pids}
+        self._v1 = v1
         self._owner = owner
         self._entries: list[int] = []
+        self._oom = -1
         try:
             for path in self._v1.values():
                 self._entries.append(os.open(path / "tasks", os.O_WRONLY | os.O_CLOEXEC))
+            if owner:
+                self._oom = _oom_event(self._v1["memory"])
         except OSError:
             self.close()
             raise
@@ -84,16 +96,58 @@ class HybridGroup(Group):
     def oom_kills(self) -> int:
         return read_key(self._v1["memory"] / "memory.oom_control", "oom_kill")
 
+    def oom_fd(self) -> int:
+        return self._oom
+
+    def counters(self) -> Counters:
+        cpu = read_pairs(self._v1["cpu"] / "cpu.stat")
+        return Counters(
+            oom_kills=self.oom_kills(),
+            memory_limit_hits=None,  # memory.failcnt stays 0 on newer kernels (6.18)
+            pids_limit_hits=read_key(self._v1["pids"] / "pids.events", "max"),
+            cpu_periods=cpu.get("nr_periods", 0),
+            cpu_periods_throttled=cpu.get("nr_throttled", 0),
+            cpu_throttled_usec=cpu.get("throttled_time", 0) // 1000,
+            # PSI is kept for every group of the v2 tree, with or without controllers.
+            memory_pressure_usec=read_pressure(self.tree / "memory.pressure"),
+            cpu_pressure_usec=read_pressure(self.tree / "cpu.pressure"),
+            io_pressure_usec=read_pressure(self.tree / "io.pressure"),
+        )
+
     def sub(self, name: str) -> Group:
         path = self.tree / check_name("sub-group", name)
         make_directory(path, fresh=True)
-        v1 = self._v1
-        return HybridGroup(self.agent_id, path, memory=v1["memory"], cpu=v1["cpu"], pids=v1["pids"], owner=False)
+        return HybridGroup(self.agent_id, path, self._v1, owner=False)
 
     def close(self) -> None:
         while self._entries:
             os.close(self._entries.pop())
+        if self._oom >= 0:
+            os.close(self._oom)
+            self._oom = -1
         super().close()
+
+
+def _oom_event(memory: Path) -> int:
+    """An eventfd that the kernel writes to when the group is out of memory (cgroup-v1/memory.rst, section 10).
+
+    v1 has no memory.oom.group: the kernel kills one process, and whoever hears of it has to end the rest.
+    """
+    event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            register = os.open(memory / "cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(register, f"{event} {control}".encode("ascii"))
+            finally:
+                os.close(register)
+        finally:
+            os.close(control)
+    except OSError:
+        os.close(event)
+        raise
+    return event
 
 
 class HybridLayout(Layout):
@@ -104,13 +158,17 @@ class HybridLayout(Layout):
         self.parent = parent
         self._tree = root / "unified"
         self._swap_limited = (root / "memory" / "memory.memsw.limit_in_bytes").exists()
+        self._blkio = (root / BLKIO / "blkio.throttle.read_bps_device").exists()
 
     def tops(self, instance: str) -> tuple[Path, ...]:
         name = f"{PREFIX}{check_name('instance', instance)}"
-        return tuple(base / self.parent / name for base in (self._tree, *(self.root / item for item in CONTROLLERS)))
+        v1 = (*CONTROLLERS, BLKIO) if self._blkio else CONTROLLERS
+        return tuple(base / self.parent / name for base in (self._tree, *(self.root / item for item in v1)))
 
     def create(self, instance: str, agent_id: str, limits: Limits) -> Group:
         paths = [top / check_name("agent", agent_id) for top in self.tops(instance)]
+        if not limits.io_limited:
+            del paths[1 + len(CONTROLLERS) :]
         made: list[Path] = []
         try:
             for path in paths:
@@ -126,15 +184,30 @@ class HybridLayout(Layout):
             raise
 
     def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
-        _, memory, cpu, pids = (top / check_name("agent", agent_id) for top in self.tops(instance))
-        self._limit_memory(memory, limits.memory_bytes)
+        _, memory, cpu, pids, *blkio = (top / check_name("agent", agent_id) for top in self.tops(instance))
+        self._limit_memory(memory, limits)
         write(cpu / "cpu.cfs_quota_us", str(cpu_quota_usec(limits.cpus)), remedy=_REMEDY)
         write(pids / "pids.max", str(limits.pids), remedy=_REMEDY)
+        if limits.io_limited:
+            for path in blkio:
+                _limit_io(path, limits)
+
+    def io_unheld(self, limits: Limits) -> str:
+        if limits.io_limited and not self._blkio:
+            return f"there is no blkio controller with throttling below {self.root}"
+        if limits.io_write_bytes_per_second < NO_RATE:
+            # Dirty pages are written by kernel threads of the root group: v1 cannot tell whose they are
+            # (cgroup-v1/blkio-controller.rst, "buffered write IO is not throttled").
+            return "cgroup v1 holds direct and synchronous writes to the rate, and not what the page cache writes later"
+        return ""
 
     def open(self, instance: str, agent_id: str) -> Group:
-        tree, memory, cpu, pids = (top / check_name("agent", agent_id) for top in self.tops(instance))
+        tree, *v1 = (top / check_name("agent", agent_id) for top in self.tops(instance))
+        found = dict(zip((*CONTROLLERS, BLKIO), v1, strict=False))
+        if BLKIO in found and not found[BLKIO].exists():
+            del found[BLKIO]
         try:
-            return HybridGroup(agent_id, tree, memory=memory, cpu=cpu, pids=pids)
+            return HybridGroup(agent_id, tree, found)
         except OSError as error:
             raise CannotConfine(f"cannot open {error.filename}: {error.strerror}; the agent is gone") from error
 
@@ -142,14 +215,27 @@ class HybridLayout(Layout):
         return {
             "cgroups": self.kind,
             "memory": "memory.limit_in_bytes",
-            "swap": "0" if self._swap_limited else "not accounted: boot with swapaccount=1, or without swap",
+            "swap": "memory.memsw.limit_in_bytes"
+            if self._swap_limited
+            else "not accounted: boot with swapaccount=1, or without swap",
+            "oom": "the launcher ends the rest when the kernel has killed one",
             "cpu": "cpu.cfs_quota_us",
             "pids": "pids.max",
+            "io": "blkio.throttle, reads and direct writes" if self._blkio else "no blkio controller",
         }
 
-    def _limit_memory(self, memory: Path, limit_bytes: int) -> None:
-        write(memory / "memory.limit_in_bytes", str(limit_bytes), remedy=_REMEDY)
+    def _limit_memory(self, memory: Path, limits: Limits) -> None:
+        write(memory / "memory.limit_in_bytes", str(limits.memory_bytes), remedy=_REMEDY)
         if self._swap_limited:  # memory and swap together, so equal means no swap; it may not be set below the first
-            write(memory / "memory.memsw.limit_in_bytes", str(limit_bytes), remedy=_REMEDY)
-        else:
+            both = min(limits.memory_bytes + limits.swap_bytes, 1 << 62)
+            write(memory / "memory.memsw.limit_in_bytes", str(both), remedy=_REMEDY)
+        elif not limits.swap_bytes:
             write(memory / "memory.swappiness", "0", remedy=_REMEDY)
+
+
+def _limit_io(blkio: Path, limits: Limits) -> None:
+    for name, value in (("read", limits.io_read_bytes_per_second), ("write", limits.io_write_bytes_per_second)):
+        for disk in disks():
+            write_for_disk(
+                blkio / f"blkio.throttle.{name}_bps_device", f"{disk} {rate(value, none='0')}", remedy=_REMEDY
+            )

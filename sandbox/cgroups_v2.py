@@ -9,22 +9,29 @@ from sandbox.cgroups_tree import (
     CPU_PERIOD_USEC,
     PREFIX,
     CannotConfine,
+    Counters,
     Group,
     Layout,
     Limits,
     Stats,
     check_name,
     cpu_quota_usec,
+    disks,
     make_directory,
+    rate,
     read_int,
     read_key,
+    read_pairs,
+    read_pressure,
     write,
+    write_for_disk,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
+IO: Final = "io"  # enabled where the kernel has it; a plan that asks for a rate is refused where it has not
 _REMEDY: Final = "see `stockadectl doctor`"
 
 
@@ -66,6 +73,20 @@ class UnifiedGroup(Group):
     def oom_kills(self) -> int:
         return read_key(self._limited / "memory.events", "oom_kill")
 
+    def counters(self) -> Counters:
+        memory, cpu = read_pairs(self._limited / "memory.events"), read_pairs(self._limited / "cpu.stat")
+        return Counters(
+            oom_kills=memory.get("oom_kill", 0),
+            memory_limit_hits=memory.get("max", 0),
+            pids_limit_hits=read_key(self._limited / "pids.events", "max"),
+            cpu_periods=cpu.get("nr_periods", 0),
+            cpu_periods_throttled=cpu.get("nr_throttled", 0),
+            cpu_throttled_usec=cpu.get("throttled_usec", 0),
+            memory_pressure_usec=read_pressure(self._limited / "memory.pressure"),
+            cpu_pressure_usec=read_pressure(self._limited / "cpu.pressure"),
+            io_pressure_usec=read_pressure(self._limited / "io.pressure"),
+        )
+
     def sub(self, name: str) -> Group:
         path = self.tree / check_name("sub-group", name)
         make_directory(path, fresh=True)
@@ -80,6 +101,7 @@ class UnifiedLayout(Layout):
     def __init__(self, root: Path, parent: str) -> None:
         self.root = root
         self.parent = parent
+        self._io = IO in (root / "cgroup.controllers").read_text(encoding="ascii").split()
 
     def tops(self, instance: str) -> tuple[Path, ...]:
         return (self.root / self.parent / f"{PREFIX}{check_name('instance', instance)}",)
@@ -91,7 +113,7 @@ class UnifiedLayout(Layout):
         path = top / check_name("agent", agent_id)
         make_directory(path, fresh=True)
         try:
-            self._limit(path, limits)
+            self.limit(instance, agent_id, limits)
             return UnifiedGroup(agent_id, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -99,7 +121,15 @@ class UnifiedLayout(Layout):
             raise
 
     def limit(self, instance: str, agent_id: str, limits: Limits) -> None:
-        self._limit(self.tops(instance)[0] / check_name("agent", agent_id), limits)
+        path = self.tops(instance)[0] / check_name("agent", agent_id)
+        self._limit(path, limits)
+        if limits.io_limited and self._io:
+            self._limit_io(path, limits)
+
+    def io_unheld(self, limits: Limits) -> str:
+        if limits.io_limited and not self._io:
+            return f"there is no io controller below {self.root / self.parent}: boot with it, or delegate it"
+        return ""
 
     def open(self, instance: str, agent_id: str) -> Group:
         path = self.tops(instance)[0] / check_name("agent", agent_id)
@@ -109,7 +139,15 @@ class UnifiedLayout(Layout):
             raise CannotConfine(f"cannot open {path}: {error.strerror}; the agent is gone") from error
 
     def facts(self) -> dict[str, object]:
-        return {"cgroups": self.kind, "memory": "memory.max", "swap": "0", "cpu": "cpu.max", "pids": "pids.max"}
+        return {
+            "cgroups": self.kind,
+            "memory": "memory.max",
+            "swap": "memory.swap.max",
+            "oom": "memory.oom.group",
+            "cpu": "cpu.max",
+            "pids": "pids.max",
+            "io": "io.max" if self._io else "no io controller",
+        }
 
     def _enable(self, top: Path) -> None:
         """Make the controllers available in the children of `top`.
@@ -126,17 +164,29 @@ class UnifiedLayout(Layout):
                     " ".join(f"+{name}" for name in missing),
                     remedy="give the launcher a delegated, empty group: --cgroup-parent, and Delegate=yes in its unit",
                 )
+            if self._io and IO not in have:
+                try:
+                    write(path / "cgroup.subtree_control", f"+{IO}", remedy=_REMEDY)
+                except CannotConfine:
+                    self._io = False
 
     @staticmethod
     def _limit(path: Path, limits: Limits) -> None:
         write(path / "memory.max", str(limits.memory_bytes), remedy=_REMEDY)
         swap = path / "memory.swap.max"
         if swap.exists():  # absent only in a kernel without swap
-            write(swap, "0", remedy=_REMEDY)
+            write(swap, str(limits.swap_bytes), remedy=_REMEDY)
         # An agent that lost one process to the OOM killer is in a state nobody foresaw: it ends as a whole.
         write(path / "memory.oom.group", "1", remedy=_REMEDY)
         write(path / "cpu.max", f"{cpu_quota_usec(limits.cpus)} {CPU_PERIOD_USEC}", remedy=_REMEDY)
         write(path / "pids.max", str(limits.pids), remedy=_REMEDY)
+
+    @staticmethod
+    def _limit_io(path: Path, limits: Limits) -> None:
+        read = rate(limits.io_read_bytes_per_second, none="max")
+        written = rate(limits.io_write_bytes_per_second, none="max")
+        for disk in disks():
+            write_for_disk(path / "io.max", f"{disk} rbps={read} wbps={written}", remedy=_REMEDY)
 
 
 def _cpus(path: Path) -> float:

@@ -23,7 +23,7 @@ from sandbox.sync import StepError, step
 
 SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LOCKED_MEMORY_BYTES: Final = 8 << 20
-SIGNALS_PENDING: Final = 4096
+QUEUED_SIGNALS_MAX: Final = 8192  # and timers, which reserve one each; the default grows with the machine
 QUEUE_BYTES: Final = 819_200  # what Linux gives to everybody
 # setrlimit(2), <asm-generic/resource.h>; Python 3.11 has no names for them.
 _RLIMIT_SIGPENDING: Final = 11
@@ -161,7 +161,7 @@ def _limit(plan: SandboxPlan, *, core: bool) -> None:
 
 def limit_counted() -> None:
     """Limit what the kernel counts per user and not per process: memory of its own that no cgroup is charged for."""
-    _lower(_RLIMIT_SIGPENDING, SIGNALS_PENDING)
+    _lower(_RLIMIT_SIGPENDING, QUEUED_SIGNALS_MAX)
     _lower(_RLIMIT_MSGQUEUE, QUEUE_BYTES)
 
 

@@ -67,6 +67,18 @@ CONTROLS: Final = (
         "the memory limit, which swap would go around",
         "boot with swapaccount=1, or switch swap off: swapoff -a",
     ),
+    Control(
+        "io",
+        Absence.REFUSED,
+        "the host's disks, where a policy sets io_read or io_write",
+        "boot with systemd.unified_cgroup_hierarchy=1, or leave io_write out",
+    ),
+    Control(
+        "pressure",
+        Absence.TOLD,
+        "the news that an agent waits for memory or disks",
+        "boot with psi=1",
+    ),
     Control("seccomp", Absence.STOPS, "the kernel's attack surface", "use a kernel with CONFIG_SECCOMP_FILTER"),
     Control("libseccomp", Absence.STOPS, "the kernel's attack surface", "apt-get install libseccomp2"),
     Control(
@@ -86,6 +98,18 @@ CONTROLS: Final = (
         Absence.SHOWN,
         "the disk below a writable workspace or grant",
         "put it on a file system of its own, or show it read-only",
+    ),
+    Control(
+        "file-grants",
+        Absence.TOLD,
+        "that files granted to a running agent can be taken back",
+        "use a kernel with CONFIG_FANOTIFY_ACCESS_PERMISSIONS; on this one fs: scopes are for launches alone",
+    ),
+    Control(
+        "disk-quota",
+        Absence.SHOWN,
+        "memory, which what agents write to scratch counts as where it cannot be on disk",
+        "apt-get install e2fsprogs; modprobe loop; without it overlay workspaces and persistent homes are refused",
     ),
     Control("network", Absence.STOPS, "the host's network", "load the veth module: modprobe veth"),
     Control(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sandbox import cgroups, syscalls
+from sandbox import cgroups, scratch, syscalls
 from sandbox.controls import CONTROLS, Control
+from sandbox.guard import make_group
 from sandbox.netpool import CannotMakeNetwork, Pool
-from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST
+from sandbox.plan import AGENT_ID_FIRST, AGENT_ID_LAST, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,7 @@ class Host:
     state_dir: Path = Path("/var/lib/stockade")
     subordinate: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid"))
     kernel: str = platform.release()
+    scratch: str = "/var/tmp"  # noqa: S108 - on the same kind of disk as a state_dir, as a rule
 
     def text(self, path: str) -> str | None:
         """A file below /proc, stripped; None where this kernel has none."""
@@ -169,6 +171,20 @@ def _hierarchies(host: Host) -> str:
     return f"; v1 hierarchies: {', '.join(names)}{told}"
 
 
+def _io(host: Host) -> str:
+    layout = _layout(host)
+    held = str(layout.facts()["io"])
+    if why := layout.io_unheld(Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1)):
+        raise Lacking(why)
+    return held
+
+
+def _pressure(host: Host) -> str:
+    if host.text("pressure/memory") is None:
+        raise Lacking("the kernel keeps no pressure stall information")
+    return "pressure stall information, for each group of the v2 tree"
+
+
 def _cgroup_kill(host: Host) -> str:
     tree = _layout(host).tops("probe")[0].parent
     children = [path for path in tree.iterdir() if path.is_dir()] if tree.is_dir() else []
@@ -180,8 +196,8 @@ def _cgroup_kill(host: Host) -> str:
 def _swap(host: Host) -> str:
     swaps = (host.text("swaps") or "").splitlines()[1:]
     swap = str(_layout(host).facts()["swap"])
-    if swap == "0":
-        return "agents get none" if swaps else "agents get none; the host has none"
+    if swap.startswith("memory."):
+        return "agents get what their policy says, usually none" if swaps else "agents get none; the host has none"
     if swaps:
         raise Lacking(f"the host swaps to {swaps[0].split()[0]}, and swap is not accounted: a memory limit is no limit")
     return "not accounted; the host has none"
@@ -231,6 +247,14 @@ def _system_calls(_: Host) -> str:
     return ", ".join(names)
 
 
+def _file_grants(_: Host) -> str:
+    try:
+        os.close(make_group())
+    except OSError as error:
+        raise Lacking(f"opens on a mount cannot be denied: {error}") from error
+    return "fanotify permission events"
+
+
 def _idmap(host: Host) -> str:
     for line in (host.text("self/mountinfo") or "").splitlines():
         left, _, right = line.partition(" - ")
@@ -242,6 +266,18 @@ def _idmap(host: Host) -> str:
     if kind not in IDMAP_FILE_SYSTEMS:
         raise Lacking(f"/ is {kind}, which does not map owners")
     return f"/ is {kind}"
+
+
+def _disk_quota(host: Host) -> str:
+    """Make an image, and see whether it can be mounted; it is gone when this is over."""
+    if why := scratch.lacking(host.scratch):
+        raise Lacking(why)
+    stock = scratch.Stock(host.scratch, label="stockade-doctor", size=0, reserve_bytes=0)
+    try:
+        stock.take(1 << 20).drop()
+    except scratch.CannotMakeScratch as error:
+        raise Lacking(str(error)) from error
+    return "ext4 images behind loop devices"
 
 
 def _network(_: Host) -> str:
@@ -371,11 +407,15 @@ _PROBES: Final[dict[str, tuple[Callable[[Host], str], str]]] = {
     "cgroups": (_cgroups, "/sys/fs/cgroup"),
     "cgroup-kill": (_cgroup_kill, "files of the v2 tree"),
     "swap": (_swap, "/proc/swaps, memory controller"),
+    "io": (_io, "files of the v2 tree, blkio"),
+    "pressure": (_pressure, "/proc/pressure"),
     "seccomp": (_seccomp, "/proc/sys/kernel/seccomp/actions_avail"),
     "libseccomp": (_libseccomp, "loaded"),
     "landlock": (_landlock, "landlock_create_ruleset(2)"),
     "idmap": (_idmap, "/proc/self/mountinfo"),
     "workspace-quota": (_workspace_quota, "not in this version"),
+    "file-grants": (_file_grants, "made a permission mark"),
+    "disk-quota": (_disk_quota, "made an image and threw it away"),
     "network": (_network, "made one and threw it away"),
     "nftables": (_nftables, "loaded the rules in a namespace of its own"),
     "users": (_users, "the user database"),

@@ -197,7 +197,7 @@ def _drift_of_limits(plan: SandboxPlan, limits: Mapping[str, Any], rlimits: Mapp
     for name, slack in (("memory_bytes", PAGE_BYTES), ("pids", 0), ("cpus", 0.005)):
         if name in limits and not 0 < limits[name] <= getattr(plan.limits, name) + slack:
             found.append(f"limits: {name} is {limits[name]}, not {getattr(plan.limits, name)}")
-    if limits.get("swap_bytes"):
+    if not 0 <= limits.get("swap_bytes", 0) <= plan.limits.swap_bytes:
         found.append(f"limits: swap_bytes is {limits['swap_bytes']}")
     if not 0 <= rlimits["open_files"][1] <= plan.limits.open_files:
         found.append(f"rlimits: open_files is {rlimits['open_files'][1]}, not {plan.limits.open_files}")

@@ -193,8 +193,12 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
     if standard is None:
         tree = given["rootfs"]
         mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
-    mounts.make_own(plan, clock.mark)
-    mounts.attach_binds(plan, [fds[index] for index in given["binds"]])
+    staged = {
+        name: None if given[name] is None else mounts.Staged(fds[given[name]], f"{message['stage']}/{name}")
+        for name in ("image", "home")
+    }
+    mounts.make_own(plan, staged["image"], staged["home"], clock.mark)
+    mounts.attach_binds(plan, [fds[index] for index in given["binds"]], message["stage"])
     mounts.hide(plan.hide)
     clock.mark("binds")
     with step("enter root"):

@@ -14,7 +14,10 @@ from typing import Final
 
 from sandbox import syscalls
 
+_EXECUTE: Final = 1 << 0
 _WRITE_FILE: Final = 1 << 1
+_READ_FILE: Final = 1 << 2
+_READ_DIR: Final = 1 << 3
 _REMOVE_DIR: Final = 1 << 4
 _REMOVE_FILE: Final = 1 << 5
 _MAKE: Final = 0x7F << 6  # char, dir, regular, socket, fifo, block, symbolic link
@@ -52,3 +55,18 @@ def make_ruleset(writable: Iterable[str], abi: int) -> int:
         os.close(ruleset)
         raise
     return ruleset
+
+
+def only(*, readable: Iterable[int], writable: Iterable[int] = ()) -> None:
+    """Let this process reach nothing but what is below these directories, which are open. Needs no_new_privs."""
+    write, read = rights(ABI), _READ_FILE | _READ_DIR
+    # Execute is handled and never given.
+    ruleset = syscalls.landlock_create_ruleset(write | read | _EXECUTE, abi=ABI)
+    try:
+        for fd in readable:
+            syscalls.landlock_add_path(ruleset, read, fd)
+        for fd in writable:
+            syscalls.landlock_add_path(ruleset, read | write, fd)
+        syscalls.landlock_restrict_self(ruleset)
+    finally:
+        os.close(ruleset)

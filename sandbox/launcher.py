@@ -25,13 +25,17 @@ import time
 from typing import Final
 
 from sandbox import cgroups, syscalls
+from sandbox.guard import Guard
 from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
 from sandbox.running import EXEC_SECONDS_MAX, State
+from sandbox.scratch import HOMES, LAYERS, RESERVE_BYTES, Stock
+from sandbox.scratch import READY as IMAGES_READY
 from sandbox.serve import Server
 from sandbox.starters import READY, Starters
+from sandbox.sweeper import Sweeper
 from sandbox.userns import Holders
 
 PROXY_PORT: Final = 3128
@@ -48,6 +52,7 @@ def main() -> int:
     syscalls.set_process_name("stockade-launch")
     _allow_descriptors()
     _make_directories(options.run_dir)
+    _make_scratch_directory(options.scratch_dir)
     lock = _only_one(options.run_dir)
     loop = Loop()
     layout = cgroups.detect(parent=options.cgroup_parent)
@@ -59,12 +64,22 @@ def main() -> int:
         pool=Pool(options.instance, PROXY_PORT, options.networks),
         holders=Holders(),
         starters=Starters(layout, options.instance, f"{options.run_dir}/root", options.starters),
+        guard=Guard(loop, options.run_dir),
+        stock=Stock(
+            options.scratch_dir,
+            label=f"stockade-{options.instance}",
+            size=options.images,
+            reserve_bytes=options.scratch_reserve_bytes,
+            preallocate=options.scratch_preallocate,
+        ),
+        sweeper=Sweeper(loop),
         allow_weakened=options.allow_weakened,
         exec_seconds=options.exec_seconds,
     )
     notifier = Notifier()
     server = Server(workshop, _listen(options.run_dir))
     server.on_change.append(notifier.agent_changed)
+    workshop.guard.on_group.append(notifier.guard_made)
     restore(server, notifier)
     _end_on_signals(loop)
     # What is there now is never garbage: without this each collection in a child would copy the pages of all of it.
@@ -76,8 +91,11 @@ def main() -> int:
     notifier.send("READY=1")
     _run(server, options.linger_seconds)
     workshop.starters.close()
+    workshop.stock.close()
+    workshop.sweeper.close()
     workshop.holders.close()
     workshop.pool.close()
+    workshop.guard.close()
     with contextlib.suppress(OSError):
         os.unlink(f"{options.run_dir}/launcher.sock")
     os.close(lock)
@@ -106,15 +124,29 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--starters", type=int, default=READY, help="sandboxes begun ahead of need")
     parser.add_argument("--exec-seconds", type=float, default=EXEC_SECONDS_MAX, help="limit on one execve")
+    parser.add_argument("--scratch-dir", default="", help="where images for scratch on disk are made; empty: memory")
+    parser.add_argument("--images", type=int, default=IMAGES_READY, help="images of each size made ahead of need")
+    parser.add_argument(
+        "--scratch-reserve-bytes", type=int, default=RESERVE_BYTES, help="what stays free where images are made"
+    )
+    parser.add_argument("--scratch-preallocate", action="store_true", help="take all the room of an image at once")
     return parser.parse_args()
 
 
 def _make_directories(run_dir: str) -> None:
     os.makedirs(run_dir, 0o711, exist_ok=True)
-    for name in ("agents", "filters", "root"):
+    for name in ("agents", "filters", "root", "stage", "stage/image", "stage/home", "stage/lower"):
         path = f"{run_dir}/{name}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
+            raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
+
+
+def _make_scratch_directory(top: str) -> None:
+    for path in (top, f"{top}/{LAYERS}", f"{top}/{HOMES}") if top else ():
+        os.makedirs(path, 0o700, exist_ok=True)
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
             raise SystemExit(f"cannot use {path}: it is not a directory of root; remove it")
@@ -174,7 +206,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             full = False
         elif not any(agent.state in _BEGINNING for agent in server.agents.values()):
             # Stocks are filled when nobody waits, one piece a turn.
-            more = workshop.holders.refill() or workshop.starters.refill()
+            more = workshop.holders.refill() or workshop.starters.refill() or workshop.stock.refill()
             full = workshop.pool.refill(1) == 0 and not more
 
 

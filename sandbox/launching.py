@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import canaries, capabilities, controls, examine, init, landlock, mounts, sync, syscalls
+from sandbox import canaries, capabilities, controls, examine, init, landlock, mounted, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
+from sandbox.guard import Guard
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
 from sandbox.plan import OWNER_INSIDE, SandboxPlan
 from sandbox.running import EXEC_SECONDS_MAX, Agent, State
+from sandbox.scratch import HOME_ID, UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
+from sandbox.sweeper import Sweeper
 from sandbox.sync import StepError, ToldError, receive, send, step
 from sandbox.userns import Holders, Making
 
@@ -47,9 +50,35 @@ class Workshop:
     pool: Pool
     holders: Holders
     starters: Starters
+    guard: Guard
+    stock: Stock
+    sweeper: Sweeper
     allow_weakened: bool
     exec_seconds: float = EXEC_SECONDS_MAX
     filters: dict[str, bytes] = field(default_factory=dict)
+
+    leaving: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+
+    def put_away(self, image: Image) -> None:
+        """Let go of an image; until that is done, `when_free` of its path waits."""
+        path = image.kept
+        if not path:
+            self.sweeper.put_away(image)
+            return
+        self.leaving.setdefault(path, [])
+
+        def done() -> None:
+            for call in self.leaving.pop(path, []):
+                call()
+
+        self.sweeper.put_away(image, done)
+
+    def when_free(self, path: str, call: Callable[[], None]) -> None:
+        """Call now, or when the image of this path has been written out."""
+        if path in self.leaving:
+            self.leaving[path].append(call)
+        else:
+            call()
 
     def check(self, plan: SandboxPlan, fds: list[int], agents: Iterable[Agent]) -> None:
         """Refuse what cannot be launched here; raises `StepError`."""
@@ -60,6 +89,8 @@ class Workshop:
         for agent in agents:
             if agent.agent_id == plan.agent_id:
                 raise StepError("check plan", 0, f"agent {plan.agent_id} is there already")
+            if plan.home is not None and agent.plan.home == plan.home:
+                raise StepError("check plan", 0, f"the home of {plan.home} is in use by {agent.agent_id}")
             if agent.plan.ids.start == plan.ids.start:
                 raise StepError("check plan", 0, f"ids {plan.ids.start} are in use by {agent.agent_id}")
         if plan.fds_needed() > len(fds):
@@ -73,8 +104,12 @@ class Workshop:
         found = {}
         if plan.landlock != "off" and not landlock.ABI:
             found["landlock"] = "this kernel has none"
-        if self.layout.facts()["swap"] != "0" and swaps():
+        if not str(self.layout.facts()["swap"]).startswith("memory.") and swaps():
             found["swap"] = "the host swaps, and swap is not accounted"
+        if plan.scratch.disk != "off" and self.stock.lacking:
+            found["disk-quota"] = self.stock.lacking
+        if why := self.layout.io_unheld(plan.limits):
+            found["io"] = why
         writable = [bind.target for bind in plan.binds if bind.writable]
         if writable:
             found["workspace-quota"] = f"{', '.join(writable)}: a writable bind has no limit on bytes or files"
@@ -114,11 +149,15 @@ def begin(
         agent.listener = agent.net.listener
         agent.lacking = workshop.lacking(plan) | lacking_network(agent.net)
         clock.mark("network")
+        _take_scratch(workshop, agent)
+        undo.callback(_put_away, agent)
+        clock.mark("scratch")
         with contextlib.ExitStack() as mine:
             order, given = _gather(workshop, agent, (fds, users), mine, undo)
             agent.degraded = degraded(plan, agent.lacking)
             clock.mark("gather")
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
+            message["stage"] = f"{workshop.run_dir}/stage"
             with step("send plan"):
                 send(starter.stub, message, given)
                 send(starter.control, message, given)
@@ -132,6 +171,39 @@ def begin(
     agent.control, agent.builder = starter.stub, starter.control
     agent.timings_us = clock.steps
     return agent, Follow(agent, built)
+
+
+def _take_scratch(workshop: Workshop, agent: Agent) -> None:
+    """Give the agent its image, or nothing where the host can have none and the plan may do without."""
+    plan, stock = agent.plan, workshop.stock
+    agent.put_away = workshop.put_away
+    if plan.scratch.disk == "off":
+        return
+    if stock.lacking:
+        if plan.scratch.disk == "required":
+            raise StepError(
+                "make scratch", 0, f"the host cannot have it on disk: {stock.lacking}", "see `stockadectl doctor`"
+            )
+        return  # it is memory, and listed as lacking
+    try:
+        if any(bind.layer for bind in plan.binds):
+            agent.image = stock.make_kept(plan.limits.disk_bytes, stock.layer_path(plan.agent_id))
+        else:
+            agent.image = stock.take(plan.limits.disk_bytes)
+        if plan.home is not None:
+            agent.home = stock.home(plan.home, plan.limits.disk_bytes)
+    except CannotMakeScratch as error:
+        _put_away(agent)
+        raise StepError("make scratch", error.number, str(error), error.remedy) from error
+
+
+def _put_away(agent: Agent) -> None:
+    if agent.image is not None:
+        agent.image.forget()
+    for image in (agent.image, agent.home):
+        if image is not None and agent.put_away is not None:
+            agent.put_away(image)
+    agent.image = agent.home = None
 
 
 def _gather(
@@ -153,14 +225,36 @@ def _gather(
         given.append(fd)
         return len(given) - 1
 
-    host_uid, host_gid = plan.ids.host(plan.uid), plan.ids.host(plan.gid)
-    if "user_namespace" in plan.weaken:
-        host_uid, host_gid = plan.uid, plan.gid
+    host_uid, host_gid = host_owner(plan)
+    image = None
+    if agent.image is not None:
+        with step("make scratch"):
+            agent.image.own(host_uid, host_gid)
+            for bind in plan.binds:
+                if bind.layer:
+                    mode = os.fstat(fds[bind.fd]).st_mode
+                    os.chmod(UPPER, mode & 0o777, dir_fd=agent.image.root)
+            image = add(agent.image.mount)
+            agent.image.mount = -1
+    home = None
+    if agent.home is not None:
+        with step("show kept home"):
+            users_of_home = workshop.holders.for_mount(
+                disk_uid=HOME_ID, disk_gid=HOME_ID, host_uid=host_uid, host_gid=host_gid
+            )
+            mine.callback(os.close, users_of_home)
+            set_ = syscalls.MOUNT_ATTR_IDMAP
+            syscalls.mount_setattr(agent.home.mount, "", syscalls.AT_EMPTY_PATH, set_=set_, userns_fd=users_of_home)
+            home = add(agent.home.mount)
+            agent.home.mount = -1
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
             rootfs = add(mounts.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
     binds = _binds(workshop, agent, fds, (host_uid, host_gid), add)
+    undo.callback(mounted.forget, agent)
+    with step("note binds"):
+        mounted.launched(agent, [given[index] for index in binds])
     with step("make directory of the agent"):
         os.mkdir(agent.directory, 0o700)
         undo.callback(remove_directory, agent.directory)
@@ -180,12 +274,21 @@ def _gather(
         "network": add(net.agent_ns, own=False),
         "users": users,
         "rootfs": rootfs,
+        "image": image,
+        "home": home,
         "binds": binds,
         "exit": add(agent.exit_fd, own=False),
         "stdio": stdio,
         "keep": keep,
         "filter": filters,
     }, given
+
+
+def host_owner(plan: SandboxPlan) -> tuple[int, int]:
+    """Return the ids on the host of whom the agent's program runs as."""
+    if "user_namespace" in plan.weaken:
+        return plan.uid, plan.gid
+    return plan.ids.host(plan.uid), plan.ids.host(plan.gid)
 
 
 def _binds(
@@ -456,13 +559,22 @@ def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
         "limits": {name: getattr(plan.limits, name) for name in plan.limits.__slots__},
         "cgroups": workshop.layout.facts(),
         "network": net.facts() if isinstance(net, Net) else {},
-        "scratch": "tmpfs, counts as memory",
+        "scratch": _scratch(agent),
         "canary": seen.get("canary", {}),
         "kernel": KERNEL,
         "weakened": sorted(plan.weaken),
         "root_owned": [bind.target for bind in plan.binds if bind.writable and not bind.owner_uid],
         "degraded": agent.degraded,
     }
+
+
+def _scratch(agent: Agent) -> str:
+    if agent.image is None:
+        return "tmpfs, counts as memory"
+    disk_bytes = agent.plan.limits.disk_bytes
+    inodes = geometry(disk_bytes).inodes
+    home = "" if agent.plan.home is None else "; home is kept, with a limit of its own"
+    return f"on disk, {disk_bytes} bytes and {inodes} inodes{home}; /dev/shm is tmpfs, counts as memory"
 
 
 def degraded(plan: SandboxPlan, lacking: dict[str, str]) -> list[str]:
@@ -496,6 +608,8 @@ def save(agent: Agent) -> None:
     }
     with open(path, "x", encoding="utf-8") as file:
         json.dump(state, file)
+    if agent.mounted:
+        mounted.save(agent)
 
 
 def start_ticks(pid: int) -> int:

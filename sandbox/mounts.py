@@ -13,9 +13,10 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from sandbox import etc, syscalls
+from sandbox import etc, scratch, syscalls
 from sandbox.controls import BY_NAME
 from sandbox.plan import Bind, SandboxPlan
 from sandbox.sync import StepError, step
@@ -53,10 +54,10 @@ _MS_SAFE: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Of /var in a root given as a directory: places of services, and what the sandbox makes itself.
 _OWN_IN_VAR: Final = frozenset({"tmp", "run", "lock"})
-_TTY_GROUP_INSIDE: Final = 5
-# kernel.pty.max is one number for the host (4096): a share each.
+# All agents share kernel.pty.max - kernel.pty.reserve (3072) terminals: none may take them from the others.
 TERMINALS_MAX: Final = 64
 _DEVPTS: Final = f"ptmxmode=0666,mode=0620,max={TERMINALS_MAX}"
+_TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
@@ -88,8 +89,28 @@ def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable
     mark("proc")
 
 
-def make_own(plan: SandboxPlan, mark: Callable[[str], None]) -> None:
-    """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be."""
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A detached mount, and a directory of the host to attach it at in passing: both go with the old root.
+
+    A mount that is attached nowhere cannot be cloned (before Linux 6.15), and detaching it again here would cost a
+    grace period more.
+    """
+
+    mount: int
+    stage: str
+
+    def attach(self) -> int:
+        """Return a descriptor of its top, in this mount namespace."""
+        syscalls.move_mount(self.mount, "", syscalls.AT_FDCWD, self.stage, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        return os.open(self.stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def make_own(plan: SandboxPlan, image: Staged | None, home: Staged | None, mark: Callable[[str], None]) -> None:
+    """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be.
+
+    `image` is the agent's disk-backed scratch, None for memory; `home` the image of a home that is kept.
+    """
     weak = frozenset(plan.weaken)
     with step("write /etc"):
         _write_etc(plan)
@@ -99,7 +120,7 @@ def make_own(plan: SandboxPlan, mark: Callable[[str], None]) -> None:
             options = f"{_DEVPTS},gid={plan.ids.host(_TTY_GROUP_INSIDE)}"
             flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
             syscalls.mount("devpts", "dev/pts", "devpts", flags | syscalls.MS_REMOUNT, options)
-        _make_scratch(plan, _flags(weak))
+        _make_scratch(plan, image, home, _flags(weak))
     mark("scratch")
 
 
@@ -334,17 +355,38 @@ def _mask_directory(target: str) -> None:
     )
 
 
-def _make_scratch(plan: SandboxPlan, flags: int) -> None:
-    scratch, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
+def _make_scratch(plan: SandboxPlan, image: Staged | None, home: Staged | None, flags: int) -> None:
+    sizes, uid, gid = plan.scratch, plan.ids.host(plan.uid), plan.ids.host(plan.gid)
     if "user_namespace" in plan.weaken:
         uid, gid = plan.uid, plan.gid
-    _tmpfs("tmp", flags, scratch.tmp_bytes, mode=0o1777, inodes=scratch.inodes)
-    _tmpfs("home/agent", flags, scratch.home_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
-    if "devices" not in plan.weaken:
-        _tmpfs("dev/shm", flags, scratch.shm_bytes, mode=0o1777, inodes=scratch.inodes)
     os.mkdir("workspace", 0o755)
-    if not any(bind.target == "/workspace" for bind in plan.binds):
-        _tmpfs("workspace", flags, scratch.workspace_bytes, mode=0o750, inodes=scratch.inodes, uid=uid, gid=gid)
+    own_workspace = not any(bind.target == "/workspace" for bind in plan.binds)
+    if image is None:
+        _tmpfs("tmp", flags, sizes.tmp_bytes, mode=0o1777, inodes=sizes.inodes)
+        _tmpfs("home/agent", flags, sizes.home_bytes, mode=0o750, inodes=sizes.inodes, uid=uid, gid=gid)
+        if own_workspace:
+            _tmpfs("workspace", flags, sizes.workspace_bytes, mode=0o750, inodes=sizes.inodes, uid=uid, gid=gid)
+    else:
+        parts = [(scratch.TMP, "tmp")]
+        if home is None:
+            parts.append((scratch.HOME, "home/agent"))
+        else:
+            _show_image(home, [(scratch.HOME, "home/agent")], unsafe=not flags)
+        if own_workspace:
+            parts.append((scratch.WORKSPACE, "workspace"))
+        _show_image(image, parts, unsafe=not flags)
+    if "devices" not in plan.weaken:
+        _tmpfs("dev/shm", flags, sizes.shm_bytes, mode=0o1777, inodes=sizes.inodes)
+
+
+def _show_image(image: Staged, parts: list[tuple[str, str]], *, unsafe: bool) -> None:
+    """Show parts of an image where they belong; the whole stays out."""
+    top = image.attach()
+    try:
+        for name, target in parts:
+            _show(top, name, target, 0, clear=_SAFE if unsafe else 0)
+    finally:
+        os.close(top)
 
 
 # --- binds ---------------------------------------------------------------------------------------------------------
@@ -396,9 +438,13 @@ def clone_tree(fd: int, target: str, flags: int = 0) -> int:
         ) from error
 
 
-def attach_binds(plan: SandboxPlan, trees: list[int]) -> None:
-    """Put the detached mounts of the plan's binds, one each, where they belong. Raises `StepError`."""
-    for bind, tree in zip(plan.binds, trees, strict=True):
+def attach_binds(plan: SandboxPlan, trees: list[int], stage: str) -> None:
+    """Put the detached mounts of the plan's binds, one each, where they belong. Raises `StepError`.
+
+    The image of scratch is attached at `stage`/image already.
+    """
+    for bind, given in zip(plan.binds, trees, strict=True):
+        tree = _layered(bind, given, stage, safe="mount_flags" not in plan.weaken) if bind.layer else given
         with step(f"bind {bind.target}"):
             target = _target(bind.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
             try:
@@ -407,6 +453,39 @@ def attach_binds(plan: SandboxPlan, trees: list[int]) -> None:
                 )
             finally:
                 os.close(target)
+
+
+def _layered(bind: Bind, tree: int, stage: str, *, safe: bool) -> int:
+    """Return a detached overlay of what the agent changes over the directory that it is given.
+
+    Marks in the user's extended attributes: whoever reads the layer later needs no capability for them, and the agent
+    cannot set them through the overlay. No redirects: the layer means nothing without the paths in it.
+    """
+    with step(f"overlay {bind.target}"):
+        lower = Staged(tree, f"{stage}/lower").attach()
+        top = os.open(f"{stage}/image", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        context = syscalls.fsopen("overlay")
+        try:
+            syscalls.fsconfig_string(context, "lowerdir", f"/proc/self/fd/{lower}")
+            # By descriptor, whatever characters the path to them has.
+            syscalls.fsconfig_string(context, "upperdir", f"/proc/self/fd/{top}/{scratch.UPPER}")
+            syscalls.fsconfig_string(context, "workdir", f"/proc/self/fd/{top}/{scratch.WORK}")
+            for option in ("redirect_dir=nofollow", "index=off", "xino=off", "metacopy=off"):
+                syscalls.fsconfig_string(context, *option.split("="))
+            syscalls.fsconfig_flag(context, "userxattr")
+            syscalls.fsconfig_create(context)
+            overlay = syscalls.fsmount(context, _SAFE if safe else 0)
+        finally:
+            os.close(context)
+            os.close(top)
+            os.close(lower)
+        # An overlay that cannot write becomes read-only without a word: try it before the agent does.
+        if os.fstatvfs(overlay).f_flag & os.ST_RDONLY:
+            raise StepError(f"overlay {bind.target}", errno.EROFS, "the layer cannot be written")
+        probe = f".stockade-{os.urandom(8).hex()}"
+        os.mkdir(probe, dir_fd=overlay)
+        os.rmdir(probe, dir_fd=overlay)
+    return overlay
 
 
 def _target(path: str, *, directory: bool) -> int:

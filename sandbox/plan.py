@@ -33,6 +33,7 @@ OWNER_INSIDE: Final = 65532
 
 PLAN_BYTES_MAX: Final = 1 << 20
 ARGUMENTS_MAX: Final = 4096
+NO_RATE: Final = 1 << 50  # bytes per second that no device reaches: not limited
 ENVIRONMENT_MAX: Final = 1024
 BINDS_MAX: Final = 64
 ETC_FILES_MAX: Final = 64
@@ -117,7 +118,8 @@ class Bind:
     """A directory or file of the host made visible inside.
 
     `owner_uid` and `owner_gid` are its owner on disk; they show as the agent's own ids inside, through an idmapped
-    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only".
+    mount. Where the file system has no idmap, the launch fails, unless `without_idmap` is "read-only". With `layer` it
+    is the lower part of an overlay: the agent writes to its scratch, and the directory itself stays as it is.
     """
 
     fd: int
@@ -127,17 +129,25 @@ class Bind:
     owner_gid: int
     allow_root_owned: bool = False
     without_idmap: Literal["refuse", "read-only"] = "refuse"
+    layer: bool = False
     name: str = ""
 
     def describe(self) -> str:
+        if self.layer:
+            return f"overlay at {self.target}: fd {self.fd} below, what the agent changes in a layer on its scratch"
         mode = "writable" if self.writable else "read-only"
         return f"bind fd {self.fd} at {self.target} {mode}, owner {self.owner_uid}:{self.owner_gid} shown as the agent"
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Private writable space; each is a tmpfs of its own, with a limit on bytes and on files."""
+    """Private writable space, limited in bytes and files.
 
+    `disk`: /tmp, home, an unbound /workspace and a layer share one image of `limits.disk_bytes`; "preferred" makes each
+    a tmpfs of the size given here where the host can have none. /dev/shm is a tmpfs in any case.
+    """
+
+    disk: Literal["off", "preferred", "required"] = "off"
     root_bytes: int = 16 << 20
     tmp_bytes: int = 256 << 20
     home_bytes: int = 256 << 20
@@ -146,7 +156,10 @@ class Scratch:
     inodes: int = 65536
 
     def describe(self) -> str:
-        return f"scratch: tmpfs, counts as memory (/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes})"
+        if self.disk == "off":
+            sizes = f"/tmp {self.tmp_bytes}, home {self.home_bytes}, shm {self.shm_bytes}"  # noqa: S108 - the sandbox's own
+            return f"scratch: tmpfs, counts as memory ({sizes})"
+        return f"scratch: on disk ({self.disk}), within limits.disk_bytes; /dev/shm is tmpfs, {self.shm_bytes} bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +196,20 @@ class Limits:
     open_files: int = 4096
     disk_bytes: int = 1 << 30
     output_bytes: int = 64 << 20
+    swap_bytes: int = 0
+    io_read_bytes_per_second: int = NO_RATE  # from each disk of the host
+    io_write_bytes_per_second: int = NO_RATE
+
+    @property
+    def io_limited(self) -> bool:
+        return min(self.io_read_bytes_per_second, self.io_write_bytes_per_second) < NO_RATE
 
     def validate(self) -> None:
         for name, least, most in (
             ("memory_bytes", 8 << 20, 1 << 50),
+            ("swap_bytes", 0, 1 << 50),
+            ("io_read_bytes_per_second", 4096, NO_RATE),
+            ("io_write_bytes_per_second", 4096, NO_RATE),
             ("cpus", 0.01, 4096),
             ("pids", 2, 4 << 20),
             ("open_files", 16, 1 << 20),
@@ -197,10 +220,12 @@ class Limits:
                 raise InvalidPlan(f"limits.{name}: {getattr(self, name)} is outside of {least}..{most}")
 
     def describe(self) -> str:
-        return (
-            f"limits: memory {self.memory_bytes} bytes, {self.cpus:g} cpus, {self.pids} pids, "
-            f"{self.open_files} open files, output {self.output_bytes} bytes"
+        text = (
+            f"limits: memory {self.memory_bytes} bytes, swap {self.swap_bytes}, {self.cpus:g} cpus, {self.pids} pids, "
+            f"{self.open_files} open files, disk {self.disk_bytes} bytes, output {self.output_bytes} bytes"
         )
+        rates = {"read": self.io_read_bytes_per_second, "written": self.io_write_bytes_per_second}
+        return text + "".join(f", {rate} bytes/s {what}" for what, rate in rates.items() if rate < NO_RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +266,7 @@ class SandboxPlan:
     stdin: bool = False
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
     weaken: tuple[str, ...] = ()
+    home: str | None = None  # the name of a home that is kept; None: it ends with the agent
 
     VERSION: ClassVar[int] = 1
 
@@ -286,6 +312,12 @@ class SandboxPlan:
             raise InvalidPlan(f"require, degraded_ok: no policy decides on {', '.join(sorted(unknown))}")
         if self.tty is not None:
             check_terminal(self.tty)
+        if self.home is not None:
+            _check_name("home", self.home.replace(".", "-"), most=64)
+            if self.home.startswith(".") or self.scratch.disk != "required":
+                raise InvalidPlan(
+                    "home: a name without a dot at its start; and it is kept on disk, so that is required"
+                )
         self._check_files()
 
     def _check_files(self) -> None:
@@ -294,24 +326,15 @@ class SandboxPlan:
         if len(self.binds) > BINDS_MAX or len(self.hide) > HIDDEN_MAX or len(self.etc) > ETC_FILES_MAX:
             raise InvalidPlan(f"binds, hide, etc: at most {BINDS_MAX}, {HIDDEN_MAX}, {ETC_FILES_MAX}")
         for index, bind in enumerate(self.binds):
-            self._check_bind(f"binds[{index}]", bind)
+            check_bind(f"binds[{index}]", bind)
+        if any(bind.layer for bind in self.binds) and self.scratch.disk != "required":
+            raise InvalidPlan("scratch.disk: a layer is kept on disk, so it is required")
         for path in self.hide:
             check_target("hide", path)
         for file in self.etc:
             check_target("etc.name", "/" + file.name)
             if len(file.text) > TEXT_BYTES_MAX:
                 raise InvalidPlan(f"etc.{file.name}: longer than {TEXT_BYTES_MAX} characters")
-
-    @staticmethod
-    def _check_bind(where: str, bind: Bind) -> None:
-        check_target(f"{where}.target", bind.target)
-        own = {"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""}
-        if bind.target.split("/")[1] in own or bind.target == "/home":  # /home/agent is made in it
-            raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
-        if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
-            raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
-        if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
-            raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each step, in the order in which they happen."""
@@ -323,6 +346,8 @@ class SandboxPlan:
         yield self.rootfs.describe()
         yield from (file.describe() for file in self.etc)
         yield self.scratch.describe()
+        if self.home is not None:
+            yield f"keep the home of {self.home}, {self.limits.disk_bytes} bytes of its own"
         yield from (bind.describe() for bind in self.binds)
         yield from (f"hide {path}" for path in self.hide)
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
@@ -340,7 +365,7 @@ class SandboxPlan:
         yield f"execve {self.argv[0]} in {self.cwd}"
 
 
-# --- checks shared with exec ---------------------------------------------------------------------------------------
+# --- checks shared with exec and with binds into a running sandbox ------------------------------------------------
 
 
 def check_strings(where: str, strings: Sequence[str]) -> None:
@@ -365,6 +390,23 @@ def check_target(where: str, path: str) -> None:
     parts = path.split("/")
     if parts[0] or len(path) > 4096 or "\0" in path or (path != "/" and any(p in {"", ".", ".."} for p in parts[1:])):  # noqa: PLR2004 - PATH_MAX
         raise InvalidPlan(f"{where}: {path!r} is not an absolute path without empty, '.' or '..' parts")
+
+
+# First parts of paths that are the sandbox's own: covering them would change what it is.
+RESERVED_TOPS: Final = frozenset({"proc", "dev", "sys", "etc", "usr", "bin", "sbin", "lib", "lib64", ""})
+
+
+def check_bind(where: str, bind: Bind) -> None:
+    """Check what types cannot say of a bind; raises `InvalidPlan`."""
+    check_target(f"{where}.target", bind.target)
+    if bind.target.split("/")[1] in RESERVED_TOPS or bind.target == "/home":  # /home/agent is made in it
+        raise InvalidPlan(f"{where}.target: {bind.target} would cover a part of the sandbox itself")
+    if bind.fd < 0 or min(bind.owner_uid, bind.owner_gid) < 0:
+        raise InvalidPlan(f"{where}: descriptor index and owner must not be negative")
+    if bind.layer and (bind.writable or bind.target != "/workspace" or bind.without_idmap != "refuse"):
+        raise InvalidPlan(f"{where}.layer: is for /workspace, and what is below it is read-only and idmapped")
+    if bind.writable and bind.owner_uid == 0 and not bind.allow_root_owned:
+        raise InvalidPlan(f"{where}: a writable bind owned by uid 0 needs allow_root_owned")
 
 
 def check_terminal(tty: Tty) -> None:

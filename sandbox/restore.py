@@ -14,16 +14,18 @@ import os
 import socket
 from typing import Final
 
-from sandbox import cgroups, init, sockets, syscalls
+from sandbox import cgroups, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
+from sandbox.scratch import Image, again
 from sandbox.serve import Server
 from sandbox.stdio import Feed, Pump, RotatingFile
 
 STORED_FIRST: Final = 3
 LISTENER: Final = "listener."
+GUARD: Final = "guard"
 
 
 class Notifier:
@@ -49,6 +51,10 @@ class Notifier:
         elif what == "gone":
             self.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
+    def guard_made(self, group: int) -> None:
+        """Have the guard's group outlive this launcher and all its children."""
+        self.send(f"FDSTORE=1\nFDNAME={GUARD}\nFDPOLL=0", (group,))
+
 
 def _stored() -> dict[str, int]:
     """Take the descriptors that systemd kept, by name; each is close-on-exec from now on."""
@@ -59,7 +65,7 @@ def _stored() -> dict[str, int]:
             fd = STORED_FIRST + index
             os.set_inheritable(fd, False)
             name = names[index] if index < len(names) else ""
-            if name in stored or not name.startswith(LISTENER):
+            if name in stored or not (name == GUARD or name.startswith(LISTENER)):
                 os.close(fd)
             else:
                 stored[name] = fd
@@ -71,6 +77,9 @@ def _stored() -> dict[str, int]:
 def restore(server: Server, notifier: Notifier) -> None:
     """Take up the agents that an earlier launcher started, and clear away what is left of those that are dead."""
     run_dir = server.workshop.run_dir
+    group = notifier.stored.pop(GUARD, -1)
+    if group >= 0:
+        server.workshop.guard.adopt(group, kept=True)
     for digest in os.listdir(f"{run_dir}/filters"):
         with open(f"{run_dir}/filters/{digest}", "rb") as file:
             server.workshop.filters[digest] = file.read()
@@ -87,8 +96,12 @@ def restore(server: Server, notifier: Notifier) -> None:
         agent.gone.append(server.agent_gone)
         if agent.pidfd >= 0:
             _reconnect(agent)
+            _find_image(server, agent)
             agent.watch_death()
             sockets.look(agent)
+            server.watch.add(agent, fresh=False)
+            if group >= 0:
+                server.workshop.guard.watch(agent.pid, agent.pidfd)
         else:
             agent.end()
     for fd in notifier.stored.values():
@@ -129,6 +142,7 @@ def _load(server: Server, directory: str) -> Agent | None:
     agent.started_at = os.stat(f"{directory}/state.json").st_mtime
     agent.frozen = group.frozen()
     agent.filters = server.workshop.filters.get(plan.filter_digest, b"")
+    mounted.restore(agent)
     agent.pidfd = _same(agent.pid, state["start_ticks"])
     return agent
 
@@ -145,6 +159,25 @@ def _same(pid: int, ticks: object) -> int:
             return pidfd
     os.close(pidfd)
     return -1
+
+
+def _find_image(server: Server, agent: Agent) -> None:
+    """Take hold of the agent's scratch again, so that its end need not write it out."""
+    agent.put_away = server.workshop.put_away
+    if agent.plan.scratch.disk == "off":
+        return
+    stock, disk_bytes = server.workshop.stock, agent.plan.limits.disk_bytes
+    if agent.plan.home is not None:
+        with contextlib.suppress(OSError):
+            found = again(f"/proc/{agent.pid}/root/home/agent")
+            if found is not None:
+                agent.home = Image(*found, -1, disk_bytes, stock.home_path(agent.plan.home))
+    with contextlib.suppress(OSError):
+        found = again(f"/proc/{agent.pid}/root/tmp")
+        if found is not None:
+            agent.image = Image(*found, -1, disk_bytes)
+            if any(bind.layer for bind in agent.plan.binds):
+                agent.image.kept = stock.layer_path(agent.agent_id)
 
 
 def _reconnect(agent: Agent) -> None:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from sandbox.attach import Stream
     from sandbox.cgroups import Group
     from sandbox.loop import AnyLoop
+    from sandbox.mounted import Mounted
     from sandbox.netpool import Net
     from sandbox.plan import SandboxPlan
+    from sandbox.scratch import Image
     from sandbox.stdio import Feed, Pump
 
 POLL_SECONDS: Final = 0.001
@@ -81,6 +83,9 @@ class Agent:
     group_name: str = ""
     net: "Net | None" = None
     listener: int = -1
+    image: "Image | None" = None
+    home: "Image | None" = None
+    put_away: "Callable[[Image], None] | None" = None
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
@@ -99,6 +104,10 @@ class Agent:
     feed: "Feed | None" = None
     terminal: int = -1
     streams: "dict[str, Stream]" = field(default_factory=dict)
+    mounted: "dict[str, Mounted]" = field(default_factory=dict)  # by target
+    stubs: tuple[str, ...] = ()  # places that could not be removed yet
+    entered: bool = False  # a child of ours changes its mounts
+    pausing: bool = False  # frozen for the moment that takes
     ending: Ending | None = None
     gone: "list[Callable[[Agent], None]]" = field(default_factory=list)
     lacking: dict[str, str] = field(default_factory=dict)  # controls that it does without, and how that shows
@@ -154,6 +163,7 @@ class Agent:
         cut_ms = (time.monotonic() - began) * 1000
         processes = 0
         if self.group is not None:
+            self.loop.forget(self.group.oom_fd())
             processes = len(self.group.pids())
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()
@@ -239,8 +249,17 @@ class Agent:
         if self.net is not None:
             self.net.close()
             self.net, self.listener = None, -1
+        # Its mounts go with its namespace; a descriptor would keep one busy on the host.
+        close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
+        self.mounted.clear()
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
+        if self.image is not None and not self.started_at:
+            self.image.forget()  # nothing ran, so there is no layer to keep
+        for image in (self.image, self.home):
+            if image is not None and self.put_away is not None:
+                self.put_away(image)
+        self.image = self.home = None
         oom = self._remove_group(ending)
         self._leave_status(oom=oom or self.over_memory)
         self.state = State.GONE

@@ -1,6 +1,7 @@
 """The launcher's channel: one JSON object a SEQPACKET message; requests have `rq`, answers the same `rq`, events `ev`.
 
-    hello                                  -> version, pid, agents, filters; then an event `adopt` for each live agent
+    hello    [group of an earlier guard]   -> version, pid, agents, filters + [group of the guard, if there is one];
+                                              then an event `adopt` for each live agent
     filter   digest + [memfd]              -> ok
     launch   plan, meta + [fds of the plan] -> pid, cgroup, posture, timings_us + [pidfd of pid 1, listener]
     go       agent_id                      -> after execve: pid, started_at
@@ -13,16 +14,22 @@
                                               problem
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
+    layer    agent_id                      -> ok + [top of what the agent changed, read-only]
+    drop     agent_id                      -> ok; the layer of an agent that has ended is no more
+    counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
+    show     agent_id, bind + [source]     -> when it is there: place, degraded + [group of the guard]
+    take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
-(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom) and `exec_exited` (agent_id, stream_id, status);
+(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id, status) and
+`met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there);
 a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
-# ruff: noqa: PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH108, PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import base64
 import binascii
@@ -38,13 +45,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, examine, launching, sockets, sync
+from sandbox import attach, confine, examine, launching, livebinds, mounted, sockets, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.cgroups import CannotConfine
 from sandbox.launching import Follow, Workshop
+from sandbox.limits_watch import Kind, Watch
 from sandbox.loop import READ, WRITE
-from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
+from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import PIDS_SHOWN_MAX, Agent, State, agent_error, read_status
+from sandbox.scratch import CannotMakeScratch
 from sandbox.sync import StepError
 
 VERSION: Final = 1
@@ -147,6 +156,7 @@ class Server:
         self.agents: dict[str, Agent] = {}
         self.connections: set[Connection] = set()
         self.on_change: list[Callable[[Agent, str], None]] = []
+        self.watch = Watch(self.loop, self.agents, self._met_limit)
         self._follows: dict[str, Follow] = {}
         self._listener = listener
         listener.setblocking(False)
@@ -165,8 +175,13 @@ class Server:
             "freeze": self._freeze,
             "thaw": self._thaw,
             "stats": self._stats,
+            "counters": self._counters,
             "examine": self._examine,
             "adopt": self._adopt,
+            "show": self._show,
+            "take": self._take,
+            "layer": self._layer,
+            "drop": self._drop,
         }
 
     # --- channel ---
@@ -205,8 +220,12 @@ class Server:
         if operation is None:
             answer(StepError("read request", 0, f"there is no operation {str(message.get('op'))[:64]!r}"))
             return
+        self._answering(answer, str(message.get("op")), lambda: operation(connection, message, fds, answer))
+
+    def _answering(self, answer: Answer, name: str, act: Callable[[], None]) -> None:
+        """Do something; whatever goes wrong is the answer."""
         try:
-            operation(connection, message, fds, answer)
+            act()
         except StepError as error:
             answer(error)
         except InvalidPlan as error:
@@ -214,9 +233,7 @@ class Server:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             answer(StepError("check request", 0, f"{type(error).__name__}: {error}"))
         except Exception as error:  # noqa: BLE001 - one bad request must not end the process that holds every agent
-            answer(
-                StepError(str(message.get("op")), getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}")
-            )
+            answer(StepError(name, getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}"))
 
     def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         for connection in list(self.connections):
@@ -247,8 +264,13 @@ class Server:
 
     # --- operations ---
 
-    def _hello(self, connection: Connection, _message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+    def _hello(self, connection: Connection, _message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         connection.greeted = True
+        if fds and self.workshop.guard.group < 0:
+            self.workshop.guard.adopt(os.dup(fds[0]))
+            for a in self.agents.values():
+                if a.pidfd >= 0:
+                    self.workshop.guard.watch(a.pid, a.pidfd)
         agents = [
             {
                 "agent_id": a.agent_id,
@@ -257,14 +279,22 @@ class Server:
                 "started_at": a.started_at,
                 "ids": a.plan.ids.start,
                 "cgroup": a.group_name,
+                "binds": mounted.listed(a),
             }
             for a in self.agents.values()
         ]
-        answer(version=VERSION, pid=os.getpid(), agents=agents, filters=sorted(self.workshop.filters))
+        group = self.workshop.guard.group
+        answer(
+            version=VERSION,
+            pid=os.getpid(),
+            agents=agents,
+            filters=sorted(self.workshop.filters),
+            fds=() if group < 0 else (group,),
+        )
         for a in self.agents.values():
             if a.pidfd >= 0:
-                fds = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
-                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, fds)
+                its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
+                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, its)
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -286,6 +316,23 @@ class Server:
     def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         began = time.perf_counter_ns()
         plan = SandboxPlan.from_json(message["plan"])
+        if plan.home is None:
+            self._launch_plan(plan, began, message, fds, answer)
+            return
+        # The last agent that had this home has ended; what it wrote may still be on its way to the disk.
+        held = [os.dup(fd) for fd in fds]
+
+        def launch() -> None:
+            try:
+                self._answering(answer, "launch", lambda: self._launch_plan(plan, began, message, held, answer))
+            finally:
+                sync.close_all(held)
+
+        self.workshop.when_free(self.workshop.stock.home_path(plan.home), launch)
+
+    def _launch_plan(
+        self, plan: SandboxPlan, began: int, message: dict[str, Any], fds: list[int], answer: Answer
+    ) -> None:
         meta = dict(message.get("meta") or {})
         if len(json.dumps(meta)) > launching.META_BYTES_MAX:
             raise StepError("check plan", errno.E2BIG, f"meta is longer than {launching.META_BYTES_MAX} bytes")
@@ -323,6 +370,7 @@ class Server:
                 answer(error)
             else:
                 answer(pid=agent.pid, started_at=agent.started_at)
+                self.watch.add(agent, fresh=True)
 
         follow.go(went)
 
@@ -476,7 +524,8 @@ class Server:
     def _thaw(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
         assert agent.group is not None  # noqa: S101 - it runs
-        agent.group.thaw()
+        if not agent.pausing:  # else when that is over
+            agent.group.thaw()
         agent.frozen = False
         answer(frozen=False)
 
@@ -495,6 +544,47 @@ class Server:
                 stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
         answer(stats=stats)
 
+    def _layer_path(self, message: dict[str, Any]) -> str:
+        agent_id = str(message["agent_id"])
+        if not agent_id or not all(c.isascii() and (c.isalnum() or c in "-_") for c in agent_id):
+            raise InvalidPlan("agent_id: must be letters, digits, '-' or '_'")
+        path = self.workshop.stock.layer_path(agent_id)
+        if not os.path.exists(path):
+            raise StepError(str(message["op"]), errno.ENOENT, f"there is no layer of {agent_id}")
+        return path
+
+    def _layer(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        path = self._layer_path(message)
+
+        def read() -> None:
+            try:
+                top = self.workshop.stock.read(path)
+            except CannotMakeScratch as error:
+                answer(StepError("layer", error.number, str(error), error.remedy))
+                return
+            answer(fds=(top,))
+            os.close(top)
+
+        self.workshop.when_free(path, read)
+
+    def _drop(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        if str(message["agent_id"]) in self.agents:
+            raise StepError("drop", errno.EBUSY, "the agent has not ended")
+        path = self._layer_path(message)
+
+        def drop() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            answer()
+
+        self.workshop.when_free(path, drop)
+
+    def _counters(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self._running(message)
+        assert agent.group is not None  # noqa: S101 - it runs
+        now = agent.group.counters()
+        answer(counters={name: getattr(now, name) for name in now.__slots__})
+
     def _examine(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
         try:
@@ -510,6 +600,32 @@ class Server:
             self._notify(agent, "built")
         answer()
 
+    def _met_limit(self, agent: Agent, kind: Kind, details: dict[str, Any]) -> None:
+        limits = agent.plan.limits
+        limit = {Kind.PIDS_LIMIT: limits.pids, Kind.THROTTLED: limits.cpus, Kind.MEMORY_PRESSURE: limits.memory_bytes}
+        if kind in limit:
+            details["limit"] = limit[kind]
+        self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+
+    def _show(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
+        bind = decode(Bind, message["bind"], "bind")
+        livebinds.show(self.workshop, self.agent(message), bind, fds[bind.fd], self._outcome(answer))
+
+    def _take(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        livebinds.take(self.workshop, self.agent(message), str(message["target"]), self._outcome(answer))
+
+    def _outcome(self, answer: Answer) -> livebinds.Done:
+        """Answer with the guard's group, which the daemon keeps open too."""
+
+        def done(error: StepError | None, fields: dict[str, Any]) -> None:
+            group = self.workshop.guard.group
+            if error is not None:
+                answer(error)
+            else:
+                answer(**fields, launcher=os.getpid(), fds=() if group < 0 else (group,))
+
+        return done
+
     # --- ends ---
 
     def _notify(self, agent: Agent, what: str) -> None:
@@ -520,6 +636,7 @@ class Server:
         self.workshop.holders.end_used()
         self.agents.pop(agent.agent_id, None)
         self._follows.pop(agent.agent_id, None)
+        self.watch.remove(agent)
         self._notify(agent, "gone")
         if agent.started_at:
             status = {"code": agent.status["code"], "signal": agent.status["signal"]}

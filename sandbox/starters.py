@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from sandbox import init, sync, syscalls
@@ -70,7 +70,7 @@ class Starters:
                 self.discard(starter)
                 starter = None
         if starter is None:
-            starter = self._make(init.flags(plan.weaken), self._standard if usual else None, seen)
+            starter = self._make(init.flags(plan.weaken), self._standard if usual else None, seen, plan.limits)
         try:
             self._layout.limit(self._instance, starter.name, plan.limits)
         except (CannotConfine, OSError) as error:
@@ -82,6 +82,8 @@ class Starters:
         standard = self._standard.plan
         return (
             not plan.weaken
+            # v1 has a group more for these, and nobody is moved into it later.
+            and not plan.limits.io_limited
             and plan.rootfs == standard.rootfs
             and plan.scratch.root_bytes == standard.scratch.root_bytes
         )
@@ -96,7 +98,7 @@ class Starters:
         if len(self._stock) < self._size:
             # A launch tells of the problem, if it lasts.
             with contextlib.suppress(StepError):
-                self._stock.append(self._make(init.FLAGS, self._standard, seen))
+                self._stock.append(self._make(init.FLAGS, self._standard, seen, UNLIMITED))
                 return len(self._stock) < self._size
         return bool(self._leaving)
 
@@ -107,12 +109,17 @@ class Starters:
             self._mounts += 1
         return (self._mounts, *(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr")))
 
-    def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...]) -> Starter:
+    def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...], limits: Limits) -> Starter:
         self._number += 1
         name = f"s{os.getpid()}-{self._number}"
         with contextlib.ExitStack() as undo:
             try:
-                group = self._layout.create(self._instance, name, UNLIMITED)
+                rates = (limits.io_read_bytes_per_second, limits.io_write_bytes_per_second)
+                group = self._layout.create(
+                    self._instance,
+                    name,
+                    replace(UNLIMITED, io_read_bytes_per_second=rates[0], io_write_bytes_per_second=rates[1]),
+                )
             except (CannotConfine, OSError) as error:
                 number = getattr(error, "errno", 0) or 0
                 raise StepError("make cgroup", number, str(error), "see `stockadectl doctor`") from error

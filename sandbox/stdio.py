@@ -7,6 +7,7 @@ The bytes are never looked at here.
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -14,6 +15,10 @@ from sandbox.loop import READ, WRITE, AnyLoop
 
 CHUNK_BYTES: Final = 64 << 10
 CHUNKS_PER_TURN: Final = 8  # then other descriptors have theirs
+# What one stream is copied at most: beyond it the writer waits. A small read costs as much as this many bytes.
+OUTPUT_BYTES_PER_SECOND_MAX: Final = 64 << 20
+SLICE_SECONDS: Final = 0.05
+READ_COST_BYTES_MIN: Final = 16 << 10
 STDIN_BUFFER_BYTES_MAX: Final = 1 << 20
 
 
@@ -74,13 +79,27 @@ class Pump:
         self._loop = loop
         self.fd = fd
         self._file = file
+        self._slice_end = 0.0
+        self._slice_left = 0
         self.open = True
         os.set_blocking(fd, False)
         loop.watch(fd, READ, self._ready)
 
     def _ready(self, _events: int) -> None:
+        now = time.monotonic()
+        if now >= self._slice_end:
+            self._slice_end = now + SLICE_SECONDS
+            self._slice_left = int(OUTPUT_BYTES_PER_SECOND_MAX * SLICE_SECONDS)
         if not self._copy(CHUNKS_PER_TURN):
             self.close()
+        elif self._slice_left <= 0:
+            # Others have their turn, and the writer finds its pipe full.
+            self._loop.forget(self.fd)
+            self._loop.later(max(0.0, self._slice_end - now), self._go_on)
+
+    def _go_on(self) -> None:
+        if self.open:
+            self._loop.watch(self.fd, READ, self._ready)
 
     def _copy(self, chunks: int) -> bool:
         """Copy what there is; False at the end of the stream."""
@@ -93,6 +112,7 @@ class Pump:
                 return False  # EIO: the other side of a terminal is closed
             if not data:
                 return False
+            self._slice_left -= max(len(data), READ_COST_BYTES_MIN)
             self._file.write(data)
         return True
 

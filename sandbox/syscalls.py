@@ -9,8 +9,10 @@ the two older ones used here are looked up by machine. Source: man-pages 6.x and
 
 import ctypes
 import errno as _errno
+import fcntl
 import os
 import platform
+import struct
 from ctypes import POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint8, c_uint16, c_uint32, c_uint64, c_ulong
 from typing import Final, NoReturn
 
@@ -85,6 +87,7 @@ MOUNT_ATTR_RDONLY: Final = 0x01
 MOUNT_ATTR_NOSUID: Final = 0x02
 MOUNT_ATTR_NODEV: Final = 0x04
 MOUNT_ATTR_NOEXEC: Final = 0x08
+MOUNT_ATTR_NOATIME: Final = 0x10
 MOUNT_ATTR_IDMAP: Final = 0x00100000
 MOUNT_ATTR_NOSYMFOLLOW: Final = 0x00200000
 FSOPEN_CLOEXEC: Final = 1
@@ -115,6 +118,21 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 PR_GET_NO_NEW_PRIVS: Final = 39
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+# Values of fanotify_init(2), fanotify_mark(2).
+FAN_CLOEXEC: Final = 0x1
+FAN_NONBLOCK: Final = 0x2
+FAN_CLASS_CONTENT: Final = 0x4
+FAN_UNLIMITED_QUEUE: Final = 0x10
+FAN_UNLIMITED_MARKS: Final = 0x20
+FAN_MARK_ADD: Final = 0x1
+FAN_MARK_REMOVE: Final = 0x2
+FAN_MARK_MOUNT: Final = 0x10
+FAN_OPEN_PERM: Final = 0x10000
+FAN_ACCESS_PERM: Final = 0x20000
+FAN_OPEN_EXEC_PERM: Final = 0x40000
+FAN_ONDIR: Final = 0x40000000
+FAN_DENY: Final = 2
 
 # Values of seccomp(2).
 SECCOMP_SET_MODE_FILTER: Final = 1
@@ -159,6 +177,8 @@ _libc.setns.argtypes = [c_int, c_int]
 _libc.mount.argtypes = [c_char_p, c_char_p, c_char_p, c_ulong, c_char_p]
 _libc.umount2.argtypes = [c_char_p, c_int]
 _libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
+_libc.fanotify_init.argtypes = [c_uint, c_uint]
+_libc.fanotify_mark.argtypes = [c_int, c_uint, c_uint64, c_int, c_char_p]
 _libc.sethostname.argtypes = [c_char_p, c_size_t]
 _libc.setdomainname.argtypes = [c_char_p, c_size_t]
 
@@ -375,6 +395,19 @@ def memfd_create(name: str, content: bytes = b"") -> int:
     return fd
 
 
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """Return a group; events are read from it, and answers to permission events written to it (fanotify(7))."""
+    result = int(_libc.fanotify_init(flags, event_flags))
+    if result < 0:
+        raise_errno("fanotify_init", hex(flags))
+    return result
+
+
+def fanotify_mark(group: int, flags: int, mask: int, dirfd: int, path: str) -> None:
+    if _libc.fanotify_mark(group, flags, mask, dirfd, os.fsencode(path)) < 0:
+        raise_errno("fanotify_mark", f"{path}, {mask:#x}")
+
+
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 
 
@@ -382,6 +415,45 @@ def populate(address: int, length: int) -> None:
     """Make private pages of this process's own now, as if it had written to each of them. Source: madvise(2)."""
     if _libc.madvise(ctypes.c_void_p(address), c_size_t(length), MADV_POPULATE_WRITE) < 0:
         raise_errno("madvise", f"{address:#x}, {length}")
+
+
+# --- block devices -------------------------------------------------------------------------------------------------
+
+_LOOP_CONFIGURE: Final = 0x4C0A  # <linux/loop.h>, Linux 5.8
+_LOOP_GET_STATUS64: Final = 0x4C05
+_LOOP_CTL_GET_FREE: Final = 0x4C82
+_LOOP_INFO: Final = struct.Struct("=5QIIII64s64s32s2Q")  # struct loop_info64
+_LOOP_CONFIG: Final = struct.Struct(f"=II{_LOOP_INFO.size}s64x")  # struct loop_config
+_LOOP_LABEL_BYTES_MAX: Final = 63
+LO_FLAGS_READ_ONLY: Final = 1
+LO_FLAGS_AUTOCLEAR: Final = 4
+LO_FLAGS_DIRECT_IO: Final = 16
+_FS_IOC_SHUTDOWN: Final = 0x8004587D  # EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32)
+_SHUTDOWN_WITHOUT_LOG: Final = 2
+
+
+def loop_get_free(control: int) -> int:
+    """Return the number of a loop device that was free a moment ago; one is made where none is. Source: loop(4)."""
+    return int(fcntl.ioctl(control, _LOOP_CTL_GET_FREE))
+
+
+def loop_configure(device: int, file: int, *, flags: int, label: str) -> None:
+    """Put a file behind a loop device; EBUSY where somebody else was faster. Source: loop(4)."""
+    name = label.encode()[:_LOOP_LABEL_BYTES_MAX]
+    info = _LOOP_INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+    fcntl.ioctl(device, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file, 0, info))
+
+
+def loop_status(device: int) -> tuple[int, int, str]:
+    """Return device and inode of the file behind a loop device, and its label; ENXIO where there is none."""
+    raw = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO.size))
+    device_number, inode, *_, label, _crypt, _key, _init0, _init1 = _LOOP_INFO.unpack(raw)
+    return int(device_number), int(inode), bytes(label).rstrip(b"\0").decode("utf-8", "replace")
+
+
+def shut_file_system_down(fd: int) -> None:
+    """Let a file system that is given up write nothing more: what is dirty is dropped with it (ext4, xfs)."""
+    fcntl.ioctl(fd, _FS_IOC_SHUTDOWN, struct.pack("I", _SHUTDOWN_WITHOUT_LOG))
 
 
 # --- confinement ---------------------------------------------------------------------------------------------------

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
 from gateway_client.egress.scope import FsScope, McpScope, Scope, format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.agents import Exit
-from supervisord.errors import Conflict, InvalidInput, StockadeError
+from supervisord.errors import CannotRevoke, Conflict, InvalidInput, StockadeError
 from supervisord.ids import GrantId, StreamId, new_stream_id
 from supervisord.lifecycle import Event, State, can
-from supervisord.plan import check_order
+from supervisord.plan import check_order, live_scope
 from supervisord.scopes import check_ceiling, check_scopes_reachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from sandbox.plan import Tty
     from supervisord.actions.log import ActionLog
@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
+    from supervisord.filegrants import FileGrants
     from supervisord.holds import Hold, Holds
     from supervisord.launcher_link import LauncherLink
     from supervisord.plan import LaunchOrder
     from supervisord.policies import PolicyShelf
+    from supervisord.policy import Policy
     from supervisord.requests import Request, Requests
     from supervisord.scopes import Grant, GrantBook
     from supervisord.store import Store
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 STREAMS_KEPT_MAX: Final = 4096
 OBJECT_CHARACTERS_MAX: Final = 512
@@ -69,6 +73,7 @@ class Acts:
         requests: Requests,
         holds: Holds,
         store: Store,
+        files: FileGrants,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
     ) -> None:
@@ -83,6 +88,8 @@ class Acts:
         self._requests = requests
         self._holds = holds
         self._store = store
+        self._files = files
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._entropy = entropy
         self._now_ns = now_ns
         self.streams: dict[str, Stream] = {}
@@ -104,6 +111,8 @@ class Acts:
                     f"cannot {event.value} {agent.name}: it is {agent.state.value}",
                     remedy="see `stockadectl status`",
                 )
+            if event is Event.THAW:
+                await self._files.settle(agent)
         for agent in agents:
             await self._actions.record(
                 Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "allowed", reason)
@@ -127,53 +136,110 @@ class Acts:
         scope: Scope,
         *,
         actor: str,
+        file_uid: int,
         reason: str = "",
         ttl_seconds: float | None = None,
         max_uses: int | None = None,
         grant_id: str = "",
         verb: str = "grant.create",
     ) -> Grant:
-        """Give a running agent a scope; raises StockadeError with the remedy."""
-        if isinstance(scope, FsScope | McpScope):
+        """Give a running agent a scope; files are those that `file_uid` may hand out. Raises StockadeError."""
+        if isinstance(scope, McpScope):
             raise InvalidInput(
-                f"cannot grant {format_scope(scope)} to a running agent: this version takes fs: scopes at launch only,"
-                " and serves no mcp: scopes",
-                remedy="launch with --scope, or grant an http:, tls: or llm: scope",
+                f"cannot grant {format_scope(scope)}: this version serves no mcp: scopes",
+                remedy="grant an fs:, http:, tls: or llm: scope",
             )
+        if isinstance(scope, FsScope):
+            scope = live_scope(scope)
         policy = self._policies.get(agent.what.policy)
         check_ceiling(scope, policy.ceiling)
         check_scopes_reachable((scope,), self._config.gateway)
         details: dict[str, JSON] = {"ttl_seconds": ttl_seconds, "max_uses": max_uses}
         await self._actions.record(Action(agent.agent_id, actor, verb, format_scope(scope), "allowed", reason, details))
-        if not agent.live:
-            raise Conflict(f"cannot grant to {agent.name}: it is {agent.state.value}", remedy="launch it anew")
-        grant = self._book.add(
-            agent.agent_id,
-            scope,
-            by=actor,
-            reason=reason,
-            ttl_seconds=ttl_seconds,
-            max_uses=max_uses,
-            grant_id=GrantId(grant_id) if grant_id else None,
-        )
-        try:
-            await self._store.save_grant(grant)
-        except StockadeError:
-            self._book.revoke(grant.grant_id)
-            raise
+
+        def add() -> Grant:
+            if not agent.live:
+                raise Conflict(f"cannot grant to {agent.name}: it is {agent.state.value}", remedy="launch it anew")
+            return self._book.add(
+                agent.agent_id,
+                scope,
+                by=actor,
+                reason=reason,
+                ttl_seconds=ttl_seconds,
+                max_uses=max_uses,
+                grant_id=GrantId(grant_id) if grant_id else None,
+            )
+
+        if isinstance(scope, FsScope):
+            try:
+                grant, mounted = await self._whole(self._show(agent, policy, add, grant_id, file_uid=file_uid))
+            except StockadeError as error:
+                await self._actions.append(
+                    Action(agent.agent_id, actor, verb, format_scope(scope), "failed", error.message, details)
+                )
+                raise
+            details |= mounted
+        else:
+            grant = add()
+            try:
+                await self._store.save_grant(grant)
+            except StockadeError:
+                self._book.revoke(grant.grant_id)
+                raise
         self.expiry_changed.set()
         done: dict[str, JSON] = {"grant_id": grant.grant_id, **details}
         await self._actions.append(Action(agent.agent_id, actor, verb, format_scope(scope), "done", reason, done))
         return grant
 
+    async def _show(
+        self, agent: Agent, policy: Policy, add: Callable[[], Grant], grant_id: str, *, file_uid: int
+    ) -> tuple[Grant, dict[str, JSON]]:
+        """Add a grant of files and show them, both or neither; a retry finds what is there."""
+        async with self._files.lock(agent):
+            again = bool(grant_id) and self._book.knows(GrantId(grant_id))
+            grant = add()
+            if again:
+                return grant, {}
+            try:
+                mounted = await self._files.show(agent, grant, policy, file_uid=file_uid)
+            except BaseException:
+                self._book.withdraw(grant.grant_id)
+                raise
+            try:
+                await self._store.save_grant(grant)
+            except StockadeError:
+                await self._files.take(agent, grant)
+                self._book.withdraw(grant.grant_id)
+                raise
+            self._files.note(agent, grant, mounted)
+            return grant, mounted
+
+    async def _whole(self, work: Coroutine[object, object, T]) -> T:
+        """Have it done to its end, also when the caller goes away meanwhile."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._keep(task)
+        return await asyncio.shield(task)
+
+    def _keep(self, task: asyncio.Task[T]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def approve(
-        self, request_id: str, *, actor: str, shown_scope: str, ttl_seconds: float | None, max_uses: int | None
+        self,
+        request_id: str,
+        *,
+        actor: str,
+        file_uid: int,
+        shown_scope: str,
+        ttl_seconds: float | None,
+        max_uses: int | None,
     ) -> tuple[Request, Grant]:
         async def make(request: Request) -> Grant:
             return await self.grant(
                 self._agents.find_live(request.agent_id),
                 request.scope,
                 actor=actor,
+                file_uid=file_uid,
                 reason=f"request {request.request_id}",
                 ttl_seconds=ttl_seconds,
                 max_uses=max_uses,
@@ -183,16 +249,69 @@ class Acts:
         return await self._requests.approve(request_id, actor=actor, shown_scope=shown_scope, grant=make)
 
     async def revoke(self, grant_id: str, *, actor: str, reason: str) -> tuple[Grant, int]:
-        """Take a grant back: from now on nothing passes on it, and what is open on it is reset."""
-        grant = self._book.revoke(GrantId(grant_id))
+        """Take a grant back: from now on nothing passes on it, and what is open on it is reset.
+
+        One of files ends when they are proven to be gone, else it stays and CannotRevoke is raised.
+        """
+        grant = self._book.get(GrantId(grant_id))
+        taken: dict[str, JSON] = {}
+        if isinstance(grant.scope, FsScope):
+            grant, taken = await self._whole(self._take(grant, actor=actor))
+        else:
+            grant = self._book.revoke(grant.grant_id)
         cut = self._exchanges.cut_grant(grant.grant_id)
         # Closed first, recorded after: a log that cannot take the entry must not keep a gate open.
         await self._store.save_grant(grant)
-        details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut}
+        details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut, **taken}
         await self._actions.record(
             Action(grant.agent_id, actor, "grant.revoke", format_scope(grant.scope), "done", reason, details)
         )
         return grant, cut
+
+    async def _take(self, grant: Grant, *, actor: str) -> tuple[Grant, dict[str, JSON]]:
+        agent = self._agents.get(grant.agent_id)
+        if agent is None or not agent.live:
+            return self._book.revoke(grant.grant_id), {}
+        async with self._files.lock(agent):
+            grant = self._book.get(grant.grant_id)
+            if grant.ended is not None:
+                return grant, {}
+            try:
+                taken = await self._files.take(agent, grant)
+            except StockadeError as error:
+                await self._note_failure(grant, "grant.revoke", actor, error.message)
+                raise
+            ended = self._book.revoke(grant.grant_id)
+            await self._store.save_grant(ended)
+            return ended, taken
+
+    async def _note_failure(self, grant: Grant, verb: str, actor: str, reason: str) -> None:
+        details: dict[str, JSON] = {"grant_id": grant.grant_id}
+        try:
+            await self._actions.append(
+                Action(grant.agent_id, actor, verb, format_scope(grant.scope), "failed", reason, details)
+            )
+        except CannotRecord as error:
+            log.error("a failure is not in the action log", grant=grant.grant_id, cause=error.message)
+
+    async def _expired(self, grant: Grant) -> None:
+        """Note the end of a grant whose time is up; of files, have them taken away first."""
+        agent = self._agents.get(grant.agent_id)
+        taken: dict[str, JSON] = {}
+        try:
+            if isinstance(grant.scope, FsScope) and agent is not None and agent.live:
+                async with self._files.lock(agent):
+                    taken = await self._files.take(agent, grant)
+            cut = self._exchanges.cut_grant(grant.grant_id)
+            await self._store.save_grant(grant)
+            details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut, **taken}
+            await self._actions.record(
+                Action(grant.agent_id, "daemon", "grant.expire", format_scope(grant.scope), "done", "", details)
+            )
+        except CannotRevoke as error:
+            await self._note_failure(grant, "grant.expire", "daemon", error.message)
+        except StockadeError as error:
+            log.error("an expiry is not recorded", grant=grant.grant_id, cause=error.message)
 
     async def expire_forever(self) -> None:
         """End grants when their time is up, unasked; runs as long as the daemon."""
@@ -206,15 +325,8 @@ class Acts:
             except TimeoutError:
                 pass  # the time is up
             for grant in self._book.expire():
-                cut = self._exchanges.cut_grant(grant.grant_id)
-                details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut}
-                try:
-                    await self._store.save_grant(grant)
-                    await self._actions.record(
-                        Action(grant.agent_id, "daemon", "grant.expire", format_scope(grant.scope), "done", "", details)
-                    )
-                except StockadeError as error:
-                    log.error("an expiry is not recorded", grant=grant.grant_id, cause=error.message)
+                # Each by itself: files that are slow to go keep no other grant from ending.
+                self._keep(asyncio.get_running_loop().create_task(self._expired(grant)))
 
     # --- holds
 

@@ -224,6 +224,14 @@ class Agents:
             agent.ended.set()
         self._note(agent)
 
+    def describe(self, agent: Agent, key: str, value: object) -> None:
+        """Put a fact into the agent's posture, or take it out where it is None or empty."""
+        if value:
+            agent.posture[key] = value
+        else:
+            agent.posture.pop(key, None)
+        self._note(agent)
+
     async def wait_changed(self, since: int) -> int:
         """Return the table's version once it is beyond `since`."""
         while self._version <= since:

@@ -111,6 +111,7 @@ _OPERATOR_METHODS: Final = {
     "GrantService": ("Grant", "Revoke"),
     "RequestService": ("Approve", "Deny"),
     "ActionService": ("VerifyLog", "Checkpoint"),
+    "ChangeService": ("Diff", "Apply", "Discard"),
     "SystemService": ("Doctor",),
 }
 _HEALTH: Final = "/grpc.health.v1.Health/"

@@ -128,6 +128,15 @@ class AgentsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ScratchConfig:
+    """Images for what agents write (`<state_dir>/scratch`): what stays free there, and how long a layer is kept."""
+
+    reserve_bytes: int = 256 << 20
+    preallocate: bool = False
+    keep_layers_seconds: float = 7 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     instance: str = "default"
     state_dir: Path = Path("/var/lib/stockade")
@@ -138,7 +147,13 @@ class Config:
     control: ControlConfig = ControlConfig()
     users: UsersConfig = UsersConfig()
     agents: AgentsConfig = AgentsConfig()
+    scratch: ScratchConfig = ScratchConfig()
     images: ImageLimits = field(default_factory=ImageLimits)
     pool_netns: int = 4
+    pool_images: int = 2
     egress_workers: int = 1
     source: str = ""
+
+    @property
+    def scratch_dir(self) -> Path:
+        return self.state_dir / "scratch"

@@ -3,9 +3,9 @@
 import ipaddress
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from sandbox.images.limits import ImageLimits
@@ -24,13 +24,16 @@ from supervisord.config import (
     Network,
     OnStop,
     Role,
+    ScratchConfig,
     UsersConfig,
 )
 from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
 from supervisord.errors import InvalidInput, StockadeError
 from supervisord.ids import instance_name, shown
-from supervisord.sizes import format_size, parse_size
+from supervisord.sizes import format_size, parse_duration, parse_size
 from supervisord.tables import Findings, Table
+
+M = TypeVar("M", int, float)
 
 CONFIG_BYTES_MAX: Final = 256 * 1024
 MODELS_MAX: Final = 256
@@ -143,8 +146,10 @@ def _config(root: Table, source: str) -> Config:
         control=_control(root.table("control")),
         users=_users(root.table("users")),
         agents=_agents(root.table("agents")),
+        scratch=_scratch(root.table("scratch")),
         images=_images(root.table("images")),
         pool_netns=pool.whole("netns", default.pool_netns, 0, 256),
+        pool_images=pool.whole("images", default.pool_images, 0, 64),
         egress_workers=egress.whole("workers", default.egress_workers, 1, 64),
         source=source,
     )
@@ -346,6 +351,29 @@ def _users(table: Table) -> UsersConfig:
         )
     table.end()
     return users
+
+
+def _scratch(table: Table) -> ScratchConfig:
+    default = ScratchConfig()
+    scratch = ScratchConfig(
+        reserve_bytes=_measure(table, "reserve", default.reserve_bytes, parse_size),
+        preallocate=table.flag("preallocate", default=default.preallocate),
+        keep_layers_seconds=_measure(table, "keep_layers", default.keep_layers_seconds, parse_duration),
+    )
+    table.end()
+    return scratch
+
+
+def _measure(table: Table, key: str, default: M, parse: Callable[[str], M]) -> M:
+    """A size or a duration as people write it."""
+    text = table.text(key, "")
+    if not text:
+        return default
+    try:
+        return parse(text)
+    except InvalidInput as error:
+        table.problem(key, error.message, error.remedy)
+        return default
 
 
 def _images(table: Table) -> ImageLimits:

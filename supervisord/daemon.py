@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from stockade.v1 import (
     actions_pb2_grpc,
     agents_pb2_grpc,
+    changes_pb2_grpc,
     grants_pb2_grpc,
     policies_pb2_grpc,
     requests_pb2_grpc,
@@ -33,14 +34,18 @@ from supervisord.door import FrontDoor, listening_socket
 from supervisord.egress_plane import EgressPlane
 from supervisord.errors import CannotRecord, InvalidInput, NotFound, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
+from supervisord.filegrants import FileGrants
 from supervisord.gateway_process import GatewayProcess, user_id
 from supervisord.holds import Holds
+from supervisord.homes import Homes
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching
+from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
+from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
@@ -49,6 +54,7 @@ from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher,
 from supervisord.requests import Requests
 from supervisord.retention import Retention
 from supervisord.rpc.agents import AgentService
+from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.errors import ErrorInterceptor
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
 from supervisord.rpc.system import SystemService
@@ -83,7 +89,7 @@ class Daemon:
         self._stopping = False
         self._frozen: set[str] = set()
         self._live_ids: set[str] = set()
-        self._listed: set[str] = set()
+        self._listed_ids: set[str] = set()
 
     async def start(self) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError."""
@@ -107,8 +113,10 @@ class Daemon:
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
+        await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
         self._in_background(self._retention.keep_forever())
+        self._in_background(self._layers.expire_forever())
         await self._serve()
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
@@ -154,6 +162,14 @@ class Daemon:
             count=(ids.uid_last + 1 - ids.uid_first) // IDS_PER_AGENT,
         )
         self._filters = _compile_filters()
+        self._layers = Layers(
+            config.scratch_dir / "layers",
+            agents=self._agents,
+            actions=self._actions,
+            launcher=self._launcher,
+            keep_seconds=config.scratch.keep_layers_seconds,
+            now=time.time,
+        )
         self._images = Images(
             directory=config.state_dir / "images",
             records=config.run_dir / "processes",
@@ -166,7 +182,7 @@ class Daemon:
             config.run_dir / "agents",
             bytes_max=config.agents.output_keep_bytes,
             seconds_max=config.agents.output_days * 86400.0,
-            live=lambda: {agent.agent_id for agent in self._agents.live()} | self._live_ids | self._listed,
+            live=lambda: {agent.agent_id for agent in self._agents.live()} | self._live_ids | self._listed_ids,
             now_s=time.time,
         )
         self._killswitch = KillSwitch(
@@ -190,6 +206,8 @@ class Daemon:
             exchanges=self._exchanges,
             slots=self._slots,
             holds=holds,
+            layers=self._layers,
+            homes=Homes(config.scratch_dir / "homes"),
             images=self._images,
             killswitch=self._killswitch,
             filters={name: digest for name, (digest, _) in self._filters.items()},
@@ -197,6 +215,14 @@ class Daemon:
             now_ns=time.time_ns,
         )
         self._holds = holds
+        self._files = FileGrants(
+            agents=self._agents,
+            book=self._book,
+            actions=self._actions,
+            launcher=self._launcher,
+            plane=self._plane,
+            store=self._store,
+        )
         self._acts = Acts(
             config=config,
             agents=self._agents,
@@ -209,6 +235,7 @@ class Daemon:
             requests=self._requests,
             holds=holds,
             store=self._store,
+            files=self._files,
             entropy=os.urandom,
             now_ns=time.time_ns,
         )
@@ -252,12 +279,14 @@ class Daemon:
                 holds=self._holds,
                 policies=self._policies,
                 launcher=self._launcher,
+                layers=self._layers,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,
             ),
             server,
         )
+        changes_pb2_grpc.add_ChangeServiceServicer_to_server(ChangeService(layers=self._layers), server)
         grants_pb2_grpc.add_GrantServiceServicer_to_server(
             GrantService(agents=self._agents, book=self._book, acts=self._acts), server
         )
@@ -305,9 +334,7 @@ class Daemon:
     async def _reach_launcher(self) -> None:
         await reach_launcher(
             self._launcher,
-            run_dir=self.config.run_dir,
-            instance=self.config.instance,
-            networks=self.config.pool_netns,
+            self.config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
         )
         self._recovery = Recovery(
@@ -318,11 +345,12 @@ class Daemon:
             slots=self._slots,
             output_dir=self.config.run_dir / "agents",
             history=self._history,
+            hold=self._files.hold,
         )
         self._live_ids = set()
-        listed = await self._recovery.greet()
-        self._listed = {str(entry["agent_id"]) for entry in listed}
-        self._frozen = {str(entry["agent_id"]) for entry in listed if entry.get("state") == "FROZEN"}
+        self._listed = await self._recovery.greet(self._files.groups())
+        self._listed_ids = {str(entry["agent_id"]) for entry in self._listed}
+        self._frozen = {str(entry["agent_id"]) for entry in self._listed if entry.get("state") == "FROZEN"}
         for digest, programs in self._filters.values():
             fd = os.memfd_create("filter", os.MFD_CLOEXEC)
             try:
@@ -341,6 +369,7 @@ class Daemon:
             for event in (Event.FREEZE,) if agent.agent_id in self._frozen else ():
                 self._agents.apply(agent, event)
                 self._plane.freeze(agent.agent_id)
+        await self._files.reconcile(self._listed)
         if self._recovery.adopted or ended or self._recovery.half_built:
             await self._actions.record(
                 Action(
@@ -381,6 +410,8 @@ class Daemon:
                 return
             case "exited":
                 self._exited(agent_id, message)
+            case "met_limit":
+                self._met_limit(agent_id, message)
             case "exec_exited":
                 status = message.get("status")
                 self._acts.exec_ended(
@@ -393,7 +424,7 @@ class Daemon:
     def _exited(self, agent_id: str, message: Message) -> None:
         """Pid 1 has ended, and nothing of the agent is left on the host."""
         self._live_ids.discard(agent_id)
-        self._listed.discard(agent_id)
+        self._listed_ids.discard(agent_id)
         agent = self._agents.get(agent_id)
         if agent is None or not agent.live:
             return
@@ -406,8 +437,24 @@ class Daemon:
             self._gone(agent)
             self._in_background(self._record_exit(agent))
 
+    def _met_limit(self, agent_id: str, message: Message) -> None:
+        agent, details = self._agents.get(agent_id), message.get("details")
+        if agent is None or not isinstance(details, dict):
+            return
+        action = met_limit_action(agent, str(message.get("kind")), details)
+        if action is not None:
+            self._in_background(self._record_met(action))
+
+    async def _record_met(self, action: Action) -> None:
+        try:
+            await self._actions.append(action)
+        except CannotRecord as error:
+            log.error("what an agent met is not in the action log", agent=action.agent_id, cause=error.message)
+
     async def _record_exit(self, agent: Agent) -> None:
         try:
+            if agent.exit is not None and agent.exit.out_of_memory:
+                await self._actions.append(oom_action(agent))
             await self._actions.append(exit_action(agent))
         except CannotRecord as error:
             log.error("an exit is not in the action log", agent=agent.agent_id, cause=error.message)
@@ -416,6 +463,7 @@ class Daemon:
         self._launching.forget(agent)
         self._acts.end_streams(agent)
         self._retention.agent_ended()
+        self._files.forget(agent)
         self._requests.end_agent(agent.agent_id)
 
     def _changed(self, agent: Agent) -> None:
@@ -437,20 +485,32 @@ class Daemon:
     async def _reconnect(self) -> None:
         while not self._stopping:
             await asyncio.sleep(LAUNCHER_PAUSE_SECONDS)
+            known = {grant.grant_id for grant in self._book.all()}
             try:
                 await self._reach_launcher()
             except StockadeError as error:
                 log.error("no launcher", cause=error.message)
                 continue
             self._settle_lost()
+            await self._files.reconcile(self._listed, known=known)
+            await self._thaw_unordered()
             await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return
+
+    async def _thaw_unordered(self) -> None:
+        """Let go on what a launcher stopped for a moment, to take files away, and died in that moment."""
+        for agent in self._agents.live():
+            if agent.agent_id in self._frozen and agent.state is State.RUNNING:
+                try:
+                    await self._launcher.call("thaw", agent_id=agent.agent_id)
+                except StockadeError as error:
+                    log.error("cannot thaw an agent", agent=agent.agent_id, cause=error.message)
 
     def _settle_lost(self) -> None:
         """Note the end of agents that a new launcher did not find alive."""
         for agent in self._agents.live():
             # One that the launcher is still ending is not lost: it will say when nothing is left.
-            if agent.agent_id not in self._live_ids | self._listed and agent.state is not State.STARTING:
+            if agent.agent_id not in self._live_ids | self._listed_ids and agent.state is not State.STARTING:
                 agent.failure = agent.failure or "it ended while no launcher ran"
                 if can(agent.state, Event.LOST):
                     self._agents.apply(agent, Event.LOST)

@@ -87,3 +87,7 @@ class CannotRecord(StockadeError):  # noqa: N818 - as NotFound
     """The action log did not take the entry, so the act must not happen."""
 
     code = ErrorCode.CANNOT_RECORD
+
+
+class CannotRevoke(StockadeError):  # noqa: N818 - as NotFound
+    """A grant of files could not be proven to be gone: it is still there, and its agent is frozen."""

@@ -20,6 +20,8 @@ from supervisord.budgets import MICROUSD_PER_USD, Amounts, Ledger
 from supervisord.errors import StockadeError
 from supervisord.ids import AgentId, GrantId
 from supervisord.lifecycle import State
+from supervisord.limit_actions import abandoned_action
+from supervisord.pace import Pace
 from supervisord.policy import OnDeny
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ class Open:
     grant_id: str
     reserved: Amounts
     object: str
+
+
+@dataclass(slots=True, eq=False)
+class _Judging:
+    """An exchange that waits or is being judged; its outcome where the agent has gone away meanwhile."""
+
+    outcome: messages.Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,8 @@ class Exchanges:
         self._open: dict[tuple[str, int], Open] = {}
         self._asking: dict[str, int] = {}
         self._authorities: dict[str, set[str]] = {}
+        self._pace = Pace()
+        self._judging: dict[tuple[str, int], _Judging] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- the judge's part
@@ -98,10 +109,15 @@ class Exchanges:
             self._plane.answer(worker_id, ask.x, messages.Refuse(503, Reason.LIMIT, "too many requests at once"))
             return
         self._asking[ask.agent_id] = count + 1
-        self._in_background(self._judge(worker_id, ask))
+        judging = self._judging[worker_id, ask.x] = _Judging()
+        self._in_background(self._judge(worker_id, ask, judging))
 
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None:
-        opened = self._open.pop((worker_id, outcome.x), None)
+        key = (worker_id, outcome.x)
+        if key in self._judging:
+            self._judging[key].outcome = outcome
+            return
+        opened = self._open.pop(key, None)
         if opened is not None:
             self._in_background(self._end(opened, outcome))
 
@@ -123,16 +139,16 @@ class Exchanges:
 
     def worker_lost(self, worker_id: str) -> None:
         """Settle what a dead worker had open: what was allowed may have been used."""
-        for key in [key for key in self._open if key[0] == worker_id]:
-            opened = self._open.pop(key)
-            lost = messages.Outcome(key[1], opened.agent_id, 0, 0, 0, 0, error="the egress worker died")
-            self._in_background(self._end(opened, lost))
+        for key in [key for key in (*self._open, *self._judging) if key[0] == worker_id]:
+            self.outcome(worker_id, messages.Outcome(key[1], "", 0, 0, 0, 0, error="the egress worker died"))
 
     # --- what others order
 
     def forget(self, agent_id: AgentId) -> None:
         self.ledgers.pop(agent_id, None)
         self._authorities.pop(agent_id, None)
+        if count := self._pace.forget(agent_id):
+            self._in_background(self._note(abandoned_action(agent_id, count)))
 
     def cut_grant(self, grant_id: GrantId) -> int:
         """Reset every open exchange that stands on this grant; gives their number."""
@@ -171,13 +187,25 @@ class Exchanges:
 
     # --- one exchange
 
-    async def _judge(self, worker_id: str, ask: messages.Ask) -> None:
+    async def _judge(self, worker_id: str, ask: messages.Ask, judging: _Judging) -> None:
         try:
+            if wait := self._pace.ask(ask.agent_id, self._now()):
+                await asyncio.sleep(wait)
+                if judging.outcome is not None:  # nobody waits for it any more, and nothing was decided
+                    if count := self._pace.abandoned(ask.agent_id, self._now()):
+                        await self._note(abandoned_action(ask.agent_id, count))
+                    return
             agent = self._agents.get(ask.agent_id)
             if agent is None:
                 verdict: messages.Verdict = messages.Refuse(503, Reason.AGENT_NOT_RUNNING, "the agent has ended")
             else:
                 verdict = await self._decide(worker_id, agent, ask)
+            if isinstance(verdict, messages.Refuse):
+                self._pace.denied(ask.agent_id, self._now())
+            self._judged(worker_id, ask, judging)
+            if judging.outcome is not None:
+                self.outcome(worker_id, judging.outcome)
+                return
             if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
                 assert agent is not None  # noqa: S101 - only an agent is allowed anything
                 told = self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
@@ -185,11 +213,17 @@ class Exchanges:
                     verdict = messages.Refuse(502, Reason.UPSTREAM_FAILED, "the way to the gateway is being restarted")
             self._plane.answer(worker_id, ask.x, verdict)
         finally:
+            self._judged(worker_id, ask, judging)
             count = self._asking[ask.agent_id] - 1
             if count:
                 self._asking[ask.agent_id] = count
             else:
                 del self._asking[ask.agent_id]
+
+    def _judged(self, worker_id: str, ask: messages.Ask, judging: _Judging) -> None:
+        # A worker that was started anew counts from the beginning: the place may be another's by now.
+        if self._judging.get((worker_id, ask.x)) is judging:
+            del self._judging[worker_id, ask.x]
 
     async def _decide(self, worker_id: str, agent: Agent, ask: messages.Ask) -> messages.Verdict:
         request = ask.request

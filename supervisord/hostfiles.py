@@ -6,12 +6,15 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
+from supervisord.callers import Role
 from supervisord.errors import InvalidInput, NotFound, PermissionDenied
 from supervisord.plan import OpenedFile, WantedFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import PurePosixPath
+
+    from supervisord.callers import Caller
 
 _STEP_FLAGS: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -44,6 +47,11 @@ def open_path(path: PurePosixPath) -> int:
     return fd
 
 
+def file_uid(caller: Caller) -> int:
+    """Whose files the caller may hand out: an admin anybody's, as root itself could."""
+    return 0 if caller.role is Role.ADMIN else caller.uid
+
+
 def open_files(wanted: Sequence[WantedFile], *, caller_uid: int | None) -> tuple[tuple[OpenedFile, ...], list[int]]:
     """Open all of `wanted`; gives them and their descriptors, which the receiver closes.
 
@@ -71,6 +79,10 @@ def _check(file: WantedFile, facts: os.stat_result, caller_uid: int | None) -> N
         raise InvalidInput(
             f"cannot show {file.path} to an agent: it is neither a directory nor a regular file",
             remedy="name a directory or a file",
+        )
+    if file.layer and not stat.S_ISDIR(facts.st_mode):
+        raise InvalidInput(
+            f"cannot keep changes of {file.path} in a layer: it is a file", remedy="name the directory it is in"
         )
     if not file.by_policy and caller_uid not in {0, facts.st_uid}:
         raise PermissionDenied(

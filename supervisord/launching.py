@@ -17,10 +17,9 @@ from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import NO_BUDGET, Budget, Ledger
-from supervisord.callers import Role
 from supervisord.channel import close_all
-from supervisord.errors import CannotLaunch, CannotRecord, Conflict, StockadeError
-from supervisord.hostfiles import open_files
+from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
+from supervisord.hostfiles import file_uid, open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
@@ -40,9 +39,11 @@ if TYPE_CHECKING:
     from supervisord.egress_plane import EgressPlane
     from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
+    from supervisord.homes import Homes
     from supervisord.images import Images
     from supervisord.killswitch import KillSwitch
     from supervisord.launcher_link import LauncherLink, Reply
+    from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
     from supervisord.scopes import GrantBook
@@ -72,6 +73,8 @@ class Launching:
         exchanges: Exchanges,
         slots: Slots,
         holds: Holds,
+        layers: Layers,
+        homes: Homes,
         images: Images,
         killswitch: KillSwitch,
         filters: dict[str, str],
@@ -88,6 +91,8 @@ class Launching:
         self._exchanges = exchanges
         self._slots = slots
         self._holds = holds
+        self._layers = layers
+        self._homes = homes
         self._images = images
         self._killswitch = killswitch
         self._tasks: set[asyncio.Task[object]] = set()
@@ -100,7 +105,7 @@ class Launching:
         """The plan a launch would perform, a line each; starts and records nothing."""
         policy = self._judge(order)
         agent_id = new_agent_id(self._entropy)
-        files, fds = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+        files, fds = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
         close_all(fds)
         root = None
         if policy.rootfs is not None:
@@ -131,6 +136,13 @@ class Launching:
         chosen = AgentId(agent_id) if agent_id else new_agent_id(self._entropy)
         name = agent_name(order.name) if order.name else AgentName(_made_up_name(order, chosen))
         self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+        if policy.home is Home.PERSISTENT:
+            if not order.name:
+                raise InvalidInput(
+                    f"cannot launch with policy {policy.name}: it keeps a home for each name, and none is given",
+                    remedy="give the agent a name",
+                )
+            self._homes.claim(name, caller)
         fds: list[int] = []
         try:
             image = None if policy.rootfs is None else await self._images.open(policy.rootfs)
@@ -141,7 +153,7 @@ class Launching:
                 if known is not None:
                     return known, True
                 self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
-            files, opened = open_files(wanted_files(order, policy), caller_uid=_file_uid(caller))
+            files, opened = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
             root = None
             if image is not None:
                 root = Root(len(opened), image.form, str(policy.rootfs), image.digest, image.path)
@@ -152,7 +164,7 @@ class Launching:
             sockets = None
             if files and not policy.allow_sockets:
                 sockets = self._keep(asyncio.to_thread(check_no_sockets, [file.wanted for file in files], list(opened)))
-            await self._perform(agent, policy, plan, fds=fds, caller=caller, sockets=sockets)
+            await self._perform(agent, policy, plan, files=files, fds=fds, caller=caller, sockets=sockets)
         finally:
             close_all(fds)
         return agent, False
@@ -257,7 +269,7 @@ class Launching:
             purpose=order.purpose,
             command=order.command,
             workspace="" if order.workspace is None else str(order.workspace.path),
-            workspace_mode="" if order.workspace is None else ("rw" if order.workspace.writable else "ro"),
+            workspace_mode="" if order.workspace is None else order.workspace.mode,
             launched_by=caller.actor,
             idempotency_key=idempotency_key,
             slot=slot,
@@ -287,14 +299,18 @@ class Launching:
         policy: Policy,
         plan: SandboxPlan,
         *,
+        files: Sequence[OpenedFile],
         fds: list[int],
         caller: Caller,
         sockets: asyncio.Task[bool] | None,
     ) -> None:
         recorded: list[asyncio.Task[None]] = []
-        intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
-        building = asyncio.ensure_future(self._build(agent, plan, fds))
         try:
+            for file in files:
+                if file.wanted.layer:
+                    self._layers.add(agent, file, fd=fds[file.index])
+            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
+            building = asyncio.ensure_future(self._build(agent, plan, fds))
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             if sockets is not None:
@@ -361,6 +377,7 @@ class Launching:
         agent.failure = error.message if isinstance(error, StockadeError) else str(error)
         if await self._killswitch.undo(agent):
             self.forget(agent)
+            self._layers.forget(agent.agent_id)
         try:
             await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
         except CannotRecord as unrecorded:
@@ -388,11 +405,6 @@ def _check_wanted(agent: Agent) -> None:
         raise Conflict(f"cannot launch {agent.name}: it was killed meanwhile", remedy="launch it anew")
 
 
-def _file_uid(caller: Caller) -> int:
-    """Whose files the caller may hand out: an admin anybody's, as root itself could."""
-    return 0 if caller.role is Role.ADMIN else caller.uid
-
-
 async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) -> tuple[Entry, Reply]:
     """Wait for record and build; where one fails the other is waited for too, so that it can be undone."""
     results = await asyncio.gather(intent, building, return_exceptions=True)
@@ -408,8 +420,6 @@ def _unmet(policy: Policy) -> str:
     """Name what the policy asks for and this version has not, or nothing."""
     if policy.egress.transparent:
         return "egress.transparent"
-    if policy.home is Home.PERSISTENT:
-        return "home: persistent"
     return ""
 
 

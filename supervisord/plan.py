@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
 from sandbox import plan as sandbox_plan
-from sandbox.plan import AGENT_INSIDE, IDS_PER_AGENT, ROOT_INSIDE, IdRange, SandboxPlan, Scratch, Tty
+from sandbox.plan import (
+    AGENT_INSIDE,
+    IDS_PER_AGENT,
+    RESERVED_TOPS,
+    ROOT_INSIDE,
+    EtcFile,
+    IdRange,
+    InvalidPlan,
+    SandboxPlan,
+    Scratch,
+    Tty,
+    check_bind,
+)
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
-from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
+from supervisord.policy import Demand, Home, Limits, LimitsWanted, Policy, User, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +82,7 @@ class WantedFile:
     writable: bool
     why: str
     by_policy: bool
+    layer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +107,7 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
                 order.workspace.writable,
                 "workspace",
                 by_policy=False,
+                layer=order.workspace.overlay,
             )
         )
     seen: dict[PurePosixPath, WantedFile] = {}
@@ -105,6 +119,53 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
                 remedy="give one of them another place: fs:ro:/host/path=/in/agent",
             )
     return tuple(seen.values())
+
+
+GRANTS: Final = PurePosixPath("/grants")
+# Where an agent has files of its own: what it may move about is no place for a bind into a running sandbox.
+_AGENTS_OWN: Final = (PurePosixPath("/home/agent"), PurePosixPath("/workspace"), GRANTS)
+_LINKS: Final = frozenset({"lib32", "libx32"})
+
+
+def live_scope(scope: FsScope) -> FsScope:
+    """The scope with the place in a running sandbox where its path will be, written out where it is another one.
+
+    The host's path itself, or below /grants where that would cover a part of the sandbox or be in a directory of the
+    agent's own. Raises InvalidInput for a place that cannot be.
+    """
+    target = scope.inside
+    if target is None:
+        path = scope.host_path
+        top = path.parts[1] if len(path.parts) > 1 else ""
+        covered = top in RESERVED_TOPS | _LINKS or any(path.is_relative_to(own) for own in _AGENTS_OWN)
+        target = GRANTS.joinpath(*path.parts[1:]) if covered else path
+    try:
+        check_bind("scope", sandbox_plan.Bind(0, str(target), writable=False, owner_uid=0, owner_gid=0))
+    except InvalidPlan as error:
+        raise InvalidInput(f"cannot grant {format_scope(scope)}: {error}", remedy=_ELSEWHERE) from error
+    if target == GRANTS or any(target.is_relative_to(own) for own in _AGENTS_OWN[:2]):
+        raise InvalidInput(
+            f"cannot grant {format_scope(scope)}: {target} belongs to the agent or to the sandbox", remedy=_ELSEWHERE
+        )
+    return replace(scope, inside=None if target == scope.host_path else target)
+
+
+_ELSEWHERE: Final = "choose another place: fs:ro:/host/path=/grants/name"
+
+
+def live_bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
+    """What the launcher is to bind into a running sandbox; raises PermissionDenied as a launch would."""
+    return _bind(file, policy)
+
+
+def wanted_file(scope: FsScope) -> WantedFile:
+    """What somebody wants an agent to see; it is theirs to give, or not."""
+    return _wanted(scope, by_policy=False)
+
+
+def place_of(scope: FsScope) -> PurePosixPath:
+    """Where the agent finds it."""
+    return scope.inside or scope.host_path
 
 
 def effective_limits(policy: Policy, wanted: LimitsWanted) -> Limits:
@@ -174,7 +235,9 @@ def build(
         rootfs=_rootfs(root),
         binds=tuple(_bind(file, policy) for file in files),
         hide=tuple(str(path) for path in policy.hide),
-        scratch=_scratch(limits),
+        scratch=_scratch(limits, required=_needs_disk(policy, files)),
+        home=name if policy.home is Home.PERSISTENT else None,
+        etc=tuple(EtcFile(name, text) for name, text in policy.etc.items()),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
         landlock="required" if policy.landlock is Demand.REQUIRED else "if-present",
@@ -220,10 +283,22 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str, path: str
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
 
 
-def _scratch(limits: Limits) -> Scratch:
-    """Share the disk limit out: what is on tmpfs counts as memory too, so it never promises more than that."""
+def _needs_disk(policy: Policy, files: Sequence[OpenedFile]) -> bool:
+    """Whether memory will not do: what is kept when the agent has ended is on disk."""
+    kept = policy.home is Home.PERSISTENT or any(file.wanted.layer for file in files)
+    return kept or policy.disk_quota is Demand.REQUIRED
+
+
+def _scratch(limits: Limits, *, required: bool) -> Scratch:
+    """Share the disk limit out, for where it cannot be on disk: what is on tmpfs counts as memory too."""
     total = min(limits.disk_bytes, limits.memory_bytes)
-    return Scratch(tmp_bytes=total, home_bytes=total, shm_bytes=max(total // 2, 1 << 16), workspace_bytes=total)
+    return Scratch(
+        "required" if required else "preferred",
+        tmp_bytes=total,
+        home_bytes=total,
+        shm_bytes=max(total // 2, 1 << 16),
+        workspace_bytes=total,
+    )
 
 
 def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
@@ -240,7 +315,8 @@ def _bind(file: OpenedFile, policy: Policy) -> sandbox_plan.Bind:
         owner_uid=file.owner_uid,
         owner_gid=file.owner_gid,
         allow_root_owned=policy.allow_root_owned,
-        without_idmap="read-only" if "idmap" in policy.degraded_ok else "refuse",
+        without_idmap="read-only" if "idmap" in policy.degraded_ok and not file.wanted.layer else "refuse",
+        layer=file.wanted.layer,
         name=file.wanted.why,
     )
 

@@ -12,6 +12,7 @@ from typing import Final
 import yaml
 
 from gateway_client.egress.scope import Scope, format_scope, includes
+from sandbox.plan import NO_RATE
 from supervisord.budgets import MICROUSD_PER_USD, NO_BUDGET, Budget
 from supervisord.sizes import format_size
 
@@ -60,6 +61,9 @@ class Limits:
     disk_bytes: int = 1 << 30
     open_files: int = 4096
     output_bytes: int = 64 << 20
+    swap_bytes: int = 0
+    io_read_bytes_per_second: int = NO_RATE
+    io_write_bytes_per_second: int = NO_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,9 @@ class LimitsWanted:
     disk_bytes: int | None = None
     open_files: int | None = None
     output_bytes: int | None = None
+    swap_bytes: int | None = None
+    io_read_bytes_per_second: int | None = None
+    io_write_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +143,10 @@ class Policy:
     ceiling: tuple[Scope, ...] | None = None
     egress: EgressRules = EgressRules()
     env: Mapping[str, str] = field(default_factory=dict)
+    etc: Mapping[str, str] = field(default_factory=dict)
     seccomp: str = "default"
     landlock: Demand = Demand.PREFERRED
+    disk_quota: Demand = Demand.PREFERRED
     on_supervisor_loss: OnLoss = OnLoss.CONTAIN
     require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
@@ -148,8 +157,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
+    """`overlay`: the agent writes to a layer, and the directory stays as it is until somebody applies that."""
+
     path: PurePosixPath
     writable: bool
+    overlay: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "overlay" if self.overlay else "rw" if self.writable else "ro"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +188,7 @@ class AgentSpec:
     source: str = ""
 
 
+NO_RATE_WORD: Final = "none"
 _RISKS: Final = (Risk.MINIMAL, Risk.LIMITED, Risk.HIGH)
 _LIMIT_KEYS: Final = {
     "memory_bytes": "memory",
@@ -180,6 +197,9 @@ _LIMIT_KEYS: Final = {
     "disk_bytes": "disk",
     "open_files": "open_files",
     "output_bytes": "output",
+    "swap_bytes": "swap",
+    "io_read_bytes_per_second": "io_read",
+    "io_write_bytes_per_second": "io_write",
 }
 
 
@@ -216,6 +236,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "egress.worker": (policy.egress.worker, base.egress.worker) == (Worker.SHARED, Worker.DEDICATED),
         "seccomp": policy.seccomp != base.seccomp,
         "landlock": (policy.landlock, base.landlock) == (Demand.PREFERRED, Demand.REQUIRED),
+        "disk_quota": (policy.disk_quota, base.disk_quota) == (Demand.PREFERRED, Demand.REQUIRED),
         "on_supervisor_loss": (policy.on_supervisor_loss, base.on_supervisor_loss) == (OnLoss.CONTAIN, OnLoss.KILL),
         "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
@@ -230,7 +251,7 @@ def effect(policy: Policy) -> dict[str, object]:
     if (cost := budget.pop("cost_microusd", None)) is not None:
         budget["cost_usd"] = cost / MICROUSD_PER_USD if cost % MICROUSD_PER_USD else cost // MICROUSD_PER_USD
     limits = {
-        key: format_size(value) if name.endswith("_bytes") else value
+        key: NO_RATE_WORD if value == NO_RATE else format_size(value) if "_bytes" in name else value
         for name, key in _LIMIT_KEYS.items()
         for value in [getattr(policy.limits, name)]
     }
@@ -254,8 +275,10 @@ def effect(policy: Policy) -> dict[str, object]:
             "worker": policy.egress.worker.value,
         },
         "env": dict(sorted(policy.env.items())),
+        "etc": dict(sorted(policy.etc.items())),
         "seccomp": policy.seccomp,
         "landlock": policy.landlock.value,
+        "disk_quota": policy.disk_quota.value,
         "on_supervisor_loss": policy.on_supervisor_loss.value,
         "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 
 from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
 from sandbox.controls import BY_NAME, NEGOTIABLE
+from sandbox.plan import NO_RATE
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
 from supervisord.documents import (
     Document,
@@ -24,6 +25,7 @@ from supervisord.documents import (
 from supervisord.errors import StockadeError
 from supervisord.ids import shown
 from supervisord.policy import (
+    NO_RATE_WORD,
     AgentSpec,
     EgressRules,
     LimitsWanted,
@@ -39,6 +41,7 @@ from supervisord.sizes import format_size, parse_size
 MEMORY_BYTES_MIN: Final = 16 << 20
 DISK_BYTES_MIN: Final = 1 << 20
 OUTPUT_BYTES_MIN: Final = 64 << 10
+RATE_BYTES_MIN: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,16 @@ class _Reader:
             disk_bytes=self.size(("limits", "disk"), None, DISK_BYTES_MIN),
             open_files=open_files if isinstance(open_files, int) else None,
             output_bytes=self.size(("limits", "output"), None, OUTPUT_BYTES_MIN),
+            swap_bytes=self.size(("limits", "swap"), None, 0),
+            io_read_bytes_per_second=self.rate(("limits", "io_read")),
+            io_write_bytes_per_second=self.rate(("limits", "io_write")),
         )
+
+    def rate(self, path: Path) -> int | None:
+        if self.get(path) == NO_RATE_WORD:
+            return NO_RATE
+        size = self.size(path, None, RATE_BYTES_MIN)
+        return size if size is None else min(size, NO_RATE)
 
     def budget(self) -> Budget:
         value = self.get(("budget",))
@@ -149,7 +161,8 @@ class _Reader:
         path = PurePosixPath(text) if directory is None else directory / text
         if not path.is_absolute():
             self.problem(("workspace", "path"), "is relative, and nothing says to what", "write an absolute path")
-        return Workspace(path, writable=self.get(("workspace", "mode")) == "rw")
+        mode = self.get(("workspace", "mode"))
+        return Workspace(path, writable=mode == "rw", overlay=mode == "overlay")
 
     def paths(self, key: str) -> tuple[PurePosixPath, ...] | None:
         value = self.get((key,))
@@ -273,8 +286,10 @@ def _policy(read: _Reader, base: Policy) -> Policy:
             read.one_of(("egress", "worker"), base.egress.worker),
         ),
         env={**base.env, **read.texts("env")},
+        etc={**base.etc, **read.texts("etc")},
         seccomp=read.text("seccomp", base.seccomp),
         landlock=read.one_of(("landlock",), base.landlock),
+        disk_quota=read.one_of(("disk_quota",), base.disk_quota),
         on_supervisor_loss=read.one_of(("on_supervisor_loss",), base.on_supervisor_loss),
         require=base.require if require is None else require,
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,

@@ -17,14 +17,16 @@ from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
 from supervisord.lifecycle import ENDED, Event, State
+from supervisord.limit_actions import oom_action
 from supervisord.processes import spawn
 from supervisord.store import AgentRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
+    from supervisord.config import Config
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
     from supervisord.slots import Slots
@@ -38,7 +40,7 @@ STATE_BYTES_MAX: Final = 4 << 20
 LAUNCHER: Final = Path(sandbox.__file__ or "").resolve().parent / "launcher.py"
 
 
-async def reach_launcher(link: LauncherLink, *, run_dir: Path, instance: str, networks: int, managed: bool) -> None:
+async def reach_launcher(link: LauncherLink, config: Config, *, managed: bool) -> None:
     """Connect to the launcher; where nobody answers and no service manager keeps one (`managed`), start it.
 
     It is started in a session of its own and outlives this daemon. Raises Unavailable.
@@ -53,18 +55,25 @@ async def reach_launcher(link: LauncherLink, *, run_dir: Path, instance: str, ne
         except OSError as error:
             if not started:
                 started = True
-                program = str(LAUNCHER)
-                argv = [sys.executable, "-I", "-S", "-E", program, "--run-dir", str(run_dir), "--instance", instance]
-                argv += ["--linger-seconds", str(LINGER_SECONDS), "--networks", str(networks)]
-                spawn("launcher", argv, fds={}, new_session=True)
+                spawn("launcher", launcher_command(config), fds={}, new_session=True)
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable(
-                    f"cannot reach the launcher at {run_dir}/launcher.sock: {error.strerror}",
+                    f"cannot reach the launcher at {config.run_dir}/launcher.sock: {error.strerror}",
                     remedy="see its messages in the journal; under systemd: systemctl status stockade-launcher",
                 ) from error
             await asyncio.sleep(CONNECT_PAUSE_SECONDS)
         else:
             return
+
+
+def launcher_command(config: Config) -> list[str]:
+    """The command line of a launcher that the daemon starts itself."""
+    argv = [sys.executable, "-I", "-S", "-E", str(LAUNCHER)]
+    argv += ["--run-dir", str(config.run_dir), "--instance", config.instance]
+    argv += ["--linger-seconds", str(LINGER_SECONDS), "--networks", str(config.pool_netns)]
+    argv += ["--scratch-dir", str(config.scratch_dir), "--images", str(config.pool_images)]
+    argv += ["--scratch-reserve-bytes", str(config.scratch.reserve_bytes)]
+    return [*argv, "--scratch-preallocate"] if config.scratch.preallocate else argv
 
 
 class Recovery:
@@ -80,6 +89,7 @@ class Recovery:
         slots: Slots,
         output_dir: Path,
         history: Mapping[str, AgentRow],
+        hold: Callable[[object, Sequence[int]], None],
     ) -> None:
         self._agents = agents
         self._launching = launching
@@ -88,12 +98,17 @@ class Recovery:
         self._slots = slots
         self._output_dir = output_dir
         self._history = history
+        self._hold = hold
         self.adopted: list[str] = []
         self.half_built: list[str] = []
 
-    async def greet(self) -> list[dict[str, object]]:
-        """Say hello; the agents that live come back as `adopt` events. Gives the launcher's list of them."""
-        reply = await self._launcher.call("hello")
+    async def greet(self, groups: Sequence[int] = ()) -> list[dict[str, object]]:
+        """Say hello, with the guard of an earlier launcher where there was one; gives the launcher's list of agents.
+
+        Those that live come back as `adopt` events.
+        """
+        reply = await self._launcher.call("hello", groups)
+        self._hold(reply.body.get("pid"), reply.fds)
         listed = reply.body.get("agents")
         agents = cast("list[dict[str, object]]", listed) if isinstance(listed, list) else []
         for entry in agents:
@@ -175,6 +190,8 @@ class Recovery:
             self._agents.remember(agent)
             self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
             found.append(agent)
+            if agent.exit is not None and agent.exit.out_of_memory:
+                await self._actions.append(oom_action(agent))
             await self._actions.append(exit_action(agent))
         return found
 

@@ -13,7 +13,16 @@ from enum import Enum
 from typing import Final, Self
 
 from gateway_client.egress.decide import GrantView
-from gateway_client.egress.scope import BadScope, HttpScope, Scope, TlsScope, format_scope, includes, parse_scope
+from gateway_client.egress.scope import (
+    BadScope,
+    FsScope,
+    HttpScope,
+    Scope,
+    TlsScope,
+    format_scope,
+    includes,
+    parse_scope,
+)
 from supervisord.config import GatewayConfig, GatewayKind
 from supervisord.errors import Conflict, Exhausted, InvalidInput, NotFound, PermissionDenied
 from supervisord.ids import AgentId, GrantId, shown
@@ -154,6 +163,11 @@ class GrantBook:
                 f"cannot grant {format_scope(scope)}: {max_uses} uses are not between 1 and {USES_MAX}",
                 remedy="pass for example --max-uses 1",
             )
+        if isinstance(scope, FsScope) and max_uses is not None:
+            raise InvalidInput(
+                f"cannot grant {format_scope(scope)} for {max_uses} uses: opening a file is not counted",
+                remedy="give it a time: --ttl 10m",
+            )
         if len(reason) > REASON_CHARACTERS_MAX or _CONTROL.search(reason):
             raise InvalidInput(
                 f"cannot grant {format_scope(scope)}: the reason is longer than {REASON_CHARACTERS_MAX} characters "
@@ -191,6 +205,16 @@ class GrantBook:
         if grant is None:
             raise NotFound(f"cannot find grant {shown(grant_id)}: there is none", remedy="see `stockadectl grants`")
         return grant
+
+    def knows(self, grant_id: GrantId) -> bool:
+        return self._find(grant_id) is not None
+
+    def withdraw(self, grant_id: GrantId) -> None:
+        """Forgets a grant that was added and could not be given: there was none."""
+        grant = self._live.pop(grant_id, None)
+        if grant is not None:
+            self._ids.get(grant.agent_id, {}).pop(grant_id, None)
+            self._views.pop(grant.agent_id, None)
 
     def revoke(self, grant_id: GrantId) -> Grant:
         """Takes the grant back and gives it as it now is; again is the same answer; raises NotFound."""

@@ -36,7 +36,7 @@ mount -t cgroup2 -o nsdelegate cgroup2 /sys/fs/cgroup
 # The kernel's own modules; the host's /lib/modules has those of the host's kernel, if any.
 mkdir -p /run/modules/lib/modules
 ln -s "/usr/lib/uml/modules/$(uname -r)" "/run/modules/lib/modules/$(uname -r)"
-for module in ipv6 veth nf_tables nft_reject_inet overlay ext4; do modprobe -d /run/modules -q "$module"; done
+for module in ipv6 veth nf_tables nft_reject_inet overlay ext4 loop; do modprobe -d /run/modules -q "$module"; done
 ip link set lo up
 
 mkdir /mnt/out /mnt/disk

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 forward_body_peek_bytes_max: Final = 64 * 1024
 read_seconds_min: Final = 0.001
+head_pieces_max: Final = 4
+head_piece_rest_seconds: Final = 0.1
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -62,6 +64,7 @@ class Intake:
         """Give the next head, or None where the agent has ended or sent nothing for long."""
         loop = asyncio.get_running_loop()
         deadline: float | None = None
+        pieces = 0
         while True:
             head = self._reader.next_head()
             if head is not None:
@@ -78,6 +81,9 @@ class Intake:
             if not data:
                 return None
             self._reader.feed(data)
+            pieces += 1
+            if pieces > head_pieces_max:  # a byte at a time on many connections would cost the other agents theirs
+                await self._stream.rest(head_piece_rest_seconds)
 
     async def body(self) -> AsyncIterator[bytes]:
         """Give the body piece by piece."""

@@ -112,6 +112,12 @@ class Stream(asyncio.Protocol):
             self._resume()
         return data
 
+    async def rest(self, seconds: float) -> None:
+        """Read nothing for that long: what comes meanwhile comes in one piece then."""
+        self._pause()
+        await asyncio.sleep(seconds)
+        self._resume()
+
     def unread(self, data: bytes) -> None:
         """Put bytes back, to be read first."""
         if data:

@@ -106,7 +106,7 @@ def status(stockade: Stockade, options: Namespace) -> int:
 
 def show_agents(found: Sequence[AgentInfo], options: Namespace) -> None:
     if options.output == "json":
-        print_json([agent_document(info) for info in found])
+        print_json([{k: v for k, v in agent_document(info).items() if k != "counters"} for info in found])
         return
     head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "AGENT_ID", "DEGRADED")
     print_table(head, [agent_row(info) for info in found])

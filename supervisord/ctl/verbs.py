@@ -63,7 +63,7 @@ def _launch(parser: ArgumentParser) -> None:
     # SUPPRESS: what was not given is not in the namespace, and so is not sent either.
     add("--name", default=SUPPRESS, help="unique among the live ones; made up where not given")
     add("--policy", default=SUPPRESS, help="default: `default`")
-    add("--workspace", metavar="DIR[:ro|:rw]", type=_word(words.workspace), default=SUPPRESS)
+    add("--workspace", metavar="DIR[:ro|:rw|:overlay]", type=_word(words.workspace), default=SUPPRESS)
     add("--scope", action="append", dest="scopes", metavar="S", default=SUPPRESS, help="may be given many times")
     add("--label", action="append", dest="labels", metavar="K=V", type=_word(words.pair), default=SUPPRESS)
     add("--memory", dest="memory_bytes", metavar="512MiB", type=_word(words.size), default=SUPPRESS)
@@ -176,6 +176,27 @@ def _requests(parser: ArgumentParser) -> None:
     _terms(parser)
 
 
+def _diff(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="relative to the workspace; a directory: all below it")
+    parser.add_argument("-p", "--patch", action="store_true", help="text files line by line")
+
+
+def _apply(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="relative to the workspace; a directory: all below it")
+    parser.add_argument("--force", action="store_true", help="also what was changed in the workspace since the launch")
+    parser.add_argument(
+        "--digest", metavar="sha256:…", default="", help="as `diff` showed it; other changes are refused"
+    )
+    parser.add_argument("--reason", default="")
+
+
+def _discard(parser: ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("--reason", default="")
+
+
 def _actions(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="?", default="")
     parser.add_argument("-f", "--follow", action="store_true")
@@ -196,7 +217,7 @@ def _policy(parser: ArgumentParser) -> None:
     parser.add_argument("scope", metavar="SCOPE", nargs="?", default="", help="explain: which scope")
 
 
-_AGENTS, _INSIDE, _RULES, _SYSTEM = "agents", "inside", "rules", "system"
+_AGENTS, _CHANGES, _INSIDE, _RULES, _SYSTEM = "agents", "changes", "inside", "rules", "system"
 
 VERBS: Final[dict[str, Verb]] = {
     "run": Verb(
@@ -227,6 +248,9 @@ VERBS: Final[dict[str, Verb]] = {
     "hold": Verb("forbid a name, label or policy to run until somebody else releases it", _AGENTS, "hold", _hold),
     "release": Verb("take a hold back", _AGENTS, "release", _release),
     "holds": Verb("what is held", _AGENTS, "holds", _nothing),
+    "diff": Verb("what an agent changed in its overlay workspace", _CHANGES, "diff", _diff),
+    "apply": Verb("make an agent's changes real, all or by path", _CHANGES, "apply", _apply),
+    "discard": Verb("throw an agent's changes away", _CHANGES, "discard", _discard),
     "grant": Verb("give an agent a scope", _RULES, "grant", _grant),
     "revoke": Verb("take a grant back", _RULES, "revoke", _revoke),
     "grants": Verb("grants in force", _RULES, "grants", _grants),
@@ -240,4 +264,4 @@ VERBS: Final[dict[str, Verb]] = {
 }
 ALIASES: Final = {"ps": "status"}
 # Those that are nouns: "cannot show status", not "cannot status".
-SHOWN: Final = frozenset({"status", "logs", "top", "holds", "grants", "actions", "doctor", "version"})
+SHOWN: Final = frozenset({"status", "logs", "top", "diff", "holds", "grants", "actions", "doctor", "version"})

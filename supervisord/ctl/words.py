@@ -66,10 +66,11 @@ def amount(text: str) -> tuple[str, float]:
 
 
 def workspace(text: str) -> Workspace:
-    """`DIR`, `DIR:ro` or `DIR:rw`."""
-    if text.endswith(":rw"):
-        return Workspace(text[:-3], "rw")
+    """`DIR`, `DIR:ro`, `DIR:rw` or `DIR:overlay`."""
+    for mode in ("rw", "overlay"):
+        if text.endswith(f":{mode}") and text != f":{mode}":
+            return Workspace(text.removesuffix(f":{mode}"), mode)
     path = text.removesuffix(":ro")
     if not path:
-        raise WrongWord(f"{text!r} names no directory: write DIR, DIR:ro or DIR:rw")
+        raise WrongWord(f"{text!r} names no directory: write DIR, DIR:ro, DIR:rw or DIR:overlay")
     return Workspace(path)

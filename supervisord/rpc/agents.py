@@ -23,7 +23,7 @@ from supervisord.policy import AgentSpec
 from supervisord.rpc import convert
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     import grpc
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from supervisord.killswitch import KillSwitch
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
+    from supervisord.layers import Layers
     from supervisord.policies import PolicyShelf
 
 log = structlog.get_logger()
@@ -57,6 +58,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         holds: Holds,
         policies: PolicyShelf,
         launcher: LauncherLink,
+        layers: Layers,
         output_dir: Path,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -68,6 +70,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._holds = holds
         self._policies = policies
         self._launcher = launcher
+        self._layers = layers
         self._output_dir = output_dir
         self._entropy = entropy
         self._now_ns = now_ns
@@ -89,7 +92,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._tasks.add(launch)
         launch.add_done_callback(self._tasks.discard)
         agent, existed = await asyncio.shield(launch)
-        return agents_pb2.LaunchResponse(agent=convert.agent(agent), existed=existed)
+        return agents_pb2.LaunchResponse(agent=self._shown(agent), existed=existed)
+
+    def _shown(self, agent: Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
+        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id))
 
     def _definition(self, request: agents_pb2.LaunchRequest) -> AgentSpec | None:
         if not request.definition_yaml:
@@ -110,7 +116,9 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
     async def GetAgent(self, request: agents_pb2.GetAgentRequest, _context: Context) -> agents_pb2.GetAgentResponse:
         agent = self._agents.find(request.agent)
         usage = await self._usage([agent])
-        message = convert.agent(agent, usage.get(agent.agent_id))
+        message = self._shown(agent, usage.get(agent.agent_id))
+        if agent.live:
+            message.counters.update(await self._counters(agent))
         if request.examine and agent.live:
             convert.effective(message, await self._examine(agent))
         return agents_pb2.GetAgentResponse(agent=message)
@@ -127,7 +135,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         )
         usage = await self._usage(shown)
         return agents_pb2.ListAgentsResponse(
-            agents=[convert.agent(agent, usage.get(agent.agent_id)) for agent in shown], next_page_token=token
+            agents=[self._shown(agent, usage.get(agent.agent_id)) for agent in shown], next_page_token=token
         )
 
     async def WatchAgents(
@@ -140,7 +148,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             version = self._agents.version
             for agent in sorted(everyone, key=lambda agent: agent.version):
                 if agent.version > seen:
-                    yield agents_pb2.WatchAgentsResponse(agent=convert.agent(agent), resume_token=str(agent.version))
+                    yield agents_pb2.WatchAgentsResponse(agent=self._shown(agent), resume_token=str(agent.version))
             seen = version
             await self._agents.wait_changed(seen)
 
@@ -152,7 +160,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
                 await agent.ended.wait()
         except TimeoutError:
             pass  # the answer shows that it lives
-        return agents_pb2.WaitResponse(agent=convert.agent(agent))
+        return agents_pb2.WaitResponse(agent=self._shown(agent))
 
     # --- streams
 
@@ -257,13 +265,13 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         chosen = self._agents.select(convert.selector(request.selector), live_only=True)
         reason = convert.text("reason", request.reason)
         await self._acts.freeze(chosen, actor=current_caller().actor, reason=reason)
-        return agents_pb2.FreezeResponse(agents=[convert.agent(agent) for agent in chosen])
+        return agents_pb2.FreezeResponse(agents=[self._shown(agent) for agent in chosen])
 
     async def Thaw(self, request: agents_pb2.ThawRequest, _context: Context) -> agents_pb2.ThawResponse:
         chosen = self._agents.select(convert.selector(request.selector), live_only=True)
         reason = convert.text("reason", request.reason)
         await self._acts.thaw(chosen, actor=current_caller().actor, reason=reason)
-        return agents_pb2.ThawResponse(agents=[convert.agent(agent) for agent in chosen])
+        return agents_pb2.ThawResponse(agents=[self._shown(agent) for agent in chosen])
 
     async def Hold(self, request: agents_pb2.HoldRequest, _context: Context) -> agents_pb2.HoldResponse:
         kind = request.target.WhichOneof("target")
@@ -297,6 +305,17 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             self._holds.all(), size=request.page_size, token=request.page_token, key=lambda hold: hold.hold_id
         )
         return agents_pb2.ListHoldsResponse(holds=[convert.hold(hold) for hold in shown], next_page_token=token)
+
+    async def _counters(self, agent: Agent) -> dict[str, int]:
+        """How often a live agent met its limits; empty where the launcher has no answer, or the kernel no figure."""
+        try:
+            reply = await self._launcher.call("counters", agent_id=agent.agent_id)
+        except StockadeError as error:
+            log.info("no counters", cause=error.message)
+            return {}
+        counters = reply.body.get("counters")
+        found = counters.items() if isinstance(counters, dict) else ()
+        return {name: number for name, number in found if isinstance(number, int) and number >= 0}
 
     async def _usage(self, agents: Sequence[Agent]) -> dict[str, dict[str, int]]:
         """What live agents use now; an empty answer where the launcher has none."""

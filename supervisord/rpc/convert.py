@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
-from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
 
 from gateway_client.egress.scope import format_scope
 from sandbox.plan import Tty
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from supervisord.explain import Explanation
     from supervisord.holds import Hold
     from supervisord.killswitch import Receipt
+    from supervisord.layers import Change, Outcome
 
 PAGE_SIZE_DEFAULT: Final = 500
 PAGE_SIZE_MAX: Final = 5000
@@ -54,6 +55,22 @@ _REQUEST_STATES: Final = {
     RequestState.APPROVED: requests_pb2.REQUEST_STATE_APPROVED,
     RequestState.DENIED: requests_pb2.REQUEST_STATE_DENIED,
     RequestState.EXPIRED: requests_pb2.REQUEST_STATE_EXPIRED,
+}
+_WORKSPACE_MODES: Final = {
+    "ro": agents_pb2.WORKSPACE_MODE_READ_ONLY,
+    "rw": agents_pb2.WORKSPACE_MODE_READ_WRITE,
+    "overlay": agents_pb2.WORKSPACE_MODE_OVERLAY,
+}
+_CHANGES: Final = {
+    "added": changes_pb2.CHANGE_KIND_ADDED,
+    "modified": changes_pb2.CHANGE_KIND_MODIFIED,
+    "deleted": changes_pb2.CHANGE_KIND_DELETED,
+}
+_OUTCOMES: Final = {
+    "applied": changes_pb2.APPLY_OUTCOME_APPLIED,
+    "conflict": changes_pb2.APPLY_OUTCOME_CONFLICT,
+    "refused": changes_pb2.APPLY_OUTCOME_REFUSED,
+    "failed": changes_pb2.APPLY_OUTCOME_FAILED,
 }
 STREAMS: Final = {
     "stdout": agents_pb2.OUTPUT_STREAM_STDOUT,
@@ -95,13 +112,13 @@ def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> L
 
 
 def _workspace(spec: agents_pb2.LaunchSpec) -> Workspace:
-    mode = spec.workspace.mode
-    if mode not in (agents_pb2.WORKSPACE_MODE_READ_ONLY, agents_pb2.WORKSPACE_MODE_READ_WRITE):
-        raise InvalidInput("cannot launch: the workspace has no mode", remedy="say read-only or read-write")
+    mode = {number: word for word, number in _WORKSPACE_MODES.items()}.get(spec.workspace.mode)
+    if mode is None:
+        raise InvalidInput("cannot launch: the workspace has no mode", remedy="say read-only, read-write or overlay")
     path = PurePosixPath(spec.workspace.path)
     if not path.is_absolute():
         raise InvalidInput(f"cannot launch: workspace {path} is not absolute", remedy="write it in full")
-    return Workspace(path, writable=mode == agents_pb2.WORKSPACE_MODE_READ_WRITE)
+    return Workspace(path, writable=mode == "rw", overlay=mode == "overlay")
 
 
 def _few_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
@@ -170,7 +187,7 @@ def timestamp(nanoseconds: int | None) -> Timestamp | None:
     return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
-def agent(value: core.Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
+def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes: bool = False) -> agents_pb2.Agent:
     what = value.what
     message = agents_pb2.Agent(
         agent_id=value.agent_id,
@@ -193,12 +210,11 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None) -> agents_p
             estimated=value.spend.estimated,
         ),
         limits=agents_pb2.Limits(memory_bytes=what.memory_bytes, cpus=what.cpus, pids=what.pids),
+        changes_kept=changes,
     )
     json_format.ParseDict(value.posture, message.posture)
     if what.workspace:
-        mode = (
-            agents_pb2.WORKSPACE_MODE_READ_WRITE if what.workspace_mode == "rw" else agents_pb2.WORKSPACE_MODE_READ_ONLY
-        )
+        mode = _WORKSPACE_MODES.get(what.workspace_mode, agents_pb2.WORKSPACE_MODE_READ_ONLY)
         message.workspace.CopyFrom(agents_pb2.Workspace(path=what.workspace, mode=mode))
     if value.exit is not None:
         if value.exit.code is not None:
@@ -312,6 +328,37 @@ def action(entry: Entry) -> actions_pb2.Action:
 def printable(value: str) -> str:
     """The text as protobuf takes it: bytes that were no UTF-8 are shown as escapes."""
     return value.encode("utf-8", "backslashreplace").decode()
+
+
+def change(value: Change) -> changes_pb2.Change:
+    return changes_pb2.Change(
+        path=value.path,
+        kind=_CHANGES[value.kind],
+        type=value.type,
+        size_bytes=value.size,
+        mode=value.mode,
+        sha256=value.sha256,
+        link=value.link,
+        notes=[printable(note) for note in value.notes],
+        conflict=printable(value.conflict),
+        refused=printable(value.refused),
+        patch=value.patch,
+    )
+
+
+def applied(value: Change) -> changes_pb2.AppliedChange:
+    return changes_pb2.AppliedChange(change=change(value), outcome=_OUTCOMES[value.outcome], why=printable(value.why))
+
+
+def changes_summary(value: Outcome) -> changes_pb2.ChangesSummary:
+    layer = value.layer
+    return changes_pb2.ChangesSummary(
+        agent_id=layer.agent_id,
+        agent_name=layer.name,
+        workspace=layer.workspace,
+        digest=value.digest,
+        kept=value.kept,
+    )
 
 
 def report(value: Report, root: bytes) -> actions_pb2.VerifyLogResponse:

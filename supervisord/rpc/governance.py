@@ -21,6 +21,7 @@ from supervisord.callers import current_caller
 from supervisord.documents import InvalidDocument
 from supervisord.errors import InvalidInput, NotFound, StockadeError
 from supervisord.explain import explain
+from supervisord.hostfiles import file_uid
 from supervisord.ids import grant_id as parse_grant_id
 from supervisord.policy import Policy, RootfsName, policy_yaml
 from supervisord.rpc import convert
@@ -58,6 +59,7 @@ class GrantService(grants_pb2_grpc.GrantServiceServicer):
             self._agents.find_live(request.agent),
             read_scope(request.scope),
             actor=current_caller().actor,
+            file_uid=file_uid(current_caller()),
             reason=convert.text("reason", request.reason),
             ttl_seconds=convert.ttl_seconds(request),
             max_uses=request.max_uses if request.HasField("max_uses") else None,
@@ -114,6 +116,7 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
         approved, grant = await self._acts.approve(
             request.request_id,
             actor=current_caller().actor,
+            file_uid=file_uid(current_caller()),
             shown_scope=request.scope,
             ttl_seconds=convert.ttl_seconds(request),
             max_uses=request.max_uses if request.HasField("max_uses") else None,

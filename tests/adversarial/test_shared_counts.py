@@ -58,7 +58,7 @@ print(count)
 
 
 def test_pending_signals_are_few(launcher: Launcher) -> None:
-    assert 0 < int(said(launcher, SIGNALS)) <= 4096
+    assert 0 < int(said(launcher, SIGNALS)) <= 8192
 
 
 TERMINALS = """

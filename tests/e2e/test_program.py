@@ -265,10 +265,17 @@ def test_memory_holds_and_says_so(stockade: Instance) -> None:
     assert [(entry["reason"], entry["details"]["out_of_memory"]) for entry in exits] == [("out of memory", True)]
 
 
-def test_files_in_scratch_count_as_memory_and_stop_at_the_limit(stockade: Instance) -> None:
-    fill = "dd if=/dev/zero of=/tmp/big bs=1M count=200 2>/dev/null; stat -c %s /tmp/big"
-    assert int(stockade.run(fill, "--memory", "100MiB").out) <= 100 << 20
-    assert int(stockade.run(fill, "--memory", "400MiB").out) == 200 << 20
+def test_files_in_scratch_are_on_disk_and_those_in_shm_count_as_memory(stockade: Instance) -> None:
+    fill = "dd if=/dev/zero of=%s/big bs=1M count=200 2>/dev/null; stat -c %%s %s/big"
+    assert int(stockade.run(fill % ("/tmp", "/tmp"), "--memory", "100MiB").out) == 200 << 20
+    assert int(stockade.run(fill % ("/dev/shm", "/dev/shm"), "--memory", "100MiB").out) <= 100 << 20
+
+
+def test_disk_and_inodes_stop_at_the_policys_limit(stockade: Instance) -> None:
+    fill = "stat -f -c %c /tmp; cat /dev/zero > ~/big 2>/dev/null; df --output=avail /tmp | tail -1"
+    inodes, free_kib = map(int, stockade.run(fill).out.split())
+    assert 60_000 < inodes < 70_000
+    assert free_kib < 1024
 
 
 def test_pids_hold_and_the_host_can_still_fork(stockade: Instance) -> None:

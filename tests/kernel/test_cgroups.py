@@ -13,12 +13,13 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from sandbox import syscalls
+from sandbox import plan, syscalls
 from sandbox.cgroups import CannotConfine, Group, Layout, detect, reconcile
 
 if TYPE_CHECKING:
@@ -27,13 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes control groups")
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Limits:
-    memory_bytes: int = 256 * MIB
-    cpus: float = 1.0
-    pids: int = 64
+Limits = partial(plan.Limits, memory_bytes=256 * MIB, pids=64)
 
 
 @dataclass
@@ -68,7 +63,7 @@ class Host:
     instance: str
     children: list[Child] = field(default_factory=list)
 
-    def group(self, limits: Limits | None = None, name: str = "ag_one") -> Group:
+    def group(self, limits: plan.Limits | None = None, name: str = "ag_one") -> Group:
         return self.layout.create(self.instance, name, limits or Limits())
 
     def run(self, group: Group, program: str) -> Child:
@@ -321,7 +316,7 @@ def test_an_id_in_use_is_refused_and_the_first_keeps_its_limits(host: Host) -> N
 
 
 @pytest.mark.parametrize("limits", [Limits(pids=-2), Limits(memory_bytes=-5), Limits(cpus=1e12)])
-def test_a_limit_the_kernel_refuses_leaves_nothing(host: Host, limits: Limits) -> None:
+def test_a_limit_the_kernel_refuses_leaves_nothing(host: Host, limits: plan.Limits) -> None:
     descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
     with pytest.raises(CannotConfine, match="cannot write"):
         host.group(limits)

@@ -37,7 +37,12 @@ def test_probing_leaves_the_host_and_the_caller_as_they_were() -> None:
 
 @pytest.mark.parametrize(
     ("number", "control", "text"),
-    [(437, "system-calls", "no openat2"), (442, "system-calls", "no mount_setattr"), (444, "landlock", "not in this")],
+    [
+        (437, "system-calls", "no openat2"),
+        (442, "system-calls", "no mount_setattr"),
+        (444, "landlock", "not in this"),
+        (301, "file-grants", "cannot be denied"),
+    ],
 )
 def test_a_kernel_without_a_call_is_found(number: int, control: str, text: str) -> None:
     """A filter that answers ENOSYS stands for a kernel that lacks the call."""

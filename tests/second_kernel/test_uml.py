@@ -25,15 +25,18 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("modprobe") is None, reason="needs modprobe (Debian's kmod)"),
 ]
 
-# What the guest's kernel lacks: nftables for IPv4, hence the second layer of the network.
-SKIPPED_IN_GUEST = {
+# What the guest's kernel lacks: nftables for IPv4, hence the second layer of the network; and PSI.
+WITHOUT_NFTABLES = {
     "test_binding_to_the_device_does_not_get_around_the_missing_route",
     "test_broadcast_and_multicast_datagrams_do_not_leave",
     "test_only_packets_to_the_proxy_port_are_seen_in_the_gate",
     "test_the_firewall_alone_would_hold_the_gate",
 }
+SKIPPED_IN_GUEST = {*WITHOUT_NFTABLES, "test_waiting_for_memory_is_told_of"}
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
+SCRATCH = "tests/kernel/test_scratch.py"
+CHANGES = "tests/kernel/test_changes.py"
 
 
 def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
@@ -52,17 +55,29 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         directory,
         "tests/kernel/test_cgroups.py",
         "tests/kernel/test_cgroups_launch.py",
+        "tests/kernel/test_limits.py",
         f"{LAUNCH}::test_identity_and_environment_come_from_the_plan_alone",
         f"{LAUNCH}::test_one_route_and_the_proxy_only",
         f"{LAUNCH}::test_workspace_is_writable_as_the_owner_on_disk",
         f"{LAUNCH}::test_workspace_of_root_read_only_shows_as_the_agents",
         f"{KILL}::test_a_frozen_agent_stops_and_can_be_killed",
         f"{KILL}::test_killing_twice_and_what_never_was",
+        f"{SCRATCH}::test_the_limit_stops_bytes_where_df_says_it_is",
+        f"{SCRATCH}::test_inodes_stop_at_the_limit_and_come_back",
+        f"{SCRATCH}::test_what_is_on_scratch_is_not_counted_as_memory",
+        f"{SCRATCH}::test_the_end_of_an_agent_takes_image_and_device_along",
+        f"{SCRATCH}::test_with_it_nothing_is_degraded",
+        f"{SCRATCH}::test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        f"{SCRATCH}::test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        f"{CHANGES}::test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        f"{CHANGES}::test_what_is_no_file_is_shown_and_neither_opened_nor_made",
+        f"{CHANGES}::test_the_worker_acts_as_the_owner_and_has_nothing_else",
         "tests/kernel/test_degraded.py::test_this_very_kernel_is_judged_as_doctor_says",
         "tests/kernel/test_canaries.py::test_the_default_plan_holds",
         "tests/kernel/test_posture.py::test_examination_is_what_the_host_sees_after_exec",
         "tests/adversarial/test_unpacker.py",  # there without Landlock
         "tests/adversarial/test_images.py::test_the_same_image_unspoiled_is_taken_in_each_form",
+        "tests/kernel/test_live_binds.py::test_a_kernel_that_cannot_deny_opens_is_shown_nothing",
         seconds_max=400,
     )
     shutil.rmtree(directory)
@@ -85,6 +100,11 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
     [
         "test_every_limit_is_in_force_before_the_first_instruction",
         "test_swap_is_no_way_around_the_limit",
+        "test_a_starter_made_ahead_has_the_limits_of_its_agent_before_exec",
+        "test_out_of_memory_ends_the_agent_as_a_whole",
+        "test_the_pids_limit_is_told_of_once_with_its_count",
+        "test_throttling_is_told_of_and_an_idle_agent_is_not",
+        "test_a_restarted_launcher_keeps_watching",
         "test_kill_leaves_nobody_and_events_tell",
         "test_kill_reaches_a_fork_storm",
         "test_freeze_stops_time_and_thaw_gives_it_back",
@@ -92,10 +112,20 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_frozen_agent_stops_and_can_be_killed",
         "test_one_route_and_the_proxy_only",
         "test_workspace_is_writable_as_the_owner_on_disk",
+        "test_the_limit_stops_bytes_where_df_says_it_is",
+        "test_inodes_stop_at_the_limit_and_come_back",
+        "test_what_is_on_scratch_is_not_counted_as_memory",
+        "test_the_end_of_an_agent_takes_image_and_device_along",
+        "test_with_it_nothing_is_degraded",
+        "test_a_layer_takes_what_the_agent_writes_and_the_workspace_nothing",
+        "test_a_kept_home_is_the_next_agents_whatever_its_ids",
+        "test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
+        "test_the_worker_acts_as_the_owner_and_has_nothing_else",
         "test_this_very_kernel_is_judged_as_doctor_says",
         "test_the_default_plan_holds",
         "test_examination_is_what_the_host_sees_after_exec",
         "test_a_taken_over_unpacker_reaches_its_directory_and_nothing_else",
+        "test_a_kernel_that_cannot_deny_opens_is_shown_nothing",  # its kernel has no permission events
     ],
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
@@ -112,7 +142,7 @@ def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
         seconds_max=900,
     )
     assert report.outcome("test_without_the_second_layer_the_gate_alone_leads_nowhere") == "passed"
-    assert {name: report.outcome(name) for name in SKIPPED_IN_GUEST} == dict.fromkeys(SKIPPED_IN_GUEST, "skipped")
+    assert {name: report.outcome(name) for name in WITHOUT_NFTABLES} == dict.fromkeys(WITHOUT_NFTABLES, "skipped")
 
 
 def test_a_guest_that_does_not_end_is_ended_and_leaves_no_process(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class Launcher:
     _number: int = 0
     _arguments: list[str] = field(default_factory=list)
     _wrapper: list[str] = field(default_factory=list)
+    scratch_dir: Path | None = None
 
     @classmethod
     def start(
@@ -104,7 +105,10 @@ class Launcher:
         instance = "t" + secrets.token_hex(3)
         run_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir="/dev/shm"))  # memory, as /run is
         run_dir.chmod(0o711)
-        args = [*arguments, *(["--allow-weakened"] if weakened else [])]
+        # On disk, as state_dir is: on memory the images would count as that.
+        scratch_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir=os.environ.get("TMPDIR", "/var/tmp")))
+        where = ["--scratch-dir", str(scratch_dir), "--scratch-reserve-bytes", "0"]
+        args = [*where, *arguments, *(["--allow-weakened"] if weakened else [])]
         launcher = cls(
             run_dir,
             instance,
@@ -112,6 +116,7 @@ class Launcher:
             _connect(run_dir),
             _arguments=args,
             _wrapper=list(wrapper),
+            scratch_dir=scratch_dir,
         )
         try:
             launcher.request("hello")
@@ -151,6 +156,8 @@ class Launcher:
         sync.close_all(self._fds)
         self._sweep()
         shutil.rmtree(self.run_dir, ignore_errors=True)
+        if self.scratch_dir is not None:
+            shutil.rmtree(self.scratch_dir, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Remove what a launcher that was killed may have left: groups of this instance."""
@@ -224,7 +231,9 @@ class Launcher:
             ids=IdRange(AGENT_ID_FIRST + next(_slots) * IDS_PER_AGENT),
             filter_digest=FILTER,
             limits=Limits(memory_bytes=256 << 20),
-            scratch=Scratch(tmp_bytes=32 << 20, home_bytes=32 << 20, shm_bytes=16 << 20, workspace_bytes=32 << 20),
+            scratch=Scratch(
+                disk="preferred", tmp_bytes=32 << 20, home_bytes=32 << 20, shm_bytes=16 << 20, workspace_bytes=32 << 20
+            ),
         )
         return replace(plan, **changes)
 

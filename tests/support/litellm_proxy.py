@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LITELLM = REPOSITORY / ".venv-litellm" / "bin" / "litellm"
@@ -39,8 +39,9 @@ class Proxy:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
 
-def config(upstream: str) -> dict[str, object]:
-    """Return a proxy configuration; JSON is YAML."""
+def config(upstream: str, also: Mapping[str, str]) -> dict[str, object]:
+    """Return a proxy configuration; JSON is YAML. `also` names further models: of "openai" or "anthropic"."""
+    bases = {"openai": f"{upstream}/v1", "anthropic": upstream}
     priced = {"input_cost_per_token": 0.001, "output_cost_per_token": 0.002}
     return {
         "model_list": [
@@ -54,6 +55,14 @@ def config(upstream: str) -> dict[str, object]:
                 "litellm_params": {"model": "anthropic/scripted", "api_base": upstream, "api_key": "sk-upstream"},
                 "model_info": priced,
             },
+            *(
+                {
+                    "model_name": name,
+                    "litellm_params": {"model": f"{kind}/{name}", "api_base": bases[kind], "api_key": "sk-upstream"},
+                    "model_info": priced,
+                }
+                for name, kind in also.items()
+            ),
         ],
         "general_settings": {"master_key": MASTER_KEY},
         "litellm_settings": {
@@ -91,12 +100,12 @@ recorder = Recorder()
 
 
 @contextlib.contextmanager
-def litellm_proxy(upstream: str) -> Iterator[Proxy]:
+def litellm_proxy(upstream: str, also: Mapping[str, str] | None = None) -> Iterator[Proxy]:
     """Run the proxy; it and its files are gone at the end."""
     if not LITELLM.exists():
         raise FileNotFoundError(f"{LITELLM} is missing: run ./bootstrap test (tests/e2e/requirements-litellm.txt)")
     directory = Path(tempfile.mkdtemp(prefix="sktest-litellm-"))
-    (directory / "config.yaml").write_text(json.dumps(config(upstream)))
+    (directory / "config.yaml").write_text(json.dumps(config(upstream, also or {})))
     (directory / "recorder.py").write_text(RECORDER)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

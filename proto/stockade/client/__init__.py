@@ -26,6 +26,8 @@ from stockade.client.sync import Agent, Stockade
 from stockade.client.values import (
     Action,
     AgentInfo,
+    Change,
+    Changes,
     Completed,
     ExitStatus,
     Grant,
@@ -49,6 +51,8 @@ __all__ = [
     "AgentInfo",
     "AsyncAgent",
     "AsyncStockade",
+    "Change",
+    "Changes",
     "Completed",
     "Conflict",
     "ExitStatus",

@@ -18,7 +18,7 @@ from stockade.client.sync import (
     launch_seconds,
 )
 from stockade.client.values import Completed, ExitStatus, Selector
-from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, requests_pb2
+from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, requests_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 
     from stockade.client.convert import LaunchOptions
     from stockade.client.methods import Method, Req, Res
-    from stockade.client.values import Action, AgentInfo, Grant, Hold, Output, Receipt, Request, State, Verification
+    from stockade.client.values import (
+        Action,
+        AgentInfo,
+        Changes,
+        Grant,
+        Hold,
+        Output,
+        Receipt,
+        Request,
+        State,
+        Verification,
+    )
 
 
 class AsyncStockade:
@@ -233,6 +244,28 @@ class AsyncStockade:
             async for entry in self.stream(methods.TAIL_ACTIONS, tail):
                 yield convert.action(entry.action)
 
+    async def diff(self, agent: str, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
+        """What the agent changed in its overlay workspace so far; with `patch`, text files line by line."""
+        request = convert.diff_request(agent, paths, patch=patch)
+        return convert.changes([message async for message in self.stream(methods.DIFF, request)])
+
+    async def apply(
+        self,
+        agent: str,
+        paths: Sequence[str | bytes] = (),
+        *,
+        force: bool = False,
+        digest: str = "",
+        reason: str = "",
+    ) -> Changes:
+        """What became of each change; give the `digest` of the diff you saw, and nothing else is applied."""
+        request = convert.apply_request(agent, paths, force=force, digest=digest, reason=reason)
+        return convert.changes([message async for message in self.stream(methods.APPLY, request)])
+
+    async def discard(self, agent: str, reason: str = "") -> None:
+        """Throws away what the agent changed."""
+        await self.call(methods.DISCARD, changes_pb2.DiscardRequest(agent=agent, reason=reason))
+
     async def verify_log(self) -> Verification:
         """What a check of the whole log found."""
         answer = await self.call(methods.VERIFY_LOG, actions_pb2.VerifyLogRequest(), timeout_seconds=0)
@@ -339,6 +372,17 @@ class AsyncAgent:
     async def thaw(self, reason: str = "") -> Self:
         self.info = (await self._stockade.thaw_all(Selector(agents=(self.agent_id,)), reason))[0]
         return self
+
+    async def diff(self, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
+        return await self._stockade.diff(self.agent_id, paths, patch=patch)
+
+    async def apply(
+        self, paths: Sequence[str | bytes] = (), *, force: bool = False, digest: str = "", reason: str = ""
+    ) -> Changes:
+        return await self._stockade.apply(self.agent_id, paths, force=force, digest=digest, reason=reason)
+
+    async def discard(self, reason: str = "") -> None:
+        await self._stockade.discard(self.agent_id, reason)
 
     async def grant(
         self, scope: str, *, ttl: float | timedelta | None = None, max_uses: int | None = None, reason: str = ""

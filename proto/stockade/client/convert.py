@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, TypedDict, Unpack
+from typing import TYPE_CHECKING, Final, Literal, TypedDict, Unpack
 
 from google.protobuf.json_format import MessageToDict
 
 from stockade.client import values
-from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ _STREAMS: Final[dict[int, values.Stream]] = {
 _MODES: Final = {
     "ro": agents_pb2.WORKSPACE_MODE_READ_ONLY,
     "rw": agents_pb2.WORKSPACE_MODE_READ_WRITE,
+    "overlay": agents_pb2.WORKSPACE_MODE_OVERLAY,
 }
 
 
@@ -80,6 +82,8 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         workspace=workspace(message.workspace) if message.HasField("workspace") else None,
         spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
         failure=message.failure,
+        changes_kept=message.changes_kept,
+        counters=dict(message.counters),
         effective=struct(message.effective),
     )
 
@@ -90,7 +94,66 @@ def struct(message: Struct) -> values.JsonObject:
 
 
 def workspace(message: agents_pb2.Workspace) -> values.Workspace:
-    return values.Workspace(message.path, "rw" if message.mode == agents_pb2.WORKSPACE_MODE_READ_WRITE else "ro")
+    mode: Literal["ro", "rw", "overlay"] = "ro"
+    if message.mode == agents_pb2.WORKSPACE_MODE_READ_WRITE:
+        mode = "rw"
+    elif message.mode == agents_pb2.WORKSPACE_MODE_OVERLAY:
+        mode = "overlay"
+    return values.Workspace(message.path, mode)
+
+
+def change(message: changes_pb2.Change) -> values.Change:
+    return values.Change(
+        path=os.fsdecode(message.path),
+        kind=changes_pb2.ChangeKind.Name(message.kind).removeprefix("CHANGE_KIND_").lower(),
+        type=message.type,
+        size_bytes=message.size_bytes,
+        mode=message.mode,
+        sha256=message.sha256,
+        link=os.fsdecode(message.link),
+        notes=tuple(message.notes),
+        conflict=message.conflict,
+        refused=message.refused,
+        patch=message.patch,
+    )
+
+
+def applied(message: changes_pb2.AppliedChange) -> values.Change:
+    outcome = changes_pb2.ApplyOutcome.Name(message.outcome).removeprefix("APPLY_OUTCOME_").lower()
+    return replace(change(message.change), outcome=outcome, why=message.why)
+
+
+def changes(
+    messages: Iterable[changes_pb2.DiffResponse] | Iterable[changes_pb2.ApplyResponse],
+) -> values.Changes:
+    """The whole answer of Diff or Apply."""
+    summary = changes_pb2.ChangesSummary()
+    found: list[values.Change] = []
+    for message in messages:
+        if isinstance(message, changes_pb2.DiffResponse):
+            found += map(change, message.changes)
+        else:
+            found += map(applied, message.changes)
+        if message.HasField("summary"):
+            summary = message.summary
+    return values.Changes(
+        agent_id=summary.agent_id,
+        agent_name=summary.agent_name,
+        workspace=summary.workspace,
+        digest=summary.digest,
+        kept=summary.kept,
+        changes=tuple(found),
+    )
+
+
+def diff_request(agent: str, paths: Iterable[str | bytes], *, patch: bool) -> changes_pb2.DiffRequest:
+    return changes_pb2.DiffRequest(agent=agent, paths=arguments(paths), patch=patch)
+
+
+def apply_request(
+    agent: str, paths: Iterable[str | bytes], *, force: bool, digest: str, reason: str
+) -> changes_pb2.ApplyRequest:
+    return changes_pb2.ApplyRequest(agent=agent, paths=arguments(paths), force=force, digest=digest, reason=reason)
 
 
 def exit_status(message: agents_pb2.ExitStatus) -> values.ExitStatus:

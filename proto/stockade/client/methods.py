@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from stockade.v1 import actions_pb2 as actions
 from stockade.v1 import agents_pb2 as agents
+from stockade.v1 import changes_pb2 as changes
 from stockade.v1 import grants_pb2 as grants
 from stockade.v1 import policies_pb2 as policies
 from stockade.v1 import requests_pb2 as requests
@@ -58,6 +59,9 @@ TAIL_ACTIONS: Final = Method("ActionService/TailActions", actions.TailActionsReq
 VERIFY_LOG: Final = Method("ActionService/VerifyLog", actions.VerifyLogRequest, actions.VerifyLogResponse)
 CHECKPOINT: Final = Method("ActionService/Checkpoint", actions.CheckpointRequest, actions.CheckpointResponse)
 PROVE: Final = Method("ActionService/Prove", actions.ProveRequest, actions.ProveResponse)
+DIFF: Final = Method("ChangeService/Diff", changes.DiffRequest, changes.DiffResponse)
+APPLY: Final = Method("ChangeService/Apply", changes.ApplyRequest, changes.ApplyResponse)
+DISCARD: Final = Method("ChangeService/Discard", changes.DiscardRequest, changes.DiscardResponse)
 LIST_POLICIES: Final = Method("PolicyService/ListPolicies", policies.ListPoliciesRequest, policies.ListPoliciesResponse)
 GET_POLICY: Final = Method("PolicyService/GetPolicy", policies.GetPolicyRequest, policies.GetPolicyResponse)
 CHECK_POLICY: Final = Method("PolicyService/CheckPolicy", policies.CheckPolicyRequest, policies.CheckPolicyResponse)

@@ -12,7 +12,7 @@ from stockade.client import convert, methods
 from stockade.client.errors import Failed, from_rpc
 from stockade.client.session import Session
 from stockade.client.values import Completed, Selector
-from stockade.v1 import actions_pb2, agents_pb2, grants_pb2, requests_pb2
+from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, requests_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stockade.client.values import (
         Action,
         AgentInfo,
+        Changes,
         Grant,
         Hold,
         Output,
@@ -258,6 +259,28 @@ class Stockade:
             for entry in self.stream(methods.TAIL_ACTIONS, tail):
                 yield convert.action(entry.action)
 
+    def diff(self, agent: str, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
+        """What the agent changed in its overlay workspace so far; with `patch`, text files line by line."""
+        request = convert.diff_request(agent, paths, patch=patch)
+        return convert.changes(self.stream(methods.DIFF, request))
+
+    def apply(
+        self,
+        agent: str,
+        paths: Sequence[str | bytes] = (),
+        *,
+        force: bool = False,
+        digest: str = "",
+        reason: str = "",
+    ) -> Changes:
+        """What became of each change; give the `digest` of the diff you saw, and nothing else is applied."""
+        request = convert.apply_request(agent, paths, force=force, digest=digest, reason=reason)
+        return convert.changes(self.stream(methods.APPLY, request))
+
+    def discard(self, agent: str, reason: str = "") -> None:
+        """Throws away what the agent changed."""
+        self.call(methods.DISCARD, changes_pb2.DiscardRequest(agent=agent, reason=reason))
+
     def verify_log(self) -> Verification:
         """What a check of the whole log found."""
         answer = self.call(methods.VERIFY_LOG, actions_pb2.VerifyLogRequest(), timeout_seconds=0)
@@ -333,6 +356,17 @@ class Agent:
     def thaw(self, reason: str = "") -> Self:
         self.info = self._stockade.thaw_all(Selector(agents=(self.agent_id,)), reason)[0]
         return self
+
+    def diff(self, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
+        return self._stockade.diff(self.agent_id, paths, patch=patch)
+
+    def apply(
+        self, paths: Sequence[str | bytes] = (), *, force: bool = False, digest: str = "", reason: str = ""
+    ) -> Changes:
+        return self._stockade.apply(self.agent_id, paths, force=force, digest=digest, reason=reason)
+
+    def discard(self, reason: str = "") -> None:
+        self._stockade.discard(self.agent_id, reason)
 
     def grant(
         self, scope: str, *, ttl: float | timedelta | None = None, max_uses: int | None = None, reason: str = ""

@@ -58,7 +58,7 @@ class Workspace:
     """A directory of the host that the agent finds at /workspace."""
 
     path: str
-    mode: Literal["ro", "rw"] = "ro"
+    mode: Literal["ro", "rw", "overlay"] = "ro"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,43 @@ class AgentInfo:
     spend: Spend
     failure: str
     effective: JsonObject = field(default_factory=dict)  # only where an examination was asked for
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """How often it met its limits; only there when one agent is asked for."""
+    changes_kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One path of an overlay workspace that an agent made another; `outcome` and `why` are set by an apply.
+
+    `path` is relative to the workspace; bytes that are no UTF-8 are surrogate escapes in it, as os.fsdecode() has them.
+    """
+
+    path: str
+    kind: str  # added, modified, deleted
+    type: str
+    size_bytes: int
+    mode: int
+    sha256: str
+    link: str
+    notes: tuple[str, ...]
+    conflict: str
+    refused: str
+    patch: bytes = b""
+    outcome: str = ""  # applied, conflict, refused, failed
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an agent changed; `digest` names all of it, and `kept` says whether it is still there."""
+
+    agent_id: str
+    agent_name: str
+    workspace: str
+    digest: str
+    kept: bool
+    changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from sandbox.controls import BY_NAME, CONTROLS, NEGOTIABLE, Absence, Demanded, d
 def test_names_are_unique_and_everything_a_launch_can_lack_has_a_remedy() -> None:
     assert len(BY_NAME) == len(CONTROLS)
     assert all(control.remedy and control.protects for control in CONTROLS if control.absence is not Absence.TOLD)
-    assert set(NEGOTIABLE) == {"swap", "idmap", "landlock", "nftables", "workspace-quota"}
+    assert set(NEGOTIABLE) == {"swap", "io", "idmap", "landlock", "nftables", "workspace-quota", "disk-quota"}
 
 
 @pytest.mark.parametrize("name", NEGOTIABLE)

@@ -24,6 +24,7 @@ from supervisord.config import (
     ModelRoute,
     OnStop,
     Role,
+    ScratchConfig,
     UsersConfig,
 )
 from supervisord.config_reader import (
@@ -110,6 +111,11 @@ output_days = 3
 uid_range = [1879048192, 1879113727]
 [pool]
 netns = 0
+images = 1
+[scratch]
+reserve = "1GiB"
+preallocate = true
+keep_layers = "1d"
 [egress]
 workers = 2
 """
@@ -172,7 +178,9 @@ def test_every_key_arrives() -> None:
         ),
         users=UsersConfig("sk-e", "sk-d", "sk-g"),
         agents=AgentsConfig(OnStop.KILL, 1879048192, 1879113727, 64 << 20, 3),
+        scratch=ScratchConfig(1 << 30, preallocate=True, keep_layers_seconds=86400.0),
         pool_netns=0,
+        pool_images=1,
         egress_workers=2,
         source="s.toml",
     )

@@ -22,7 +22,7 @@ from supervisord.plan import (
     effective_limits,
     wanted_files,
 )
-from supervisord.policy import Limits, LimitsWanted, Policy, User, Workspace
+from supervisord.policy import Demand, Limits, LimitsWanted, Policy, User, Workspace
 
 AGENT = "ag_" + "a" * 26
 ID_FIRST = 1879048192
@@ -84,6 +84,11 @@ def test_scratch_never_promises_more_than_memory_and_disk() -> None:
     assert plan.scratch.shm_bytes <= 1 << 26
     small = made(policy=Policy(name="p", limits=Limits(memory_bytes=1 << 30, disk_bytes=1 << 20)))
     assert small.scratch.tmp_bytes == 1 << 20
+
+
+def test_scratch_is_on_disk_where_the_host_can_and_always_where_the_policy_says_so() -> None:
+    assert made().scratch.disk == "preferred"
+    assert made(policy=Policy(name="p", disk_quota=Demand.REQUIRED)).scratch.disk == "required"
 
 
 # --- what may be asked for

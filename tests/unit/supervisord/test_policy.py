@@ -40,7 +40,7 @@ PARENT = """
 kind: Policy
 name: parent
 user: agent
-limits: {memory: 1GiB, pids: 100}
+limits: {memory: 1GiB, pids: 100, io_read: 10MiB, io_write: 10MiB}
 budget: {llm_tokens: 1000}
 scopes: ["llm:*", "http:GET:https://a.example.com/**"]
 hide: [/usr/local]
@@ -98,7 +98,8 @@ home: persistent
 allow_root_owned: true
 allow_sockets: true
 shared_workspace: true
-limits: {memory: 2GiB, cpus: 0.5, pids: 64, disk: 3GiB, open_files: 1024, output: 1MiB}
+limits: {memory: 2GiB, cpus: 0.5, pids: 64, disk: 3GiB, open_files: 1024, output: 1MiB, swap: 1GiB, io_read: 2MiB,
+  io_write: 1MiB}
 budget: {llm_tokens: 10, cost_usd: 0.5, requests: 3}
 scopes: ["llm:gpt-*", "fs:ro:/srv/logs", "mcp:git/*", "tls:git.example.com:443"]
 grants: {ceiling: ["llm:*", "fs:ro:/srv", "mcp:git/*", "tls:git.example.com:443"]}
@@ -111,7 +112,7 @@ degraded_ok: [idmap, workspace-quota]
 require: [nftables]
 canary: true
 """)
-    assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20)
+    assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20, 1 << 30, 2 << 20, 1 << 20)
     assert full.budget == Budget(10, 500_000, 3)
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
     assert full.ceiling is not None
@@ -149,6 +150,9 @@ def test_controls_are_those_of_the_table(key: str) -> None:
         ("limits: {pids: 3}", "limits.pids: '3' is not accepted; wanted: a whole number from 4"),
         ("limits: {pids: true}", "limits.pids"),
         ("limits: {cpus: 0}", "limits.cpus"),
+        ("limits: {io_read: 1KiB}", "f.yaml:3:10: limits.io_read: 1KiB is less than 64KiB"),
+        ("limits: {io_write: never}", "f.yaml:3:10: limits.io_write: 'never' is not what belongs here"),
+        ("limits: {swap: none}", "limits.swap"),
         ("budget: {llm_tokens: -1}", "budget.llm_tokens"),
         ('scopes: ["llm:*", "ftp:x"]', "f.yaml:3:19: scopes[1]: cannot read scope"),
         ('scopes: ["http:GET:https://*.example.com/**"]', "scopes[0]: "),
@@ -199,7 +203,10 @@ degraded_ok: []
 env: {B: "3"}
 risk: high
 """)
-    assert narrow.limits == Limits(memory_bytes=512 << 20, pids=100)
+    rate = 10 << 20
+    assert narrow.limits == Limits(
+        memory_bytes=512 << 20, pids=100, io_read_bytes_per_second=rate, io_write_bytes_per_second=rate
+    )
     assert narrow.budget == Budget(llm_tokens=1000, requests=5)
     assert narrow.scopes == (parse_scope("llm:gpt-*"),)
     assert narrow.ceiling == policy(PARENT).ceiling
@@ -214,6 +221,9 @@ WIDER = [
     ("limits.disk", "limits: {disk: 2GiB}"),
     ("limits.open_files", "limits: {open_files: 4097}"),
     ("limits.output", "limits: {output: 65MiB}"),
+    ("limits.swap", "limits: {swap: 1MiB}"),
+    ("limits.io_read", "limits: {io_read: 11MiB}"),
+    ("limits.io_write", "limits: {io_write: none}"),
     ("budget", "budget: {llm_tokens: 1001}"),
     ("scopes", 'scopes: ["http:GET,POST:https://a.example.com/**"]'),
     ("grants.ceiling", 'grants: {ceiling: ["llm:*", "http:GET:https://a.example.com/**", "tls:b.example.com:443"]}'),
@@ -246,6 +256,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
     [
         ("egress.worker", "egress: {worker: dedicated}", "egress: {worker: shared}"),
         ("landlock", "landlock: required", "landlock: preferred"),
+        ("disk_quota", "disk_quota: required", "disk_quota: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
         ("require", "require: [landlock, nftables]", "require: [landlock]"),
@@ -260,17 +271,22 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
-    cases = {key for key, _ in WIDER} | {"egress.worker", "landlock", "on_supervisor_loss", "canary", "require"}
+    cases = {key for key, _ in WIDER} | {
+        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require"
+    }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
-        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50), scopes=(parse_scope("llm:*"),),
+        allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
+        scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
     )  # fmt: skip
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
+        limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
+        disk_quota=Demand.REQUIRED,
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
