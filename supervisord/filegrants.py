@@ -18,6 +18,7 @@ from supervisord.errors import CannotLaunch, CannotRevoke, Conflict, StockadeErr
 from supervisord.hostfiles import open_files
 from supervisord.lifecycle import Event, State, can
 from supervisord.plan import live_bind, place_of, wanted_file
+from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -88,8 +89,14 @@ class FileGrants:
         scope = _files(grant)
         if agent.state not in (State.RUNNING, State.FROZEN):
             raise Conflict(f"cannot grant to {agent.name}: it is {agent.state.value}", remedy="wait until it runs")
-        opened, fds = open_files((wanted_file(scope),), caller_uid=file_uid)
+        wanted = (wanted_file(scope),)
+        if not policy.shared_workspace:
+            others = (other.what for other in self._agents.live() if other is not agent)
+            check_not_shared(wanted, others, self._book.for_agent)
+        opened, fds = open_files(wanted, caller_uid=file_uid)
         try:
+            if not policy.allow_sockets:
+                await asyncio.to_thread(check_no_sockets, wanted, list(fds))
             bind = live_bind(opened[0], policy)
             order = {name: getattr(bind, name) for name in bind.__slots__}
             reply = await self._launcher.call("show", fds, agent_id=agent.agent_id, bind=order)

@@ -200,7 +200,8 @@ class Launching:
                 order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
             )
             if not policy.shared_workspace:
-                check_not_shared(wanted_files(order, policy), (other.what for other in self._agents.live()))
+                others = (other.what for other in self._agents.live())
+                check_not_shared(wanted_files(order, policy), others, self._book.for_agent)
             agent = Agent(what)
             self._agents.add(agent)
         except BaseException:

@@ -20,10 +20,12 @@ from supervisord.errors import Conflict, InvalidInput, StockadeError
 from supervisord.scopes import read_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from supervisord.agents import Description
+    from supervisord.ids import AgentId
     from supervisord.plan import WantedFile
+    from supervisord.scopes import Grant
 
 ENTRIES_MAX: Final = 20_000
 LOOK_SECONDS_MAX: Final = 0.5
@@ -37,8 +39,8 @@ class Tree:
     writable: bool
 
 
-def trees(what: Description) -> list[Tree]:
-    """What a live agent sees of the host's files (pure)."""
+def trees(what: Description, granted: Iterable[Grant] = ()) -> list[Tree]:
+    """What a live agent sees of the host's files, from its launch and by what was granted since (pure)."""
     found = [Tree(PurePosixPath(what.workspace), what.workspace_mode == "rw")] if what.workspace else []
     for grant in what.grants:
         try:
@@ -47,14 +49,17 @@ def trees(what: Description) -> list[Tree]:
             continue  # of another version
         if isinstance(scope, FsScope):
             found.append(Tree(scope.host_path, scope.writable))
-    return found
+    scopes = [grant.scope for grant in granted]
+    return found + [Tree(scope.host_path, scope.writable) for scope in scopes if isinstance(scope, FsScope)]
 
 
-def check_not_shared(wanted: Iterable[WantedFile], others: Iterable[Description]) -> None:
+def check_not_shared(
+    wanted: Iterable[WantedFile], others: Iterable[Description], granted: Callable[[AgentId], Iterable[Grant]]
+) -> None:
     """Raise Conflict where a tree overlaps one of another agent's and either can be written to (pure)."""
     mine = [Tree(file.path, file.writable) for file in wanted]
     for other in others if mine else ():
-        for theirs in trees(other):
+        for theirs in trees(other, granted(other.agent_id)):
             for ours in mine:
                 overlap = theirs.path.is_relative_to(ours.path) or ours.path.is_relative_to(theirs.path)
                 if overlap and (ours.writable or theirs.writable):

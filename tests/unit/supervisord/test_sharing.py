@@ -46,10 +46,10 @@ def test_who_may_see_a_tree_with_whom(  # noqa: PLR0917 - a table
     other = replace(DESCRIPTION, workspace=theirs, workspace_mode=mode, grants=grants)
     if refused:
         with pytest.raises(Conflict, match="reader") as caught:
-            check_not_shared([wanted(ours, writable=writable)], [other])
+            check_not_shared([wanted(ours, writable=writable)], [other], lambda _agent: ())
         assert "shared_workspace" in caught.value.remedy
     else:
-        check_not_shared([wanted(ours, writable=writable)], [other])
+        check_not_shared([wanted(ours, writable=writable)], [other], lambda _agent: ())
 
 
 @pytest.fixture
