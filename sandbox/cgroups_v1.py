@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 CONTROLLERS: Final = ("memory", "cpu", "pids")
 BLKIO: Final = "blkio"  # a group of its own only for agents whose policy asks for a rate
+TCP_BYTES_MIN: Final = 16 << 20
 _REMEDY: Final = "see `stockadectl doctor`"
 
 
@@ -231,6 +232,11 @@ class HybridLayout(Layout):
             write(memory / "memory.memsw.limit_in_bytes", str(both), remedy=_REMEDY)
         elif not limits.swap_bytes:
             write(memory / "memory.swappiness", "0", remedy=_REMEDY)
+        # What loopback connections hold unread is memory too, and here only where it is asked for, beside the limit
+        # above (memory-resource controller v1, kmem.tcp). On v2 it is in memory.max.
+        buffers = memory / "memory.kmem.tcp.limit_in_bytes"
+        if buffers.exists():
+            write(buffers, str(max(limits.memory_bytes // 4, TCP_BYTES_MIN)), remedy=_REMEDY)
 
 
 def _limit_io(blkio: Path, limits: Limits) -> None:

@@ -150,3 +150,29 @@ def test_what_steers_or_shows_the_host_does_not_open(launcher: Launcher, weak_la
     assert attempt(weak_launcher, probe, weaken=("hidden_proc", "landlock", "user_namespace")).reached == (
         "/" not in name
     )
+
+
+CONNECTIONS = """
+import time
+server = socket.socket(); server.bind(('127.0.0.1', 0)); server.listen(100)
+kept, held = [], 0
+for _ in range(COUNT):
+    s = socket.create_connection(server.getsockname())
+    kept += [s, server.accept()[0]]
+    s.setblocking(False)
+    try:
+        while held < 1 << 29: held += s.send(b'x' * 65536)
+    except BlockingIOError: pass
+print(held >> 20)
+"""
+
+
+def test_what_connections_hold_unread_is_limited(launcher: Launcher) -> None:
+    """A quarter of the memory limit on v1, a part of it on v2; a few connections hold what they like."""
+    agent = launcher.run(["python3", "-I", "-c", PRELUDE + CONNECTIONS.replace("COUNT", "60")])
+    most = agent.plan.limits.memory_bytes >> 20
+    if agent.status == {"code": 0, "signal": None}:
+        assert int(agent.stdout) < most * 3 // 4
+    else:
+        assert agent.oom
+    assert int(said(launcher, CONNECTIONS.replace("COUNT", "2"))) > 0
