@@ -106,7 +106,10 @@ class Making:
 
     def for_agent(self, ids: IdRange) -> int:
         line = f"0 {ids.start} {ids.size}"
-        return self.finish(line, line)
+        fd = self.finish(line, line)
+        # It can be written once, by anybody inside (user_namespaces(7)): taken.
+        _write(f"/proc/{self._pid}/projid_map", f"0 {ids.start} 1")
+        return fd
 
 
 def _hold() -> _Holder:
