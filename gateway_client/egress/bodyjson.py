@@ -15,11 +15,15 @@ containers_max: Final = 32_768
 """Objects and arrays in one body: a long conversation of an agent with a hundred tools has some thousands."""
 values_max: Final = 400_000
 """All values in one body; embeddings of 300,000 tokens, the most the API takes, are as many numbers."""
+members_max: Final = 65_536
+"""Keys of all objects in one body."""
+digits_max: Final = 64
+"""Of one number: reading it costs the square of its length."""
 
 _NO_CONTAINER: Final = bytes(set(range(256)) - set(b"[{"))
 _NO_VALUE: Final = bytes(set(range(256)) - set(b"[{,:"))
+_LONG_NUMBER: Final = re.compile(rb"[0-9]{%d}" % (digits_max + 1))
 _STRING: Final = re.compile(rb'"[^"]*"')
-_OPEN_ESCAPE: Final = re.compile(rb"\\+\Z")
 
 
 class BadCall(ValueError):  # noqa: N818 - named for what it says
@@ -34,20 +38,20 @@ class BadCall(ValueError):  # noqa: N818 - named for what it says
 class Scales:
     """Weighs a body as its pieces come: counts what is outside of strings and makes an object; raises BadCall."""
 
-    __slots__ = ("_containers", "_escaped", "_in_string", "_values")
+    __slots__ = ("_containers", "_escaped", "_in_string", "_members", "_values")
 
     def __init__(self) -> None:
         self._in_string = False
         self._escaped = False
         self._containers = 0
+        self._members = 0
         self._values = 0
 
     def feed(self, piece: bytes) -> None:
         if self._escaped:  # the backslash was the last byte of the piece before
             piece = piece[1:]
             self._escaped = False
-        trailing = _OPEN_ESCAPE.search(piece)
-        if trailing is not None and len(trailing.group()) % 2:
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
             piece, self._escaped = piece[:-1], True
         piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         if self._in_string:
@@ -60,12 +64,15 @@ class Scales:
         self._in_string = bool(quote)
         self._containers += len(outside.translate(None, _NO_CONTAINER))
         self._values += len(outside.translate(None, _NO_VALUE))
-        if self._containers > containers_max or self._values > values_max:
+        self._members += outside.count(b":")
+        if self._containers > containers_max or self._members > members_max or self._values > values_max:
             raise BadCall(
                 "body_too_complex",
-                f"the body has over {containers_max} objects and arrays, or over {values_max} values",
+                f"the body has over {containers_max} objects and arrays, {members_max} keys or {values_max} values",
                 status=413,
             )
+        if _LONG_NUMBER.search(outside):
+            raise BadCall("body_malformed", f"the body has a number of over {digits_max} digits")
 
 
 def read_object(body: bytes) -> dict[str, Any]:

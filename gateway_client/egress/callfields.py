@@ -54,7 +54,7 @@ _MESSAGES: Final = _SAMPLING - {"seed", "stop"} | {
 }
 
 FIELDS: Final[Mapping[Dialect, frozenset[str]]] = {
-    # Left out: metadata and user (whom the gateway takes the call for), moderation (a second model), web_search_options.
+    # Left out: metadata and user (whom the gateway takes the call for), moderation (another model), web_search_options.
     Dialect.OPENAI_CHAT: _SAMPLING
     | _PENALTIES
     | _CACHED
@@ -179,7 +179,7 @@ _SOURCES: Final = frozenset(
 )
 _TOLD: Final = re.compile(r".*_(?:call|call_output|result|result_error|tool_use)|tool_use")
 """Items that tell what a tool did or found: what they name themselves is fetched by nobody, what is in them may be."""
-_URL: Final = re.compile(r"(?:https?|ftps?|file|gs|s3|wss?):|[a-z][a-z0-9+.-]*:[/\\]{2}", re.IGNORECASE)
+_URL: Final = re.compile(r"(?:https?|ftps?|file|gs|s3|wss?):|[a-z][a-z0-9+.-]{0,31}:[/\\]{2}", re.IGNORECASE)
 _STRIPPED_BY_READERS: Final = "".join(map(chr, range(0x21)))
 
 
@@ -191,17 +191,19 @@ class Cleaned:
     dropped: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> None:
-        text = re.sub(r"[^A-Za-z0-9_.:-]", "?", what)[:note_chars_max]
-        if len(self.dropped) < noted_max and text not in self.dropped:
-            self.dropped.append(text)
+        if len(self.dropped) < noted_max:
+            text = re.sub(r"[^A-Za-z0-9_.:-]", "?", what[:note_chars_max])
+            if text not in self.dropped:
+                self.dropped.append(text)
 
 
 def clean(dialect: Dialect, document: dict[str, Any]) -> Cleaned:
     """Give a call that names only what may go out; raise BadCall where it would have something fetched."""
     allowed = FIELDS[dialect]
     cleaned = Cleaned({key: value for key, value in document.items() if key in allowed})
-    for key in sorted(document.keys() - allowed):
-        cleaned.note(key)
+    for key in document:
+        if key not in allowed:
+            cleaned.note(key)
     metadata = cleaned.document.pop("metadata", None)
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         cleaned.document["metadata"] = {"user_id": metadata["user_id"]}  # of the Anthropic dialect alone
@@ -267,8 +269,9 @@ def _is_namespace(tool: object) -> bool:
 def _gemini_tool(tool: object, cleaned: Cleaned) -> object:
     if not isinstance(tool, dict):
         raise BadCall("body_malformed", "a tool is no object")
-    for name in sorted(tool.keys() - _GEMINI_TOOLS):
-        cleaned.note(f"tool:{name}")
+    for name in tool:
+        if name not in _GEMINI_TOOLS:
+            cleaned.note(f"tool:{name}")
     return {name: value for name, value in tool.items() if name in _GEMINI_TOOLS} or None
 
 
