@@ -29,7 +29,7 @@ status_detail_bytes_max: Final = 1024
 informational_max: Final = 8
 """Answers of the 100s before the real one."""
 
-_LENGTHS: Final = re.compile(rb"^content-length[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_LENGTHS: Final = re.compile(rb"^content-length[ \t]*:[ \t]*([^\n]*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
 _NO_CONTENT: Final = (204, 304)
 
 
@@ -191,9 +191,9 @@ class Passing:
         """Refuse what two programs could read as one answer or as two (RFC 9112 section 6.3)."""
         head = bytes(self._head_seen).replace(b"\r\n", b"\n").partition(b"\n\n")[0]
         self._head_seen.clear()
-        values = [value for name, value in headers if name == b"content-length"]
+        values: list[bytes] = _LENGTHS.findall(head)  # as written: h11 merges lengths that are the same
         coded = any(name == b"transfer-encoding" for name, _ in headers)
-        if len(values) > 1 or len(_LENGTHS.findall(head)) > 1 or any(not value.isdigit() for value in values):
+        if len(values) > 1 or any(not value.isdigit() for value in values):
             raise UpstreamError("cannot read answer: the gateway told more than one length")
         if coded and (values or response.http_version != b"1.1"):
             raise UpstreamError("cannot read answer: the gateway told a length and a transfer coding")
