@@ -168,8 +168,12 @@ def _set_aside(request: EgressRequest, budget: BudgetView) -> int | Refuse:
         return Refuse(
             429, Reason.BUDGET_EXHAUSTED, f"the call asks for {least} tokens and {tokens_left} are left of the budget"
         )
-    output = request.max_tokens if request.max_tokens is not None else tokens_reserved_default * request.choices
-    return min(output + request.input_tokens, tokens_left)
+    return min(output_reserved(request.max_tokens, request.choices) + request.input_tokens, tokens_left)
+
+
+def output_reserved(max_tokens: int | None, choices: int) -> int:
+    """Give what is set aside for the output of a call, and counts where nobody says what it was."""
+    return max_tokens if max_tokens is not None else tokens_reserved_default * choices
 
 
 def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, upstream: Upstream) -> Verdict:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
-from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream
+from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
 from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
@@ -233,7 +233,9 @@ class Connection:
         )
         reported: list[Usage | None] = [None]
 
-        def on_headers(_status: int, returned: Headers) -> None:
+        def on_headers(status: int, returned: Headers) -> None:
+            if status < 400:  # noqa: PLR2004 - an error used nothing, if it does not say otherwise
+                meter.output_at_least = output_reserved(call.max_tokens, call.choices)
             reported[0] = adapter.usage_from([(n.decode("latin-1"), v.decode("latin-1")) for n, v in returned])
 
         passing = Passing(

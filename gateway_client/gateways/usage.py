@@ -79,6 +79,8 @@ class UsageMeter:
         self._output: int | None = None
         self._cost: float | None = None
         self._cost_estimated = False
+        self.output_at_least = 0
+        """What an answer counts as that says nothing of what it used: a model may think long and write little."""
         self.ended = False
         """Whether a stream said that it is complete: what follows, if anything, uses nothing more."""
 
@@ -104,7 +106,7 @@ class UsageMeter:
         taken = self._output
         if taken is None:
             text = self._text_bytes + self._unread_bytes
-            taken = -(-text // BYTES_PER_TOKEN) if self._dialect in _OUTPUTS_TEXT else 0
+            taken = max(-(-text // BYTES_PER_TOKEN), self.output_at_least) if self._dialect in _OUTPUTS_TEXT else 0
         estimated = self._input is None or self._output is None
         cost, cost_estimated = (self._cost, self._cost_estimated) if cost_usd is None else (cost_usd, cost_estimated)
         if cost is None and self._prices is not None and (price := self._prices.find(self._model)) is not None:

@@ -168,6 +168,17 @@ async def test_usage_of_an_answer_that_was_cut_is_unknown_and_of_a_whole_one_is_
         assert (used.input_tokens, used.output_tokens, used.estimated) == (11, 7, False)
 
 
+async def test_a_whole_answer_that_says_nothing_of_its_usage_counts_as_what_was_set_aside() -> None:
+    stream = b'data: {"choices":[{"delta":{"content":"hello"}}]}\n\ndata: [DONE]\n\n'
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + stream
+    async with running(Upstream(answer=answer)) as plane:
+        plane.grant("llm:m")
+        assert b"[DONE]" in await plane.exchange(chat(stream=True, max_tokens=500, n=2))
+        used = (await until(lambda: plane.outcomes))[0].usage
+        assert used is not None
+        assert (used.output_tokens, used.estimated) == (1000, True)
+
+
 async def test_a_gateway_that_breaks_off_leaves_the_usage_unknown() -> None:
     broken = b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"choices":[]'
     async with running(Upstream(answer=broken)) as plane:

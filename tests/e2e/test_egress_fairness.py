@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -106,16 +105,16 @@ async def test_a_flood_of_one_agent_is_not_felt_by_another(kind: str, count: int
 
 
 async def under_attack(plane: Plane, port: int, kind: str, count: int) -> list[float]:
-    attacker = subprocess.Popen(
-        [sys.executable, "-c", ATTACKER, str(port), kind, str(count), "3"], stdout=subprocess.PIPE
+    attacker = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ATTACKER, str(port), kind, str(count), "3", stdout=subprocess.PIPE
     )
     try:
         assert attacker.stdout is not None
-        await asyncio.to_thread(attacker.stdout.readline)
+        await attacker.stdout.readline()
         return await latencies(plane, 1.5)
     finally:
         attacker.kill()
-        attacker.wait()
+        await attacker.wait()
 
 
 async def test_crumbs_and_bombs_are_refused_and_ordinary_bodies_are_not() -> None:
@@ -154,8 +153,8 @@ async def test_one_agent_takes_not_all_descriptors_and_a_full_worker_goes_on_whe
         ports = [plane.listen(f"ag_{number}") for number in range(10)]
         await asyncio.sleep(0.1)
         held = [await asyncio.open_connection("127.0.0.1", port) for port in ports for _ in range(5)]
-        full = Path(f"/proc/{plane.worker_process.pid}/fd")
-        await until(lambda: len(os.listdir(full)) >= 54)
+        open_files = Path(f"/proc/{plane.worker_process.pid}/fd")
+        await until(lambda: len(list(open_files.iterdir())) >= 54)
         for _, writer in held:
             writer.close()
 

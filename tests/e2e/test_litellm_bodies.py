@@ -1,4 +1,4 @@
-"""What a body can make a real LiteLLM do: run another model, where it is read as a form. Through the worker it is not."""
+"""A body that is read as a form makes a real LiteLLM run another model. Through the worker none is read so."""
 
 from __future__ import annotations
 

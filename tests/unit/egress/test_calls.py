@@ -84,7 +84,7 @@ def test_a_body_that_is_read_in_another_way_is_refused(header: tuple[bytes, byte
     [
         "api_base", "api_key", "base_url", "user_config", "router_settings_override", "fallbacks", "mock_response",
         "litellm_metadata", "tags", "user", "extra_body", "extra_headers", "custom_llm_provider", "guardrails",
-        "cache", "container", "mcp_servers", "web_search_options", "prompt_id", "models", "provider", "plugins", "route",
+        "cache", "container", "mcp_servers", "web_search_options", "models", "provider", "plugins", "route",
         "cachedContent", "background", "moderation", "workspace_id", "silent_model", "num_retries", "Messages", "x",
     ],
 )  # fmt: skip
