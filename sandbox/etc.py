@@ -8,6 +8,7 @@ from sandbox.plan import AGENT_INSIDE, INIT_INSIDE, SandboxPlan
 FROM_ROOTFS: Final = (
     "alternatives",
     "ca-certificates.conf",
+    "chromium.d",
     "debian_version",
     "fonts",
     "ld.so.cache",

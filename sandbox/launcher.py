@@ -98,6 +98,7 @@ def main() -> int:
     workshop.guard.close()
     with contextlib.suppress(OSError):
         os.unlink(f"{options.run_dir}/launcher.sock")
+    layout.tidy(options.instance)
     os.close(lock)
     return 0
 

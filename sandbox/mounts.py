@@ -502,6 +502,13 @@ def _target(path: str, *, directory: bool) -> int:
         except FileExistsError:
             pass
         except OSError as error:
+            if error.errno == errno.ENOTDIR:
+                raise StepError(
+                    f"bind {path}",
+                    error.errno,
+                    f"/{'/'.join(parts[:index])} is a link or a file inside the sandbox",
+                    "give it another place: fs:ro:/host/path=/in/agent",
+                ) from error
             # EOVERFLOW: here is another bind, whose id map has no place for root. Nothing is made on the host's disk.
             if error.errno not in (errno.EOVERFLOW, errno.EROFS):
                 raise

@@ -544,6 +544,7 @@ class Daemon:
             log.error("the stop is not in the action log", cause=error.message)
         await self._actions.close()
         await self._store.close()
+        self._slots.close()
 
     async def abandon(self) -> None:
         """End what a start that failed had started."""

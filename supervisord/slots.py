@@ -46,6 +46,11 @@ class Slots:
     def release(self, slot: int) -> None:
         (self._directory / str(slot)).unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Take the instance's own mark away where nothing is claimed by it any more."""
+        if self._owner.exists() and self._owner.stat().st_nlink == 1:
+            self._owner.unlink()
+
     def reconcile(self, live: Iterable[int]) -> None:
         """Give back what this instance claimed and no longer has."""
         kept = {str(slot) for slot in live}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stockade.client import Stockade
 
-from tests.support.census import GONE, cgroups_of, launcher_pid, of_agent, settled, started, text
+from tests.support.census import CGROUPS, GONE, cgroups_of, launcher_pid, of_agent, settled, started, text
 from tests.support.instance import Instance
 from tests.support.site import Site
 
@@ -233,6 +233,7 @@ def test_what_served_agents_ends_when_daemon_and_agents_are_gone(stockade: Insta
     stockade.wait(lambda: not of_agent(agent) and started(worker) == GONE and launcher_pid(stockade) == 0, 20)
     assert started(worker) == GONE
     assert launcher_pid(stockade) == 0
+    assert list(CGROUPS.glob(f"*/stockade-{stockade.name}")) == []
 
 
 def test_a_launcher_that_dies_leaves_agents_confined_and_killable(stockade: Instance, site: Site) -> None:

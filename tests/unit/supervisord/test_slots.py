@@ -52,3 +52,14 @@ def test_giving_back_twice_is_no_error(tmp_path: Path) -> None:
     slots.release(slot)
     slots.release(slot)
     assert slots.claim() == 1
+
+
+def test_an_instance_that_ends_leaves_its_mark_only_with_its_claims(tmp_path: Path) -> None:
+    slots = Slots(tmp_path, instance="one", count=2)
+    slot = slots.claim()
+    slots.close()
+    assert {path.name for path in tmp_path.iterdir()} == {".one", "0"}
+    slots.release(slot)
+    slots.close()
+    slots.close()
+    assert list(tmp_path.iterdir()) == []
