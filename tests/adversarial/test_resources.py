@@ -286,7 +286,11 @@ STOPPED_BY = {
     "timers": {"EAGAIN", "killed"},
     "queued signals": {"EAGAIN", "killed"},
     "message queues": {"ENOSPC", "ENOMEM", "killed"},
-    "POSIX message queues": {"EMFILE", "ENOSPC"},
+    "POSIX message queues": {
+        "EMFILE",
+        "ENOSPC",
+        "EACCES",
+    },  # Landlock lets none be opened: their file system has no path
     "semaphores": {"ENOSPC", "ENOMEM", "killed"},
     "inotify instances": {""},  # glibc gives -1: counted below
     "inotify watches": {"ENOSPC", "EDQUOT", "killed"},
