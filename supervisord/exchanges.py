@@ -304,6 +304,8 @@ class Exchanges:
         if request.model:
             details["model"] = request.model
             details["stream"] = request.stream
+        if request.dropped:
+            details["dropped"] = list(request.dropped)
         if isinstance(verdict, messages.Allow):
             details["grant_id"] = verdict.grant_id
             details["scope"] = verdict.scope

@@ -16,6 +16,8 @@ TYPE_PREFIX: Final = "https://stockade.dev/problems/"
 
 _TITLES: Final = {
     400: "Malformed request",
+    413: "Too large",
+    415: "Not JSON",
     403: "Not granted",
     429: "Budget used up",
     502: "The gateway could not be reached",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
 
 tokens_reserved_default: Final = 4096
-"""What a call that names no max_tokens reserves of a token budget until its usage is known."""
+"""What a call that names no limit reserves of a token budget for each answer until its usage is known."""
 
 SELF_PREFIX: Final = "/.stockade/v1/"
 
@@ -146,7 +146,12 @@ def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Ver
         return grant
     if request.dialect in (Dialect.MODELS, Dialect.ANTHROPIC_COUNT_TOKENS):  # these use no model, so cost nothing
         return _allow(grant, Upstream.API)
-    budget = view.budget
+    reserved = _set_aside(request, view.budget)
+    return reserved if isinstance(reserved, Refuse) else _allow(grant, Upstream.API, reserve_tokens=reserved)
+
+
+def _set_aside(request: EgressRequest, budget: BudgetView) -> int | Refuse:
+    """Give how many tokens a call takes off the budget until it is known what it used."""
     for left, what in (
         (budget.llm_tokens_left, "tokens"),
         (budget.cost_usd_left, "cost"),
@@ -155,12 +160,20 @@ def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Ver
         if left is not None and left <= 0:
             return Refuse(429, Reason.BUDGET_EXHAUSTED, f"the agent's budget of {what} is used up")
     tokens_left = budget.llm_tokens_left
-    wanted = request.max_tokens if request.max_tokens is not None else tokens_reserved_default
-    if tokens_left is not None and request.max_tokens is not None and request.max_tokens > tokens_left:
+    if tokens_left is None:
+        return 0
+    # The input is estimated high for what is set aside; what must be there before is what it takes at the least.
+    least = (request.max_tokens or 0) + request.input_tokens // 2
+    if least > tokens_left:
         return Refuse(
-            429, Reason.BUDGET_EXHAUSTED, f"the call asks for {wanted} tokens and {tokens_left} are left of the budget"
+            429, Reason.BUDGET_EXHAUSTED, f"the call asks for {least} tokens and {tokens_left} are left of the budget"
         )
-    return _allow(grant, Upstream.API, reserve_tokens=0 if tokens_left is None else min(wanted, tokens_left))
+    return min(output_reserved(request.max_tokens, request.choices) + request.input_tokens, tokens_left)
+
+
+def output_reserved(max_tokens: int | None, choices: int) -> int:
+    """Give what is set aside for the output of a call, and counts where nobody says what it was."""
+    return max_tokens if max_tokens is not None else tokens_reserved_default * choices
 
 
 def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, upstream: Upstream) -> Verdict:

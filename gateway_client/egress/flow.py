@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
 from gateway_client.egress.answers import problem, response
-from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream
+from gateway_client.egress.bodyjson import Scales
+from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
 from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
-from gateway_client.egress.modelapi import BadCall, Call, Endpoint, endpoint, read_call
+from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
 from gateway_client.egress.passing import Passing, UpstreamError, open_through_proxy, read_status
 from gateway_client.egress.request import EgressRequest, Form
+from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.tunnel import client_hello, relay
 from gateway_client.egress.upstream import GatewayAdapter, Identity, forward_head, model_head
@@ -45,9 +47,12 @@ class Agent:
     """Whom a listener serves."""
 
     identity: Identity
+    share: Share
     frozen: bool = False
     buffered: Buffered = field(default_factory=Buffered)
     connections: set[Connection] = field(default_factory=set)
+    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One body of an agent is taken apart at a time: parsed it is many times its size."""
 
 
 class Desk(Protocol):
@@ -85,14 +90,14 @@ class Connection:
         self.upstream: Stream | None = None
         self._desk = desk
         self._limits = desk.configuration.limits
-        self._intake = Intake(stream, self._limits, agent.buffered)
+        self._intake = Intake(stream, self._limits, agent.buffered, agent.share)
         self._inside: Authority | None = None
         self._nested = 0
         self._task: asyncio.Task[None] | None = None
         self._was_cut = False
 
     def start(self) -> asyncio.Task[None]:
-        self._task = asyncio.get_running_loop().create_task(self.run())
+        self._task = asyncio.get_running_loop().create_task(metered(self.run(), self.agent.share))
         self.stream.on_lost = self._cancel
         return self._task
 
@@ -181,11 +186,7 @@ class Connection:
         where = endpoint(head.method, head.path)
         call = Call(model=where.model if where else "", stream=False, max_tokens=None, body=b"")
         if where is not None and head.method == "POST":
-            body = await self._intake.whole_body(head, self._limits.model_body_bytes_max)
-            try:
-                call = read_call(where, body)
-            except BadCall as error:
-                raise WireError(Reject(400, error.reason, str(error))) from error
+            call = await self._read_call(head, where)
         elif where is not None and head.has_body:
             raise WireError(Reject(400, "body_refused", f"{head.method} has no body here"))
         request = _request(
@@ -194,6 +195,9 @@ class Connection:
             model=call.model,
             stream=call.stream,
             max_tokens=call.max_tokens,
+            choices=call.choices,
+            input_tokens=call.input_tokens,
+            dropped=call.dropped,
             content_length=len(call.body) if where else head.content_length,
         )
         async with self._asked(request) as verdict:
@@ -201,6 +205,22 @@ class Connection:
                 raise _Answered(_not_possible())
             upstream = await self._connect(request)
             return await self._pass_model(head, where, call, upstream)
+
+    async def _read_call(self, head: Head, where: Endpoint) -> Call:
+        try:
+            check_type(head.headers)
+            body = await self._intake.whole_body(head, self._limits.model_body_bytes_max, scales=Scales())
+            async with self.agent.parsing:
+                steps = reading(where, body)
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        call: Call = end.value
+                        return call
+                    await asyncio.sleep(0)
+        except BadCall as error:
+            raise WireError(Reject(error.status, error.reason, str(error))) from error
 
     async def _pass_model(self, head: Head, where: Endpoint, call: Call, upstream: Stream) -> bool:
         desk, exchange = self._desk, self._open_exchange
@@ -213,7 +233,9 @@ class Connection:
         )
         reported: list[Usage | None] = [None]
 
-        def on_headers(_status: int, returned: Headers) -> None:
+        def on_headers(status: int, returned: Headers) -> None:
+            if status < 400:  # noqa: PLR2004 - an error used nothing, if it does not say otherwise
+                meter.output_at_least = output_reserved(call.max_tokens, call.choices)
             reported[0] = adapter.usage_from([(n.decode("latin-1"), v.decode("latin-1")) for n, v in returned])
 
         passing = Passing(
@@ -221,6 +243,7 @@ class Connection:
             upstream,
             exchange,
             self._limits,
+            self.agent.share,
             method=head.method,
             http11=head.http11,
             keep_alive=_keeps(head),
@@ -232,9 +255,11 @@ class Connection:
             return await self._pass(passing, target, headers, call.body)
         finally:
             said = reported[0]
-            exchange.usage = meter.result(
-                cost_usd=said.cost_usd if said else None, cost_estimated=said.estimated if said else False
-            )
+            # Of an answer that was cut nobody knows what it used: the budget keeps all that was set aside for it.
+            if passing.whole or meter.ended:
+                exchange.usage = meter.result(
+                    cost_usd=said.cost_usd if said else None, cost_estimated=said.estimated if said else False
+                )
 
     async def _serve_forward(self, head: Head) -> bool:
         body = await self._intake.checked_body(head)
@@ -253,6 +278,7 @@ class Connection:
                 upstream,
                 self._open_exchange,
                 self._limits,
+                self.agent.share,
                 method=head.method,
                 http11=head.http11,
                 keep_alive=_keeps(head),

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from gateway_client.egress.bodyjson import BadCall, Scales
 from gateway_client.egress.decide import Reason
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.wire import End, Head, Reject, RequestReader, WireError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from gateway_client.egress.messages import Limits
+    from gateway_client.egress.share import Share
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
 
@@ -35,8 +37,9 @@ class Buffered:
 class Intake:
     """The reading half of one connection."""
 
-    def __init__(self, stream: Stream, limits: Limits, buffered: Buffered) -> None:
+    def __init__(self, stream: Stream, limits: Limits, buffered: Buffered, share: Share) -> None:
         self._stream = stream
+        self._share = share
         self._limits = limits
         self._buffered = buffered
         self._held = 0
@@ -84,10 +87,12 @@ class Intake:
             pieces += 1
             if pieces > head_pieces_max:  # a byte at a time on many connections would cost the other agents theirs
                 await self._stream.rest(head_piece_rest_seconds)
+            await self._share.breathe()
 
     async def body(self) -> AsyncIterator[bytes]:
         """Give the body piece by piece."""
         while True:
+            await self._share.breathe()  # while bytes are there nothing below has to wait
             piece = self._reader.next_body()
             if piece is End.OF_BODY:
                 return
@@ -99,8 +104,8 @@ class Intake:
                 raise Reset
             self._reader.feed(data)
 
-    async def whole_body(self, head: Head, bytes_max: int) -> bytes:
-        """Give all of a body; what one agent holds this way at a time is bounded too."""
+    async def whole_body(self, head: Head, bytes_max: int, *, scales: Scales | None = None) -> bytes:
+        """Give all of a body, weighed as it comes; what one agent holds this way at a time is bounded too."""
         too_large = WireError(Reject(413, "body_too_large", f"the body is over {bytes_max} bytes"))
         if head.content_length is not None and head.content_length > bytes_max:
             raise too_large
@@ -112,12 +117,16 @@ class Intake:
                 body += piece
                 if len(body) > bytes_max:
                     raise too_large
+                if scales is not None:
+                    scales.feed(piece)
                 self._held += len(piece)
                 self._buffered.count += len(piece)
                 if self._buffered.count > self._limits.buffered_bytes_per_agent_max:
                     raise WireError(Reject(503, Reason.LIMIT, "the agent has too much in flight"))
         except TimeoutError as error:
             raise WireError(Reject(408, "body_too_slow", "the body did not come in time")) from error
+        except BadCall as error:
+            raise WireError(Reject(error.status, error.reason, str(error))) from error
         return bytes(body)
 
     async def checked_body(self, head: Head) -> bytes | AsyncIterator[bytes]:

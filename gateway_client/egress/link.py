@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import logging
 import os
 import socket
 from collections import deque
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 descriptors_per_frame_max: Final = 4
 queued_frames_max: Final = 65536
 frames_per_turn_max: Final = 64
+
+_log: Final = logging.getLogger(__name__)
 
 _INT_BYTES: Final = array.array("i").itemsize
 
@@ -91,7 +94,10 @@ class Link:
                 self.close()
                 return
             fds = _descriptors(ancillary)
-            if not frame or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & socket.MSG_CTRUNC and frame:
+                # No descriptor is free here: the frame holds, and whoever misses its descriptor says so for that one.
+                _log.error("a descriptor could not be received: too many are open")
+            if not frame or flags & socket.MSG_TRUNC:
                 for fd in fds:
                     os.close(fd)
                 self.close()

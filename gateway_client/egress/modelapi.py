@@ -1,20 +1,37 @@
 """The model endpoints an `llm:` scope reaches, and what of a call to them may go to the gateway. Pure.
 
 A gateway believes more than it should: headers and body fields that choose another upstream, key, tag or user would let
-an agent act in another's name. So headers and query pass by an allow-list, and body fields that route or identify are
-dropped.
+an agent act in another's name. So headers, query and body fields (`callfields.py`) pass by an allow-list, and the
+content type is written, not copied: to a gateway that reads forms, the same bytes are another call.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
+from gateway_client.egress.bodyjson import BadCall, read_object, write_object
+from gateway_client.egress.callfields import clean
 from gateway_client.egress.request import MODEL_NAME, Dialect
+from gateway_client.egress.weight import choices_of, input_tokens_of, output_tokens_of
 
-max_tokens_max: Final = 100_000_000
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from gateway_client.egress.wire import Headers
+
+__all__ = [
+    "BadCall",
+    "Call",
+    "Endpoint",
+    "check_type",
+    "clean_query",
+    "endpoint",
+    "may_send_header",
+    "read_call",
+    "reading",
+]
 
 _POST: Final = {
     "/chat/completions": Dialect.OPENAI_CHAT,
@@ -35,7 +52,6 @@ _HEADERS: Final = frozenset(
         b"anthropic-beta",
         b"anthropic-dangerous-direct-browser-access",
         b"anthropic-version",
-        b"content-type",
         b"idempotency-key",
         b"openai-beta",
         b"user-agent",
@@ -45,77 +61,9 @@ _HEADERS: Final = frozenset(
 )
 _HEADER_PREFIXES: Final = (b"x-stainless-",)
 _QUERY: Final = frozenset({"beta", "alt", "limit", "after_id", "before_id", "after", "order"})
-
-_FIELDS: Final = frozenset(
-    {
-        "api_base",
-        "api_key",
-        "api_type",
-        "api_version",
-        "base_url",
-        "cache",
-        "context_window_fallback_dict",
-        "context_window_fallbacks",
-        "content_policy_fallbacks",
-        "custom_llm_provider",
-        "default_headers",
-        "deployment_id",
-        "extra_body",
-        "extra_headers",
-        "extra_query",
-        "fallbacks",
-        "guardrail_config",
-        "guardrails",
-        "headers",
-        "hf_model_name",
-        "mock_response",
-        "mock_timeout",
-        "mock_tool_calls",
-        "model_id",
-        "model_info",
-        "model_list",
-        "no-log",
-        "num_retries",
-        "organization",
-        "policies",
-        "project_id",
-        "proxy_server_request",
-        "region_name",
-        "router_settings",
-        "secret_fields",
-        "session_id",
-        "ssl_verify",
-        "tags",
-        "team",
-        "team_id",
-        "ttl",
-        "use_in_pass_through",
-        "user",
-        "user_config",
-        "user_id",
-        "wandb_api_key",
-    }
-)
-_FIELD_PREFIXES: Final = (
-    "litellm",
-    "aws_",
-    "azure_",
-    "vertex_",
-    "mock_",
-    "user_api_key",
-    "langfuse",
-    "langsmith",
-    "input_cost",
-    "output_cost",
-)
-
-
-class BadCall(ValueError):  # noqa: N818 - named for what it says
-    """A body that is no call of its dialect; `reason` is a stable code."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+_ALT: Final = frozenset({"alt=sse", "alt=json"})
+"""Forms of an answer that are metered; `alt=proto` and `alt=media` are not."""
+_JSON: Final = re.compile(rb"application/json[ \t]*(?:;[ \t]*charset=\"?utf-?8\"?[ \t]*)?;?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +83,14 @@ class Call:
     model: str
     stream: bool
     max_tokens: int | None
+    """What it may put out at most, over all its choices; None where it does not say."""
     body: bytes
+    choices: int = 1
+    """How many answers it asks for."""
+    input_tokens: int = 0
+    """An upper estimate of what it puts in."""
+    dropped: tuple[str, ...] = ()
+    """Fields and tools that were taken out."""
 
 
 def endpoint(method: str, path: str) -> Endpoint | None:
@@ -156,9 +111,30 @@ def endpoint(method: str, path: str) -> Endpoint | None:
     return None
 
 
+def check_type(headers: Headers) -> None:
+    """Raise BadCall for a body that says it is no JSON, or that is compressed: gateways would read it otherwise."""
+    for name, value in headers:
+        if name == b"content-type" and value and not _JSON.fullmatch(value):
+            raise BadCall("content_type_refused", "the body of a model call is application/json in UTF-8", status=415)
+        if name == b"content-encoding" and value.lower() != b"identity":
+            raise BadCall("content_encoding_refused", "the body of a model call is not compressed", status=415)
+
+
 def read_call(where: Endpoint, body: bytes) -> Call:
     """Read a whole body: which model, streaming or not, how many tokens at most; raise BadCall with what is wrong."""
-    document = _document(body)
+    steps = reading(where, body)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            call: Call = end.value
+            return call
+
+
+def reading(where: Endpoint, body: bytes) -> Generator[None, None, Call]:
+    """Do what `read_call` does in steps, between which others can be served; `body` was weighed (`Scales`)."""
+    document = read_object(body)
+    yield
     model = where.model or document.get("model")
     if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
         raise BadCall("model_malformed", "the body names no model, or one with characters a model name may not have")
@@ -167,49 +143,21 @@ def read_call(where: Endpoint, body: bytes) -> Call:
         stream = False
     if not isinstance(stream, bool):
         raise BadCall("body_malformed", "stream is neither true nor false")
-    cleaned = {key: value for key, value in document.items() if _may_pass(key)}
-    metadata = cleaned.pop("metadata", None)
-    if where.dialect is Dialect.ANTHROPIC_MESSAGES and isinstance(metadata, dict) and "user_id" in metadata:
-        cleaned["metadata"] = {"user_id": metadata["user_id"]}
-    return Call(model=model, stream=stream, max_tokens=_max_tokens(document), body=_bytes_of(cleaned))
-
-
-def _document(body: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadCall("body_malformed", "the body is no JSON") from error
-    if not isinstance(document, dict):
-        raise BadCall("body_malformed", "the body is no JSON object")
-    return document
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _may_pass(key: str) -> bool:
-    plain = key.lower()
-    return plain not in _FIELDS and not plain.startswith(_FIELD_PREFIXES)
-
-
-def _max_tokens(document: dict[str, Any]) -> int | None:
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        value = document.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= max_tokens_max:
-            return value
-        if value is not None:
-            raise BadCall("body_malformed", f"{name} is no number of tokens")
-    return None
-
-
-def _bytes_of(document: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate: only its escape can carry it
-        return json.dumps(document, separators=(",", ":")).encode("ascii")
-    except RecursionError as error:
-        raise BadCall("body_malformed", "the body is nested too deeply") from error
+    cleaned = clean(where.dialect, document)
+    yield
+    choices = choices_of(where.dialect, cleaned.document)
+    most = output_tokens_of(where.dialect, cleaned.document)
+    given = input_tokens_of(cleaned.document, len(body))
+    yield
+    return Call(
+        model=model,
+        stream=stream,
+        max_tokens=None if most is None else most * choices,
+        body=write_object(cleaned.document),
+        choices=choices,
+        input_tokens=given,
+        dropped=tuple(cleaned.dropped),
+    )
 
 
 def may_send_header(name: bytes) -> bool:
@@ -219,4 +167,8 @@ def may_send_header(name: bytes) -> bool:
 
 def clean_query(query: str) -> str:
     """Keep the parameters model endpoints know: others carry keys (`?key=`) or routing."""
-    return "&".join(part for part in query.split("&") if part.partition("=")[0] in _QUERY)
+    return "&".join(
+        part
+        for part in query.split("&")
+        if part.partition("=")[0] in _QUERY and (not part.startswith("alt") or part in _ALT)
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from typing import TYPE_CHECKING, Final
 
 import h11
 
 from gateway_client.egress.answers import phrase
+from gateway_client.egress.share import metered
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.upstream import HeaderList, Redactor, returned_headers
 from gateway_client.egress.wire import h11_feed_bytes_max
@@ -18,11 +20,17 @@ if TYPE_CHECKING:
 
     from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.messages import Limits
+    from gateway_client.egress.share import Share
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.wire import Headers
 
 response_head_bytes_max: Final = 64 * 1024
 status_detail_bytes_max: Final = 1024
+informational_max: Final = 8
+"""Answers of the 100s before the real one."""
+
+_LENGTHS: Final = re.compile(rb"^content-length[ \t]*:[ \t]*([^\n]*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_NO_CONTENT: Final = (204, 304)
 
 
 class UpstreamError(Exception):
@@ -38,6 +46,7 @@ class Passing:
         upstream: Stream,
         exchange: Exchange,
         limits: Limits,
+        share: Share,
         *,
         method: str,
         http11: bool,
@@ -50,6 +59,7 @@ class Passing:
         self._upstream = upstream
         self._exchange = exchange
         self._limits = limits
+        self._share = share
         self._method = method
         self._http11 = http11
         self._keep_alive = keep_alive
@@ -60,6 +70,12 @@ class Passing:
         self._up_hash = hashlib.sha256()
         self._down_hash = hashlib.sha256()
         self._chunked_down = False
+        self._length_down: int | None = None
+        """Bytes of the body still to come, where the agent was told a length."""
+        self._head_seen = bytearray()
+        self._informational = 0
+        self.whole = False
+        """Whether the answer came to its end."""
         self.started = False
         """Whether the agent has got bytes of an answer."""
 
@@ -71,7 +87,7 @@ class Passing:
             self._send_body(body)
             self._up(self._client.send(h11.EndOfMessage()))
             return await self._answer(pump=None)
-        pump = asyncio.get_running_loop().create_task(self._pump(body))
+        pump = asyncio.get_running_loop().create_task(metered(self._pump(body), self._share))
         try:
             return await self._answer(pump=pump)
         finally:
@@ -104,6 +120,7 @@ class Passing:
                     await self._data(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     await self._end()
+                    self.whole = True
                     whole = pump is None or (pump.done() and not pump.cancelled() and pump.exception() is None)
                     return self._keep_alive and whole
         except h11.RemoteProtocolError as error:
@@ -114,7 +131,13 @@ class Passing:
 
     async def _next_event(self, pump: asyncio.Task[None] | None) -> h11.Event:
         while True:
+            await self._share.breathe()  # while bytes are there nothing below has to wait
             event = self._client.next_event()
+            if isinstance(event, h11.InformationalResponse):
+                self._informational += 1
+                self._head_seen.clear()
+                if self._informational > informational_max:
+                    raise UpstreamError("cannot read answer: the gateway sent one interim answer after another")
             if isinstance(event, h11.Event) and not isinstance(event, h11.InformationalResponse):
                 if isinstance(event, h11.ConnectionClosed):
                     raise UpstreamError("cannot read answer: the gateway closed the connection")
@@ -133,18 +156,25 @@ class Passing:
             raise UpstreamError("cannot read answer: the gateway reset the connection") from error
         except TimeoutError as error:
             raise UpstreamError("cannot read answer: the gateway sent nothing for too long") from error
+        if not self.started:
+            self._head_seen += data[:h11_feed_bytes_max]
         self._client.receive_data(data[:h11_feed_bytes_max])
         self._upstream.unread(data[h11_feed_bytes_max:])
 
     async def _head(self, response: h11.Response) -> None:
         headers: Headers = tuple((bytes(name), bytes(value)) for name, value in response.headers)
+        self._refuse_ambiguous(response, headers)
         self._exchange.status = response.status_code
         if self._on_headers is not None:
             self._on_headers(response.status_code, headers)
         self._redactor = Redactor(self._credential)
         passed = returned_headers(headers, credential=self._credential, keep_cookies=not self._on_headers)
-        bodyless = self._method == "HEAD" or response.status_code in (204, 304)
-        sized = any(name == b"content-length" for name, _ in passed)
+        bodyless = self._method == "HEAD" or response.status_code in _NO_CONTENT
+        if response.status_code in _NO_CONTENT:  # a length there is read by some clients, and no body follows
+            passed = [(name, value) for name, value in passed if name != b"content-length"]
+        lengths = [int(value) for name, value in passed if name == b"content-length"]
+        sized = bool(lengths)
+        self._length_down = 0 if bodyless else lengths[0] if sized else None
         if not bodyless and not sized:
             if self._http11:
                 self._chunked_down = True
@@ -157,6 +187,19 @@ class Passing:
         head = line + b"".join(b"%s: %s\r\n" % pair for pair in passed) + b"\r\n"
         await self._down(head)
 
+    def _refuse_ambiguous(self, response: h11.Response, headers: Headers) -> None:
+        """Refuse what two programs could read as one answer or as two (RFC 9112 section 6.3)."""
+        head = bytes(self._head_seen).replace(b"\r\n", b"\n").partition(b"\n\n")[0]
+        self._head_seen.clear()
+        values: list[bytes] = _LENGTHS.findall(head)  # as written: h11 merges lengths that are the same
+        coded = any(name == b"transfer-encoding" for name, _ in headers)
+        if len(values) > 1 or any(not value.isdigit() for value in values):
+            raise UpstreamError("cannot read answer: the gateway told more than one length")
+        if coded and (values or response.http_version != b"1.1"):
+            raise UpstreamError("cannot read answer: the gateway told a length and a transfer coding")
+        if response.http_version not in (b"1.0", b"1.1"):
+            raise UpstreamError("cannot read answer: the gateway spoke another version of HTTP")
+
     async def _data(self, data: bytes) -> None:
         if self._on_body is not None:
             self._on_body(data)
@@ -165,10 +208,16 @@ class Passing:
     async def _clean(self, data: bytes) -> None:
         if data:
             self._down_hash.update(data)
+            if self._length_down is not None:
+                self._length_down -= len(data)
+                if self._length_down < 0:
+                    raise UpstreamError("cannot pass answer: it is longer than it said")
             await self._down(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked_down else data)
 
     async def _end(self) -> None:
         await self._clean(self._redactor.end())
+        if self._length_down:
+            raise UpstreamError("cannot pass answer: it is shorter than it said")
         if self._chunked_down:
             await self._down(b"0\r\n\r\n")
 

@@ -61,6 +61,12 @@ class EgressRequest:
     model: str = ""
     stream: bool = False
     max_tokens: int | None = None
+    """What a model call may put out at most, over all its choices; None where it does not say."""
+    choices: int = 1
+    input_tokens: int = 0
+    """An upper estimate of what it puts in."""
+    dropped: tuple[str, ...] = ()
+    """Fields and tools that were taken out of its body, for the log."""
     body: str = ""
     """Only with form SELF."""
 

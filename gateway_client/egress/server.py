@@ -28,6 +28,8 @@ from gateway_client.gateways.adapters import ADAPTERS
 
 DAEMON_FD: Final = 3
 DIALER_FD: Final = 4
+open_files_max: Final = 262_144
+"""Where the hard limit allows it: two descriptors for each of 256 connections of 500 agents."""
 CA_FILES: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 
@@ -42,14 +44,16 @@ def tls_context() -> ssl.SSLContext:
 
 
 async def serve(user: str) -> None:
+    confinement = Confinement(user=user, system_calls=STEADY, own_network=True, open_files_max=open_files_max)
     worker = Worker(
         socket.socket(fileno=DAEMON_FD),
         socket.socket(fileno=DIALER_FD),
         tls=tls_context(),
         adapters=ADAPTERS,
         prices=prices.load(),
+        descriptors_max=confinement.open_files_max,
     )
-    posture = confine(Confinement(user=user, system_calls=STEADY, own_network=True))
+    posture = confine(confinement)
     worker.ready(posture)
     await worker.over.wait()
 

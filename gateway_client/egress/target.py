@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +21,8 @@ OWN_PORTS: Final = (3128, 80)
 host_chars_max: Final = 253
 label_chars_max: Final = 63
 path_bytes_max: Final = 8192
+escapes_nested_max: Final = 4
+"""How often a path may be escaped over again: a server that decodes once too often is known, four times is nobody."""
 
 _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?")
 # WHATWG URL, "ends in a number": such a name is an address to some resolvers (0x7f.1, 2130706433, 0177.0.0.1).
@@ -29,6 +32,10 @@ _DOTTED_QUAD: Final = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
 _PATH: Final = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*")
 _QUERY: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?|\[\]{}\"`^-]|%[0-9A-Fa-f]{2})*")
 _PERCENT: Final = re.compile(r"%([0-9A-Fa-f]{2})")
+_ESCAPED: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
+_SEPARATORS: Final = re.compile(r"[/\\]")
+# What a server may strip from a segment, or take for its end, before it looks whether it is a dot segment.
+_AROUND_DOTS: Final = re.compile(r"[\s;?#].*", re.DOTALL)
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -192,14 +199,37 @@ def normalise_path(text: str) -> str:
     if not _PATH.fullmatch(text):
         raise BadTarget("path_malformed", "cannot use path: it has characters a path may not have")
     path = _PERCENT.sub(_decode_unreserved, text)
-    if re.search(r"%(?:2F|5C|00|0A|0D)", path):
-        raise BadTarget("path_encoded_separator", "cannot use path: it hides a slash, backslash, NUL or line end")
-    for segment in path.split("/"):
-        if segment.partition(";")[0] in (".", ".."):
-            raise BadTarget("path_dot_segment", "cannot use path: it has a dot segment")
-        if re.search(r"%25(?:2[EeFf]|5[Cc])", segment):
-            raise BadTarget("path_encoded_separator", "cannot use path: it hides a slash or dot behind two escapes")
+    _refuse_hidden(path)
     return path
+
+
+def _refuse_hidden(path: str) -> None:
+    """Read a path as every server would that decodes it once, twice, ...: no reading may have another structure."""
+    reading = path
+    for _ in range(escapes_nested_max + 1):
+        for segment in reading.split("/"):
+            # NFKC: full-width and one-dot-leader forms of a dot are a dot to a server that folds them.
+            plain = _AROUND_DOTS.sub("", unicodedata.normalize("NFKC", segment).lstrip())
+            if plain in (".", ".."):
+                raise BadTarget("path_dot_segment", "cannot use path: it has a dot segment")
+        following = _decoded_once(reading)
+        if following == reading:
+            return
+        if len(_SEPARATORS.findall(unicodedata.normalize("NFKC", following))) > reading.count("/"):
+            raise BadTarget("path_encoded_separator", "cannot use path: it hides a slash or backslash")
+        reading = following
+    raise BadTarget("path_encoded_separator", "cannot use path: it is escaped over and over")
+
+
+def _decoded_once(path: str) -> str:
+    raw = _ESCAPED.sub(lambda match: bytes([int(match.group(1), 16)]), path.encode("utf-8"))
+    try:
+        text = raw.decode("utf-8")  # strict: C0 AE is a dot to a lenient decoder
+    except UnicodeDecodeError as error:
+        raise BadTarget("path_malformed", "cannot use path: its escapes are no UTF-8") from error
+    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text):
+        raise BadTarget("path_encoded_control", "cannot use path: it hides a control character")
+    return text
 
 
 def _decode_unreserved(match: re.Match[str]) -> str:

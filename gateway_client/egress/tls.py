@@ -10,6 +10,8 @@ from gateway_client.egress.target import BadTarget, address_of, normalise_host
 
 hello_bytes_max: Final = 64 * 1024
 record_bytes_max: Final = 16 * 1024 + 256
+records_max: Final = 64
+"""A hello of 64 KiB is four records; clients that split it to fool middleboxes make two or three."""
 
 _CLIENT_HELLO: Final = 1
 _EXTENSION_SERVER_NAME: Final = 0
@@ -59,25 +61,57 @@ class _Cursor:
 
 def peek(data: bytes) -> Hello | Peek:
     """Look at the first bytes a client sent: the ClientHello if it is whole, else whether more may make one."""
-    message = b""
-    position = 0
-    while position < len(data):
-        header = data[position : position + 5]
-        if not b"\x16\x03".startswith(header[:2]):
+    return Peeker().feed(data)
+
+
+class Peeker:
+    """Reads a ClientHello as its bytes come, every byte once."""
+
+    __slots__ = ("_begun", "_left", "_message", "_records")
+
+    def __init__(self) -> None:
+        self._begun = b""  # of a record's header
+        self._left = 0  # bytes of the record still to come
+        self._records = 0
+        self._message = bytearray()
+
+    def feed(self, data: bytes) -> Hello | Peek:
+        """Take the next bytes; after anything but NEED_MORE this is of no more use."""
+        position = 0
+        while position < len(data):
+            if not self._left:
+                step = 5 - len(self._begun)  # type, version, length
+                self._begun += data[position : position + step]
+                position += step
+                if not b"\x16\x03".startswith(self._begun[:2]):
+                    return Peek.NOT_TLS
+                if len(self._begun) < 5:  # noqa: PLR2004
+                    return Peek.NEED_MORE
+                self._left = int.from_bytes(self._begun[3:5], "big")
+                self._begun = b""
+                self._records += 1
+                if not 0 < self._left <= record_bytes_max or self._records > records_max:
+                    return Peek.NOT_TLS
+                continue
+            piece = data[position : position + self._left]
+            self._message += piece
+            position += len(piece)
+            self._left -= len(piece)
+            found = self._look()
+            if found is not Peek.NEED_MORE:
+                return found
+        return Peek.NEED_MORE
+
+    def _look(self) -> Hello | Peek:
+        message = self._message
+        if message[0] != _CLIENT_HELLO:
             return Peek.NOT_TLS
-        if len(header) < 5:  # noqa: PLR2004 - type, version, length
+        if len(message) < 4:  # noqa: PLR2004 - type, length
             return Peek.NEED_MORE
-        length = int.from_bytes(header[3:5], "big")
-        if not 0 < length <= record_bytes_max:
+        whole = 4 + int.from_bytes(message[1:4], "big")
+        if not 4 < whole <= hello_bytes_max:  # noqa: PLR2004
             return Peek.NOT_TLS
-        message += data[position + 5 : position + 5 + length]
-        position += 5 + length
-        whole = 4 + int.from_bytes(message[1:4], "big") if len(message) >= 4 else 4  # noqa: PLR2004 - type, length
-        if not message.startswith(bytes([_CLIENT_HELLO])) or whole > hello_bytes_max:
-            return Peek.NOT_TLS if message else Peek.NEED_MORE
-        if len(message) >= whole > 4:  # noqa: PLR2004
-            return _parse(message[4:whole])
-    return Peek.NEED_MORE
+        return _parse(bytes(message[4:whole])) if len(message) >= whole else Peek.NEED_MORE
 
 
 def _parse(body: bytes) -> Hello | Peek:

@@ -19,12 +19,13 @@ async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) 
     """Give the first bytes of the tunnel once they are a ClientHello for the host; raise WireError if they are not."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limits.head_seconds_max
-    data = begun
+    data = bytearray(begun)
+    peeker = tls.Peeker()
+    found = peeker.feed(begun)
     while True:
-        found = tls.peek(data)
         if isinstance(found, tls.Hello):
             if tls.fits(found, host):
-                return data
+                return bytes(data)
             raise WireError(Reject(400, "sni_mismatch", "the server name in TLS is not the host of the tunnel"))
         if found is tls.Peek.NOT_TLS:
             raise WireError(Reject(400, "not_tls", "the tunnel did not begin with TLS"))
@@ -32,6 +33,7 @@ async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) 
         if not more:
             raise Reset
         data += more
+        found = peeker.feed(more)
 
 
 async def relay(stream: Stream, upstream: Stream, limits: Limits) -> None:

@@ -80,6 +80,8 @@ def model_head(
     headers += [(name, value) for name, value in head.headers if may_send_header(name) and name not in replaced]
     headers += ours
     headers.append((b"accept-encoding", b"identity"))  # usage is read from the answer, and the credential looked for
+    if head.method == "POST":
+        headers.append((b"content-type", b"application/json"))
     if head.has_body or body:
         headers.append((b"content-length", b"%d" % len(body)))
     headers.append((b"connection", b"close"))

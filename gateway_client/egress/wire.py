@@ -1,6 +1,6 @@
 """An agent's bytes to `Head`, body and end, or to `Reject`. No I/O.
 
-h11 parses; what it lets through and two programs could read in two ways is refused before it: bare CR or LF, NUL,
+h11 parses heads; what it lets through and two programs could read in two ways is refused before it: bare CR or LF, NUL,
 other controls, folded lines, Content-Length twice or beside Transfer-Encoding, chunk extensions, trailers, versions
 other than 1.1 and 1.0, Upgrade, TRACE. h11 looks at its size limit only between calls, so a head is bounded here, and
 h11 gets at most 16 KiB a time.
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from gateway_client.egress.messages import Limits
 
 h11_feed_bytes_max: Final = 16 * 1024
+body_piece_bytes_max: Final = 16 * 1024
 content_length_digits_max: Final = 15
 chunk_size_digits_max: Final = 8
+chunks_free_max: Final = 4096
+chunk_bytes_mean_min: Final = 32
+"""Of a body of more chunks than are free: each costs a parser as much as a kilobyte, and real clients send those."""
 
 SELF_ROOT: Final = "/.stockade/"
 
@@ -150,23 +154,27 @@ def _absolute(text: str, host: str | None, *, inside: Authority | None) -> tuple
 
 
 class ChunkScan:
-    """Follows a chunked body strictly: hex size, CRLF, data, CRLF, no extensions, no trailers."""
+    """Takes a chunked body apart strictly: hex size, CRLF, data, CRLF, no extensions, no trailers, no crumbs."""
 
-    __slots__ = ("_left", "_line", "done")
+    __slots__ = ("_bytes", "_chunks", "_left", "_line", "done")
 
     def __init__(self) -> None:
         self._left = 0  # bytes of data and its CRLF still to come; 0: a size line is next
         self._line = b""
+        self._chunks = 0
+        self._bytes = 0
         self.done = False
 
-    def feed(self, data: bytes) -> int:
-        """Give how many bytes of `data` belong to the body; raise WireError at the first that has no business there."""
+    def feed(self, data: bytes) -> tuple[int, bytes]:
+        """Give how many bytes of `data` belong to the body, and what they carry; raise WireError at the first wrong."""
         position = 0
+        carried = []
         while position < len(data) and not self.done:
             if self._left > 2:  # noqa: PLR2004 - the CRLF after the data
-                step = min(self._left - 2, len(data) - position)
-                position += step
-                self._left -= step
+                piece = data[position : position + self._left - 2]
+                carried.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
             elif self._left:
                 if data[position : position + 1] != (b"\r" if self._left == 2 else b"\n"):  # noqa: PLR2004
                     raise _refuse("chunk_malformed", "a chunk is longer than its size says")
@@ -174,7 +182,7 @@ class ChunkScan:
                 self._left -= 1
             else:
                 position += self._size_line(data, position)
-        return position
+        return position, b"".join(carried)
 
     def _size_line(self, data: bytes, position: int) -> int:
         start = len(self._line)
@@ -198,6 +206,10 @@ class ChunkScan:
             raise _refuse("chunk_malformed", "a chunk size is no plain hexadecimal number")
         self._left = int(digits, 16) + 2
         self._line = b""
+        self._chunks += 1
+        self._bytes += self._left - 2
+        if self._chunks > chunks_free_max and self._bytes < self._chunks * chunk_bytes_mean_min:
+            raise _refuse("chunks_too_small", f"the body comes in chunks of under {chunk_bytes_mean_min} bytes")
         return end + 2 - start
 
     def _check_partial(self, whole: bytes) -> None:
@@ -217,8 +229,8 @@ class RequestReader:
         self._inside = inside
         self._buffer = bytearray()
         self._scanned = 0
-        self._connection: h11.Connection | None = None
-        self._left: int | None = 0
+        self._in_body = False
+        self._left = 0
         self._chunks: ChunkScan | None = None
 
     @property
@@ -281,11 +293,11 @@ class RequestReader:
             (name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in lines[1:])
         )
         length, expects = _framing(method, headers, http11=version == b"HTTP/1.1")
-        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes_max)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes_max)
         try:
             for start in range(0, len(raw), h11_feed_bytes_max):
-                self._connection.receive_data(raw[start : start + h11_feed_bytes_max])
-            event = self._connection.next_event()
+                connection.receive_data(raw[start : start + h11_feed_bytes_max])
+            event = connection.next_event()
         except h11.RemoteProtocolError as error:
             raise _refuse("head_malformed", "the head is not as RFC 9112 has it") from error
         if not isinstance(event, h11.Request) or event.target != target or event.method != method:
@@ -295,7 +307,8 @@ class RequestReader:
             form, scheme, authority, path, query = parse_target(method, target, hosts, inside=self._inside)
         except BadTarget as error:
             raise _refuse(error.reason, str(error)) from error
-        self._left = length
+        self._in_body = True
+        self._left = length or 0
         self._chunks = ChunkScan() if length is None else None
         return Head(
             form=form,
@@ -312,40 +325,19 @@ class RequestReader:
 
     def next_body(self) -> bytes | End | None:
         """Give the next bytes of the body, its end, or None when more is needed."""
-        connection = self._connection
-        if connection is None:
-            return End.OF_BODY
-        event = self._h11_event(connection)
-        if event is None and self._buffer:
-            self._pass_to_h11(connection)
-            event = self._h11_event(connection)
-        if isinstance(event, h11.Data):
-            return bytes(event.data)
-        if isinstance(event, h11.EndOfMessage):
-            self._connection = None
-            return End.OF_BODY
-        return None
-
-    def _pass_to_h11(self, connection: h11.Connection) -> None:
-        piece = bytes(self._buffer[:h11_feed_bytes_max])
-        if self._chunks is not None:
-            piece = piece[: self._chunks.feed(piece)]
-        elif self._left is not None:
-            piece = piece[: self._left]
-            self._left -= len(piece)
-        if piece:
+        piece = b""
+        if self._in_body and self._chunks is not None:
+            taken, piece = self._chunks.feed(bytes(self._buffer[:body_piece_bytes_max]))
+            del self._buffer[:taken]
+            self._in_body = not self._chunks.done
+        elif self._in_body:
+            piece = bytes(self._buffer[: min(self._left, body_piece_bytes_max)])
             del self._buffer[: len(piece)]
-            connection.receive_data(piece)
-
-    @staticmethod
-    def _h11_event(connection: h11.Connection) -> h11.Event | None:
-        if connection.their_state is not h11.SEND_BODY:
-            return h11.EndOfMessage()
-        try:
-            event = connection.next_event()
-        except h11.RemoteProtocolError as error:
-            raise _refuse("body_malformed", "the body is not as RFC 9112 has it") from error
-        return event if isinstance(event, h11.Event) else None
+            self._left -= len(piece)
+            self._in_body = self._left > 0
+        if piece:
+            return piece
+        return None if self._in_body else End.OF_BODY
 
 
 def _framing(method: bytes, headers: Headers, *, http11: bool) -> tuple[int | None, bool]:

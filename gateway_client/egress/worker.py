@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import resource
 import socket
 from typing import TYPE_CHECKING, Final, assert_never
 
@@ -17,6 +19,7 @@ from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.link import Link
 from gateway_client.egress.passing import UpstreamError
+from gateway_client.egress.share import Share, Thread, metered
 from gateway_client.egress.stream import Stream
 from gateway_client.egress.upstream import Identity
 
@@ -33,6 +36,14 @@ _log: Final = logging.getLogger(__name__)
 
 accepts_per_turn_max: Final = 64
 rejected_seconds_min: Final = 1.0
+accept_pause_seconds: Final = 0.1
+descriptors_reserved: Final = 32
+"""For channels, listeners of new agents and what is on its way."""
+descriptors_per_connection: Final = 2
+connections_per_agent_min: Final = 4
+
+# accept(2): these say that the socket is no listener any more. All others pass, or are of one connection.
+_LISTENER_OVER: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSOCK, errno.EOPNOTSUPP})
 
 
 class Worker:
@@ -46,6 +57,7 @@ class Worker:
         tls: ssl.SSLContext,
         adapters: Mapping[str, GatewayAdapter],
         prices: PriceTable,
+        descriptors_max: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._tls = tls
@@ -63,6 +75,8 @@ class Worker:
         self._rejects: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_x = 1
+        self._thread = Thread()
+        self._descriptors_max = min(descriptors_max, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         self.over = asyncio.Event()
         """Set when there is nothing left to do: the daemon is gone, and so is every agent it was to be answered for."""
         self._daemon = Link(self._loop, daemon, on_frame=self._from_daemon, on_gone=self._daemon_gone)
@@ -84,8 +98,11 @@ class Worker:
             self._daemon.close()
             _log.error("%s", error)
         else:
-            if isinstance(message, messages.Listen) and fds:
-                self._listen(message, fds.pop(0))
+            if isinstance(message, messages.Listen):
+                if fds:
+                    self._listen(message, fds.pop(0))
+                else:
+                    _log.error("cannot listen for %s: its socket did not come", message.agent_id)
             self._obey(message)
         for fd in fds:
             os.close(fd)
@@ -140,6 +157,8 @@ class Worker:
                 waiter.set_exception(UpstreamError(message.error))
         elif waiter is not None and not waiter.done() and fds:
             waiter.set_result(fds.pop(0))
+        elif waiter is not None and not waiter.done():
+            waiter.set_exception(UpstreamError("the proxy has too many connections open"))
         else:
             self._dialer.send(messages.encode(messages.Done(message.x)))
         for fd in fds:
@@ -157,7 +176,7 @@ class Worker:
         listener = socket.socket(fileno=fd)
         listener.setblocking(False)
         identity = Identity(agent_id=message.agent_id, name=message.name, labels=message.labels)
-        self._agents[message.agent_id] = Agent(identity)
+        self._agents[message.agent_id] = Agent(identity, Share(self._loop, self._thread))
         self._listeners[message.agent_id] = listener
         self._loop.add_reader(fd, self._accept, message.agent_id, listener)
 
@@ -182,18 +201,37 @@ class Worker:
                 accepted, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError:
-                # EINVAL: launcher or dialer shut the listener down. Left in the loop it would be readable for ever.
-                self._close_listener(agent_id)
+            except OSError as error:
+                if error.errno in _LISTENER_OVER:
+                    # Launcher or dialer shut the listener down. Left in the loop it would be readable for ever.
+                    self._close_listener(agent_id)
+                else:
+                    self._pause(agent_id, listener, error)
                 return
             agent = self._agents.get(agent_id)
-            if agent is None or len(agent.connections) >= self.configuration.limits.connections_per_agent_max:
+            if agent is None or len(agent.connections) >= self._connections_max():
                 _turn_away(accepted)
                 continue
             # Counted here, not in the task: a burst is accepted before any task runs.
             connection = Connection(self, agent, Stream())
             agent.connections.add(connection)
-            self._spawn(self._adopt(agent, connection, accepted))
+            self._spawn(metered(self._adopt(agent, connection, accepted), agent.share))
+
+    def _connections_max(self) -> int:
+        """Give how many connections one agent may have: no agent gets at what the others need of the descriptors."""
+        free = self._descriptors_max - descriptors_reserved - len(self._listeners)
+        fair = free // (descriptors_per_connection * max(len(self._listeners), 1))
+        return min(self.configuration.limits.connections_per_agent_max, max(fair, connections_per_agent_min))
+
+    def _pause(self, agent_id: str, listener: socket.socket, error: OSError) -> None:
+        """Look away from a listener for a moment: it stays readable, and accepting fails until something is closed."""
+        _log.warning("cannot accept for %s: %s", agent_id, error.strerror)
+        self._loop.remove_reader(listener.fileno())
+        self._loop.call_later(accept_pause_seconds, self._resume, agent_id, listener)
+
+    def _resume(self, agent_id: str, listener: socket.socket) -> None:
+        if self._listeners.get(agent_id) is listener:
+            self._loop.add_reader(listener.fileno(), self._accept, agent_id, listener)
 
     async def _adopt(self, agent: Agent, connection: Connection, accepted: socket.socket) -> None:
         stream = connection.stream

@@ -26,6 +26,8 @@ MODEL_CHARS_MAX: Final = 200
 
 # These answer without a model: nothing is used.
 _FREE: Final = frozenset({Dialect.MODELS, Dialect.ANTHROPIC_COUNT_TOKENS})
+_DONE: Final = b"[DONE]"
+_LAST: Final = ("message_stop", "response.completed", "response.failed", "response.incomplete")
 _OUTPUTS_TEXT: Final = frozenset(Dialect) - _FREE - {Dialect.OPENAI_EMBEDDINGS}
 
 
@@ -77,13 +79,17 @@ class UsageMeter:
         self._output: int | None = None
         self._cost: float | None = None
         self._cost_estimated = False
+        self.output_at_least = 0
+        """What an answer counts as that says nothing of what it used: a model may think long and write little."""
+        self.ended = False
+        """Whether a stream said that it is complete: what follows, if anything, uses nothing more."""
 
     def feed(self, data: bytes) -> None:
         self._bytes += len(data)
         if self._dialect is None or self._dialect in _FREE:
             return
-        if self._splitter is not None and self._bytes == len(data) and data.lstrip()[:1] == b"{":
-            self._splitter = None  # asked to stream, it answered with one object: an error
+        if self._splitter is not None and self._bytes == len(data) and data.lstrip()[:1] in (b"{", b"["):
+            self._splitter = None  # asked to stream, it answered with one object, an error; or with an array of events
         if self._splitter is None:
             if len(self._body) <= BODY_BYTES_MAX:
                 self._body += data[: BODY_BYTES_MAX + 1 - len(self._body)]
@@ -100,7 +106,7 @@ class UsageMeter:
         taken = self._output
         if taken is None:
             text = self._text_bytes + self._unread_bytes
-            taken = -(-text // BYTES_PER_TOKEN) if self._dialect in _OUTPUTS_TEXT else 0
+            taken = max(-(-text // BYTES_PER_TOKEN), self.output_at_least) if self._dialect in _OUTPUTS_TEXT else 0
         estimated = self._input is None or self._output is None
         cost, cost_estimated = (self._cost, self._cost_estimated) if cost_usd is None else (cost_usd, cost_estimated)
         if cost is None and self._prices is not None and (price := self._prices.find(self._model)) is not None:
@@ -115,10 +121,11 @@ class UsageMeter:
         elif len(self._body) > BODY_BYTES_MAX:
             self._unread_bytes = self._bytes
         elif self._body:
-            value = _json(bytes(self._body))
-            if value is None:
+            values = _objects(bytes(self._body))
+            if not values:
                 self._unread_bytes = self._bytes
-            else:
+            for value in values:
+                self._text_bytes += _text_bytes(value) if len(values) > 1 else 0
                 self._take(value)
         self._body.clear()
 
@@ -126,9 +133,13 @@ class UsageMeter:
         if event.cut:
             self._unread_bytes = self._bytes
             return
-        value = _json(event.data)
-        if value is None:
+        if event.data == _DONE:
+            self.ended = True
+        values = _objects(event.data)
+        if not values:
             return
+        value = values[0]
+        self.ended |= value.get("type") in _LAST
         # Without a usage object the deltas are all there is to count. Escapes and wrapping stay uncounted.
         self._text_bytes += _text_bytes(value)
         self._take(value)
@@ -154,12 +165,13 @@ class UsageMeter:
             self._cost_estimated = usage.get("cost_estimated") is True
 
 
-def _json(data: bytes) -> dict[str, Any] | None:
+def _objects(data: bytes) -> list[dict[str, Any]]:
+    """Read an object, or an array of them as Gemini streams without `alt=sse`."""
     try:
         value: Any = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return []
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
 
 
 def _text_bytes(event: dict[str, Any]) -> int:

@@ -351,3 +351,22 @@ time.sleep(1000)
         hammer.join(30)
         stockade.ctl("kill", "polite")
     assert fetch(stockade, agent, "$OPENAI_BASE_URL/models") == "200"
+
+
+# --- what a model call can carry
+
+
+def test_a_model_call_is_json_without_sources_elsewhere(stockade: Instance, agent: str) -> None:
+    call = '{"model": "scripted", "messages": [{"role": "user", "content": %s}]}'
+    part = '[{"type": "image_url", "image_url": {"url": "%s"}}]'
+    own = "http://gateway.internal:3128/v1/chat/completions"
+
+    def status(kind: str, body: str) -> str:
+        return fetch(stockade, agent, f"-H 'content-type: {kind}' --data-binary '{body}' {own}")
+
+    assert status("application/json", call % '"@say hello"') == "200"  # the twin
+    assert status("application/x-www-form-urlencoded", call % '"&model=other&y="') == "415"
+    assert status("application/json", call % (part % "https://192.0.2.1/?secret")) == "403"
+    dots = "http://gateway.internal:3128/v1/..%253B/v1/models"
+    assert fetch(stockade, agent, f"--path-as-is {dots}") == "400"
+    assert fetch(stockade, agent, "http://gateway.internal:3128/v1/models") == "200"

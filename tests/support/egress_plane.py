@@ -34,12 +34,24 @@ async def until(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     return value
 
 
-def spawn(module: str, user: str, *endpoints: socket.socket) -> subprocess.Popen[bytes]:
-    """Start a module with the sockets as descriptors 3, 4, ..."""
+def spawn(module: str, user: str, *endpoints: socket.socket, files_max: int = 0) -> subprocess.Popen[bytes]:
+    """Start a module with the sockets as descriptors 3, 4, ..., and no more than `files_max` in all."""
     high = [fcntl.fcntl(endpoint.fileno(), fcntl.F_DUPFD, 20) for endpoint in endpoints]
     redirections = " ".join(f"{3 + index}<&{fd} {fd}<&-" for index, fd in enumerate(high))
+    limit = f"ulimit -n {files_max}; " if files_max else ""
     process = subprocess.Popen(
-        ["/bin/bash", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-I", "-m", module, "--user", user],
+        [
+            "/bin/bash",
+            "-c",
+            f'{limit}exec "$@" {redirections}',
+            "sh",
+            sys.executable,
+            "-I",
+            "-m",
+            module,
+            "--user",
+            user,
+        ],
         pass_fds=high,
         stdin=subprocess.DEVNULL,
     )
@@ -64,6 +76,8 @@ class Plane:
     cuts: list[messages.CutDone] = field(default_factory=list)
     answer: Callable[[messages.Ask], messages.Verdict | None] | None = None
     port: int = 0
+    files_max: int = 0
+    """Descriptors of the worker, where not what it takes by itself."""
     ready: messages.Ready | None = None
     dialer_ready: messages.DialerReady | None = None
 
@@ -72,7 +86,9 @@ class Plane:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         to_dialer, to_worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         dialer_ours, dialer_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.worker_process = spawn("gateway_client.egress.server", "stockade-egress", theirs, to_dialer)
+        self.worker_process = spawn(
+            "gateway_client.egress.server", "stockade-egress", theirs, to_dialer, files_max=self.files_max
+        )
         self.dialer_process = spawn("gateway_client.egress.dialer", "stockade-dialer", dialer_theirs)
         theirs.close()
         to_dialer.close()
@@ -196,7 +212,12 @@ class Upstream:
 
 @contextlib.asynccontextmanager
 async def running(
-    upstream: Upstream, *, limits: messages.Limits | None = None, gateway: str = "", **configuration: Any
+    upstream: Upstream,
+    *,
+    limits: messages.Limits | None = None,
+    gateway: str = "",
+    files_max: int = 0,
+    **configuration: Any,
 ) -> AsyncIterator[Plane]:
     """A plane in front of an upstream on a TCP port."""
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
@@ -210,6 +231,7 @@ async def running(
             **{"credential": "sk-secret", **configuration},
         ),
         dialer_configuration=messages.ConfigureDialer(gateway=gateway or address, forward_proxy=proxy),
+        files_max=files_max,
     )
     try:
         await plane.start()

@@ -128,6 +128,19 @@ def test_budgets_are_checked_before_and_reserved() -> None:
     assert isinstance(decide(free, view("llm:*", budget=BudgetView(llm_tokens_left=0)), now=NOW), Allow)
 
 
+def test_a_call_sets_aside_what_it_may_put_out_over_all_its_answers_and_what_it_puts_in() -> None:
+    def reserved(left: int, **call: object) -> int | str:
+        verdict = decide(replace(CALL, **call), view("llm:*", budget=BudgetView(llm_tokens_left=left)), now=NOW)  # type: ignore[arg-type]
+        return verdict.reserve_tokens if isinstance(verdict, Allow) else reason(verdict)
+
+    assert reserved(10**6, max_tokens=300, input_tokens=50) == 350
+    assert reserved(10**6, max_tokens=None, choices=3, input_tokens=50) == 3 * tokens_reserved_default + 50
+    assert reserved(320, max_tokens=300, input_tokens=40) == 320  # high as it is, the estimate alone refuses nothing
+    assert reserved(320, max_tokens=300, input_tokens=42) == Reason.BUDGET_EXHAUSTED
+    assert reserved(100, max_tokens=None, input_tokens=300) == Reason.BUDGET_EXHAUSTED
+    assert reserved(100, max_tokens=None, input_tokens=100) == 100
+
+
 def test_self_service_tells_the_agent_about_itself() -> None:
     def ask(path: str, method: str = "GET") -> Verdict:
         request = EgressRequest(Form.SELF, method, "http", "gateway.internal", 3128, f"/.stockade/v1/{path}")

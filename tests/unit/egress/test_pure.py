@@ -147,6 +147,19 @@ def test_peeking_is_total(noise: bytes, position: int, byte: int) -> None:
     tls.peek(bytes(data))
 
 
+def test_a_hello_in_crumbs_is_refused_and_every_byte_is_read_once() -> None:
+    data = hello("example.com")
+    crumbs = [b"\x16\x03\x01\x00\x01" + data[at : at + 1] for at in range(5, len(data))]
+    peeker = tls.Peeker()
+    found = [peeker.feed(crumb) for crumb in crumbs[: tls.records_max + 1]]
+    assert found == [tls.Peek.NEED_MORE] * tls.records_max + [tls.Peek.NOT_TLS]
+    size = -(-(len(data) - 5) // tls.records_max)
+    parts = [data[at : at + size] for at in range(5, len(data), size)]
+    peeker = tls.Peeker()
+    records = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
+    assert [peeker.feed(records[at : at + 1]) for at in range(len(records))][-1] == tls.Hello("example.com")
+
+
 def test_an_address_has_no_server_name() -> None:
     assert tls.fits(tls.Hello(None), "8.8.8.8")
     assert not tls.fits(tls.Hello("a.example"), "8.8.8.8")

@@ -179,12 +179,52 @@ def test_a_path_is_refused_or_has_one_spelling_without_dots(text: str) -> None:
         "/a%2",
         "/a%zz",
         "/%252e%252e/",
+        "/v1/..%3B/x",
+        "/v1/..%3b",
+        "/v1/%2e%2e%3bx/",
+        "/v1/%C0%AE%C0%AE/x",
+        "/v1/%c0%afadmin",
+        "/v1/%E9",
+        "/v1/..%20/x",
+        "/v1/%20../x",
+        "/v1/..%09/x",
+        "/v1/..%3f/x",
+        "/v1/..%23/x",
+        "/v1/%25252e%25252e/x",
+        "/v1/%2525252e%2525252e/x",
+        "/v1/a%25252fb",
+        "/v1/a%25255cb",
+        "/v1/%EF%BC%8E%EF%BC%8E/x",
+        "/v1/a%EF%BC%8F..%EF%BC%8Fb",
+        "/v1/%C2%85",
+        "/v1/%7f",
+        "/v1/%252500",
+        "/v1/%" + "25" * 9 + "41",
         "a",
     ],
 )
 def test_paths_that_hide_something_are_refused(text: str) -> None:
     with pytest.raises(BadTarget):
         normalise_path(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/v1/...",
+        "/v1/..a",
+        "/v1/.well-known/x",
+        "/v1/a;b=..",
+        "/v1/a%20b",
+        "/v1/100%25",
+        "/v1/%E3%81%82",
+        "/v1/a%3Bb",
+        "/v1/a%252Cb",
+        "/v1/a%3Fb",
+    ],
+)
+def test_paths_that_hide_nothing_pass_as_they_are(text: str) -> None:
+    assert normalise_path(text) == text
 
 
 def test_paths_are_bounded() -> None:
