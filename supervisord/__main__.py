@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,15 +19,21 @@ import structlog
 import uvloop
 
 from sandbox import doctor
+from supervisord.actions.types import CannotOpenLog, CannotRecord
+from supervisord.api import control_listener
 from supervisord.config_reader import load_config
 from supervisord.daemon import Daemon
 from supervisord.errors import StockadeError
+from supervisord.killonly import KillOnly
+from supervisord.store import CannotStore
 
 if TYPE_CHECKING:
+    from supervisord.actions.types import Action
     from supervisord.config import Config
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
+OPEN_AGAIN_SECONDS: Final = 2.0
 LOGGED_TO_JOURNAL: Final = "JOURNAL_STREAM"
 
 
@@ -77,9 +85,12 @@ async def _run(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    daemon = Daemon(config)
+    watchdog = loop.create_task(_watchdog())
+    daemon, killing = await _opened(config, stop)
+    if daemon is None:
+        return
     try:
-        await daemon.start()
+        await daemon.start(listener=killing.listener if killing else None, owed=killing.owed if killing else ())
     except BaseException:
         await daemon.abandon()
         raise
@@ -91,12 +102,60 @@ async def _run(config: Config) -> None:
         task.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGHUP, reload)
-    notify("READY=1")
-    watchdog = loop.create_task(_watchdog())
+    notify("READY=1\nSTATUS=")
     await stop.wait()
     notify("STOPPING=1")
     watchdog.cancel()
     await daemon.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """What a daemon in kill-only mode leaves to the one that starts in full: its control socket, and what it did."""
+
+    listener: socket.socket
+    owed: list[Action]
+
+
+async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, Killed | None]:
+    """A daemon whose log and database are open, or None where `stop` came first; until then kills alone are served."""
+    killing: KillOnly | None = None
+    listener: socket.socket | None = None
+    while True:
+        daemon = Daemon(config)
+        try:
+            await daemon.open()
+        except (CannotOpenLog, CannotStore, CannotRecord) as error:
+            await daemon.abandon()
+            if not _refused_by_disk(error):
+                raise
+            if killing is None:
+                listener = control_listener(config)
+                killing = KillOnly(config, error.message, entropy=os.urandom)
+                await killing.start(listener.dup())
+                notify(f"READY=1\nSTATUS=kill-only: {error.message}")
+        except BaseException:
+            await daemon.abandon()
+            raise
+        else:
+            if killing is None or listener is None:
+                return daemon, None
+            await killing.stop(ending=False)
+            return daemon, Killed(listener, killing.owed)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OPEN_AGAIN_SECONDS):
+                await stop.wait()
+            notify("STOPPING=1")
+            await killing.stop(ending=True)
+            return None, None
+
+
+def _refused_by_disk(error: StockadeError) -> bool:
+    """Whether a disk takes nothing; else another daemon has the files, or they are damaged and nobody may go on."""
+    cause = error.__cause__
+    if isinstance(error, CannotRecord):
+        return True
+    return isinstance(cause, OSError | sqlite3.OperationalError) and not isinstance(cause, BlockingIOError)
 
 
 async def _reload(daemon: Daemon) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from supervisord.agents import Agent, Agents
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
+    from supervisord.endings import Endings
     from supervisord.exchanges import Exchanges
     from supervisord.filegrants import FileGrants
     from supervisord.holds import Hold, Holds
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 STREAMS_KEPT_MAX: Final = 4096
+CUT_SECONDS_MAX: Final = 2.0
+EXPIRY_PAUSE_SECONDS: Final = 0.5
 OBJECT_CHARACTERS_MAX: Final = 512
 
 
@@ -74,6 +77,7 @@ class Acts:
         holds: Holds,
         store: Store,
         files: FileGrants,
+        endings: Endings,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
     ) -> None:
@@ -89,6 +93,7 @@ class Acts:
         self._holds = holds
         self._store = store
         self._files = files
+        self._endings = endings
         self._tasks: set[asyncio.Task[Any]] = set()
         self._entropy = entropy
         self._now_ns = now_ns
@@ -181,14 +186,16 @@ class Acts:
             details |= mounted
         else:
             grant = add()
-            try:
-                await self._store.save_grant(grant)
-            except StockadeError:
-                self._book.revoke(grant.grant_id)
-                raise
         self.expiry_changed.set()
         done: dict[str, JSON] = {"grant_id": grant.grant_id, **details}
-        await self._actions.append(Action(agent.agent_id, actor, verb, format_scope(scope), "done", reason, done))
+        try:
+            if not isinstance(scope, FsScope):
+                await self._store.save_grant(grant)
+            await self._actions.append(Action(agent.agent_id, actor, verb, format_scope(scope), "done", reason, done))
+        except StockadeError as error:
+            # Whoever is told that it failed must not have given anything.
+            await self._whole(self._revoke(grant, actor="daemon", reason=error.message))
+            raise
         return grant
 
     async def _show(
@@ -248,25 +255,41 @@ class Acts:
 
         return await self._requests.approve(request_id, actor=actor, shown_scope=shown_scope, grant=make)
 
-    async def revoke(self, grant_id: str, *, actor: str, reason: str) -> tuple[Grant, int]:
+    async def revoke(self, grant_id: str, *, actor: str, reason: str) -> tuple[Grant, int, str]:
         """Take a grant back: from now on nothing passes on it, and what is open on it is reset.
 
-        One of files ends when they are proven to be gone, else it stays and CannotRevoke is raised.
+        Gives the grant, how many connections were reset, and what of it is not certain yet (empty: all is done). In
+        force before anything is written: a disk that takes no record must not keep a gate open. One of files ends when
+        they are proven to be gone, else it stays and CannotRevoke is raised.
         """
         grant = self._book.get(GrantId(grant_id))
+        # To its end, also when the caller goes away meanwhile.
+        return await self._whole(self._revoke(grant, actor=actor, reason=reason))
+
+    async def _revoke(self, grant: Grant, *, actor: str, reason: str) -> tuple[Grant, int, str]:
         taken: dict[str, JSON] = {}
         if isinstance(grant.scope, FsScope):
-            grant, taken = await self._whole(self._take(grant, actor=actor))
+            grant, taken = await self._take(grant, actor=actor)
         else:
             grant = self._book.revoke(grant.grant_id)
+        relays, warning = await self._end(grant, "grant.revoke", actor, reason, taken)
+        return grant, relays, warning
+
+    async def _end(
+        self, grant: Grant, verb: str, actor: str, reason: str, taken: dict[str, JSON] | None = None
+    ) -> tuple[int, str]:
+        """Cut what is open on a grant that has ended, and write the end down."""
         cut = self._exchanges.cut_grant(grant.grant_id)
-        # Closed first, recorded after: a log that cannot take the entry must not keep a gate open.
-        await self._store.save_grant(grant)
-        details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut, **taken}
-        await self._actions.record(
-            Action(grant.agent_id, actor, "grant.revoke", format_scope(grant.scope), "done", reason, details)
-        )
-        return grant, cut
+        details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut.relays, **(taken or {})}
+        scope = format_scope(grant.scope)
+        missing = await self._endings.write(grant, Action(grant.agent_id, actor, verb, scope, "done", reason, details))
+        warnings = [f"in force, but not in the {missing} yet: it is tried again until it is"] if missing else []
+        if cut.confirmed:
+            _, late = await asyncio.wait(cut.confirmed, timeout=CUT_SECONDS_MAX)
+            if late:
+                log.error("the dialer has not confirmed a cut", grant=grant.grant_id)
+                warnings.append("the dialer has not confirmed that every connection is shut down")
+        return cut.relays, "; ".join(warnings)
 
     async def _take(self, grant: Grant, *, actor: str) -> tuple[Grant, dict[str, JSON]]:
         agent = self._agents.get(grant.agent_id)
@@ -281,9 +304,7 @@ class Acts:
             except StockadeError as error:
                 await self._note_failure(grant, "grant.revoke", actor, error.message)
                 raise
-            ended = self._book.revoke(grant.grant_id)
-            await self._store.save_grant(ended)
-            return ended, taken
+            return self._book.revoke(grant.grant_id), taken
 
     async def _note_failure(self, grant: Grant, verb: str, actor: str, reason: str) -> None:
         details: dict[str, JSON] = {"grant_id": grant.grant_id}
@@ -302,31 +323,33 @@ class Acts:
             if isinstance(grant.scope, FsScope) and agent is not None and agent.live:
                 async with self._files.lock(agent):
                     taken = await self._files.take(agent, grant)
-            cut = self._exchanges.cut_grant(grant.grant_id)
-            await self._store.save_grant(grant)
-            details: dict[str, JSON] = {"grant_id": grant.grant_id, "relays_cut": cut, **taken}
-            await self._actions.record(
-                Action(grant.agent_id, "daemon", "grant.expire", format_scope(grant.scope), "done", "", details)
-            )
+            await self._end(grant, "grant.expire", "daemon", "", taken)
         except CannotRevoke as error:
             await self._note_failure(grant, "grant.expire", "daemon", error.message)
-        except StockadeError as error:
-            log.error("an expiry is not recorded", grant=grant.grant_id, cause=error.message)
+        except Exception:
+            log.exception("an expiry is not complete", grant=grant.grant_id)
 
     async def expire_forever(self) -> None:
-        """End grants when their time is up, unasked; runs as long as the daemon."""
+        """End grants when their time is up, unasked; runs as long as the daemon, whatever fails for one of them."""
         while True:
-            due = self._book.next_expiry()
-            self.expiry_changed.clear()
             try:
-                delay = None if due is None else max(due - asyncio.get_running_loop().time(), 0.0)
-                async with asyncio.timeout(delay):
-                    await self.expiry_changed.wait()
-            except TimeoutError:
-                pass  # the time is up
-            for grant in self._book.expire():
-                # Each by itself: files that are slow to go keep no other grant from ending.
-                self._keep(asyncio.get_running_loop().create_task(self._expired(grant)))
+                await self._until_expiry()
+                for grant in self._book.expire():
+                    # Each by itself: files or a disk that are slow keep no other grant from ending.
+                    self._keep(asyncio.get_running_loop().create_task(self._expired(grant)))
+            except Exception:
+                log.exception("expiry failed, and is tried again")
+                await asyncio.sleep(EXPIRY_PAUSE_SECONDS)
+
+    async def _until_expiry(self) -> None:
+        due = self._book.next_expiry()
+        self.expiry_changed.clear()
+        try:
+            delay = None if due is None else max(due - asyncio.get_running_loop().time(), 0.0)
+            async with asyncio.timeout(delay):
+                await self.expiry_changed.wait()
+        except TimeoutError:
+            pass  # the time is up
 
     # --- holds
 

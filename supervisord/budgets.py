@@ -76,6 +76,23 @@ class Amounts:
             self.requests - other.requests,
         )
 
+    def least(self, other: "Amounts") -> "Amounts":
+        """Gives the smaller of the two, each amount by itself."""
+        return Amounts(
+            min(self.llm_tokens, other.llm_tokens),
+            min(self.cost_microusd, other.cost_microusd),
+            min(self.requests, other.requests),
+        )
+
+    def within(self, other: "Amounts", budget: Budget) -> bool:
+        """Tells whether each amount that the budget limits is no more than the other's."""
+        pairs = (
+            (budget.llm_tokens, self.llm_tokens, other.llm_tokens),
+            (budget.cost_microusd, self.cost_microusd, other.cost_microusd),
+            (budget.requests, self.requests, other.requests),
+        )
+        return all(limit is None or ours <= theirs for limit, ours, theirs in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
@@ -85,9 +102,13 @@ class Ledger:
     spent: Amounts = Amounts()
     reserved: Amounts = Amounts()
 
+    def used(self) -> Amounts:
+        """Gives what is spent, and what may be by calls under way."""
+        return self.spent + self.reserved
+
     def left(self) -> Budget:
         """Gives what is neither spent nor reserved, never below zero; None is no limit."""
-        used = self.spent + self.reserved
+        used = self.used()
         return Budget(
             _left(self.budget.llm_tokens, used.llm_tokens),
             _left(self.budget.cost_microusd, used.cost_microusd),

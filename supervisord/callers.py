@@ -6,18 +6,20 @@ table below. A method that is not in the table is refused for everybody: a new o
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import enum
 import pwd
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # googleapis ships no stubs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
 
 class Role(enum.IntEnum):
@@ -122,6 +124,9 @@ METHOD_ROLES: Final[Mapping[str, Role]] = {
     **{_HEALTH + method: Role.READER for method in ("Check", "List", "Watch")},
 }
 
+CALLS_PER_READER_MAX: Final = 16
+CALLS_PER_CALLER_MAX: Final = 512
+
 _current: contextvars.ContextVar[Caller] = contextvars.ContextVar("stockade_caller")
 
 
@@ -173,6 +178,17 @@ def status_trailer(refusal: Refusal) -> tuple[str, bytes]:
     return ("grpc-status-details-bin", status.SerializeToString())
 
 
+async def _too_many(context: Context, caller: Caller) -> NoReturn:
+    refusal = Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        f"cannot serve {caller.actor}: it has too many calls open",
+        "TOO_MANY_CALLS",
+        "end some of them first",
+    )
+    await context.abort(refusal.code, refusal.message, (status_trailer(refusal),))
+    raise AssertionError("abort returned")
+
+
 # What grpc leaves untyped: a handler has one of four shapes, and messages are whatever its service says.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = Any
@@ -188,6 +204,7 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
     def __init__(self, peers: Mapping[str, Caller], certificates: Mapping[str, Role] | None = None) -> None:
         self._peers = peers
         self._certificates = dict(certificates or {})
+        self._calls: Counter[str] = Counter()
 
     async def intercept_service(
         self,
@@ -198,7 +215,22 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         handler = await continuation(handler_call_details)
         return None if handler is None else self._guarded(handler_call_details.method, handler)
 
-    async def _admit(self, method: str, context: Context) -> None:
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[bool]:
+        """Whether this call is within what the caller may have open at once; each costs the daemon memory.
+
+        Root is not counted: nothing may keep an operator from the kill switch.
+        """
+        most = CALLS_PER_READER_MAX if caller.role is Role.READER else CALLS_PER_CALLER_MAX
+        self._calls[caller.actor] += 1
+        try:
+            yield caller.uid == 0 or self._calls[caller.actor] <= most
+        finally:
+            self._calls[caller.actor] -= 1
+            if not self._calls[caller.actor]:
+                del self._calls[caller.actor]
+
+    async def _admit(self, method: str, context: Context) -> Caller:
         peer = context.peer()
         if peer.startswith("unix:"):
             caller = self._peers.get(peer.removeprefix("unix:"))
@@ -207,25 +239,32 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         refusal = judge(method, caller)
         if refusal is not None:
             await context.abort(refusal.code, refusal.message, (status_trailer(refusal),))
-        if caller is not None:
-            # A task serves one RPC from here to its end, so the variable is that RPC's own.
-            _current.set(caller)
+        assert caller is not None  # noqa: S101 - judge() refuses whoever has no name
+        # A task serves one RPC from here to its end, so the variable is that RPC's own.
+        _current.set(caller)
+        return caller
 
     def _guarded(self, method: str, inner: Handler) -> Handler:
         """`inner` behind _admit, in its own shape: grpc has four, by who streams."""
 
         async def unary(request: object, context: Context) -> object:
-            await self._admit(method, context)
-            return await (inner.stream_unary or inner.unary_unary)(request, context)
+            caller = await self._admit(method, context)
+            with self._counted(caller) as admitted:
+                if not admitted:
+                    await _too_many(context, caller)
+                return await (inner.stream_unary or inner.unary_unary)(request, context)
 
         async def stream(request: object, context: Context) -> AsyncIterator[object]:
-            await self._admit(method, context)
-            answer = (inner.stream_stream or inner.unary_stream)(request, context)
-            if hasattr(answer, "__aiter__"):
-                async for message in answer:
-                    yield message
-            else:  # a handler that writes with context.write()
-                await answer
+            caller = await self._admit(method, context)
+            with self._counted(caller) as admitted:
+                if not admitted:
+                    await _too_many(context, caller)
+                answer = (inner.stream_stream or inner.unary_stream)(request, context)
+                if hasattr(answer, "__aiter__"):
+                    async for message in answer:
+                        yield message
+                else:  # a handler that writes with context.write()
+                    await answer
 
         make: Any
         behaviour: Any

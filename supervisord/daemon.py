@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
+import tempfile
 import time
 from typing import TYPE_CHECKING, Final
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from stockade.v1 import (
     actions_pb2_grpc,
     agents_pb2_grpc,
@@ -24,15 +22,15 @@ from stockade.v1 import (
 from sandbox import seccomp
 from sandbox.plan import IDS_PER_AGENT, pack_filters
 from supervisord.actions.log import ActionLog
-from supervisord.actions.types import Action
+from supervisord.actions.types import Action, CannotReadLog
 from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
-from supervisord.callers import Access, CallerInterceptor, Role
+from supervisord.api import Api, control_listener
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
-from supervisord.door import FrontDoor, listening_socket
 from supervisord.egress_plane import EgressPlane
-from supervisord.errors import CannotRecord, InvalidInput, NotFound, StockadeError, Unavailable
+from supervisord.endings import Endings
+from supervisord.errors import CannotRecord, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
 from supervisord.gateway_process import GatewayProcess, user_id
@@ -50,12 +48,11 @@ from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
 from supervisord.receipts import Signing
-from supervisord.recovery import Recovery, exit_action, exit_of, reach_launcher, row_of
+from supervisord.recovery import Kept, Recovery, exit_action, exit_of, reach_launcher, row_of
 from supervisord.requests import Requests
 from supervisord.retention import Retention
 from supervisord.rpc.agents import AgentService
 from supervisord.rpc.changes import ChangeService
-from supervisord.rpc.errors import ErrorInterceptor
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
 from supervisord.rpc.system import SystemService
 from supervisord.scopes import GrantBook
@@ -63,17 +60,19 @@ from supervisord.slots import Slots
 from supervisord.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    import socket
+    from collections.abc import Coroutine, Sequence
+    from pathlib import Path
 
-    from supervisord.scopes import Grant
+    import grpc
 
 log = structlog.get_logger()
 
 SLOTS_DIR_NAME: Final = "stockade-slots"
+ENDINGS_DIR_NAME: Final = "ended-grants"
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 2.0
-MESSAGE_BYTES_MAX: Final = 4 << 20
-STREAMS_PER_CONNECTION_MAX: Final = 256
+ROOM_BYTES_MIN: Final = 256 * 1024
 
 
 class Daemon:
@@ -91,22 +90,35 @@ class Daemon:
         self._live_ids: set[str] = set()
         self._listed_ids: set[str] = set()
 
-    async def start(self) -> None:
-        """Start every part, in the order in which they need each other; raises StockadeError."""
+    async def open(self) -> None:
+        """Open what every act is written to; raises CannotOpenLog, CannotStore or CannotRecord where that fails."""
         config = self.config
-        _make_directories(config)
+        make_directories(config)
+        await asyncio.to_thread(_need_room, config.state_dir)
         self._actions = await asyncio.to_thread(_open_log, config)
         self._store = await Store.open(config.state_dir / "state.db")
         await self._actions.record(
             Action("", "daemon", "daemon.start", config.instance, "done", "", {"pid": os.getpid()})
         )
+
+    async def start(self, *, listener: socket.socket | None = None, owed: Sequence[Action] = ()) -> None:
+        """Start every part, in the order in which they need each other; raises StockadeError.
+
+        `owed` is what was done before the log could be opened; `listener` the control socket, where there is one.
+        """
+        config = self.config
+        for action in owed:
+            await self._actions.record(action)
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
         )
         self._gateway = GatewayProcess(config) if config.gateway.kind is GatewayKind.EMBEDDED else None
         if self._gateway is not None:
             await self._gateway.start()
-        self._history = {row.agent_id: row for row in await self._store.agents()}
+        self._endings = Endings(
+            store=self._store, actions=self._actions, directory=config.run_dir / "private" / ENDINGS_DIR_NAME
+        )
+        self._endings.take_up()
         self._agents.on_change.append(self._changed)
         self._wire(Holds(await self._store.holds()))
         await self._images.start()
@@ -117,7 +129,8 @@ class Daemon:
         self._in_background(self._acts.expire_forever())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
-        await self._serve()
+        self._in_background(self._endings.retry_forever())
+        await self._serve(listener)
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
     def _wire(self, holds: Holds) -> None:
@@ -236,40 +249,19 @@ class Daemon:
             holds=holds,
             store=self._store,
             files=self._files,
+            endings=self._endings,
             entropy=os.urandom,
             now_ns=time.time_ns,
         )
 
     # --- the API
 
-    async def _serve(self) -> None:
+    async def _serve(self, listener: socket.socket | None) -> None:
+        self._api = Api(self.config, listener or control_listener(self.config), self._register)
+        await self._api.start()
+
+    def _register(self, server: grpc.aio.Server) -> None:
         config = self.config
-        group = _group_id(config)
-        mode = 0o666 if config.control.read_only_others else 0o660
-        listener = listening_socket(config.run_dir / "control.sock", mode=mode, gid=group)
-        private = config.run_dir / "private" / "api.sock"
-        private.unlink(missing_ok=True)
-        self._door = FrontDoor(
-            listener,
-            private,
-            Access(
-                operator_gids=frozenset() if group < 0 else frozenset({group}),
-                everyone_reads=config.control.read_only_others,
-            ),
-        )
-        server = grpc.aio.server(
-            interceptors=[
-                CallerInterceptor(
-                    self._door.peers, {name: Role[role.name] for name, role in config.control.roles.items()}
-                ),
-                ErrorInterceptor(),
-            ],
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
         agents_pb2_grpc.add_AgentServiceServicer_to_server(
             AgentService(
                 agents=self._agents,
@@ -311,15 +303,6 @@ class Daemon:
             ),
             server,
         )
-        self._health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # there, and not in its stubs
-        health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)
-        server.add_insecure_port(f"unix:{private}")
-        if config.control.tcp_listen:
-            server.add_secure_port(config.control.tcp_listen, _server_credentials(config))
-        await server.start()
-        self._server = server
-        await self._health_service.set("", health_pb2.HealthCheckResponse.SERVING)
-        self._door.start()
 
     def health(self) -> dict[str, tuple[bool, str]]:
         """Readiness of each part, and a word where it is not."""
@@ -337,6 +320,8 @@ class Daemon:
             self.config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
         )
+        # Read before the greeting, which brings the agents: what was taken back or spent must not come with them.
+        kept = await Kept.read(self._store, unwritten=self._endings.unwritten())
         self._recovery = Recovery(
             agents=self._agents,
             launching=self._launching,
@@ -344,7 +329,7 @@ class Daemon:
             actions=self._actions,
             slots=self._slots,
             output_dir=self.config.run_dir / "agents",
-            history=self._history,
+            kept=kept,
             hold=self._files.hold,
         )
         self._live_ids = set()
@@ -361,14 +346,11 @@ class Daemon:
 
     async def _recover(self) -> None:
         """Take up what an earlier daemon left; the adopt events have come with the greeting."""
-        for grant in await self._store.grants():
-            self._restore(grant)
         ended = await self._recovery.find_ended(self._live_ids)
         self._slots.reconcile(agent.what.slot for agent in self._agents.live())
         for agent in self._agents.live():
-            for event in (Event.FREEZE,) if agent.agent_id in self._frozen else ():
-                self._agents.apply(agent, event)
-                self._plane.freeze(agent.agent_id)
+            if agent.agent_id in self._frozen:
+                self._agents.apply(agent, Event.FREEZE)
         await self._files.reconcile(self._listed)
         if self._recovery.adopted or ended or self._recovery.half_built:
             await self._actions.record(
@@ -386,19 +368,19 @@ class Daemon:
                     },
                 )
             )
+        for agent_id in await self._without_launch():
+            log.error("an agent runs whose launch is not in the action log", agent=agent_id)
+            await self._actions.record(
+                Action(agent_id, "daemon", "agent.adopt", "agent", "done", "its launch is not in the action log")
+            )
+        self._recovery.open_gates()
 
-    def _restore(self, grant: Grant) -> None:
-        """Put a grant back that an operator made or took back; those of the launch came with the agent itself."""
-        agent = self._agents.get(grant.agent_id)
-        if agent is None or not agent.live:
-            return
-        if grant.ended is not None:
-            try:
-                self._book.revoke(grant.grant_id)  # one of the launch that was taken back
-            except NotFound:
-                log.debug("an ended grant stays ended", grant=grant.grant_id)
-            return
-        self._book.restore(grant)
+    async def _without_launch(self) -> list[str]:
+        try:
+            return await self._recovery.without_launch()
+        except CannotReadLog as error:
+            log.error("cannot tell whose launch is in the action log", cause=error.message)
+            return []
 
     def _launcher_event(self, message: Message, fds: list[int]) -> None:
         agent_id = str(message.get("agent_id"))
@@ -493,6 +475,7 @@ class Daemon:
                 continue
             self._settle_lost()
             await self._files.reconcile(self._listed, known=known)
+            self._recovery.open_gates()
             await self._thaw_unordered()
             await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return
@@ -522,12 +505,11 @@ class Daemon:
     async def stop(self) -> None:
         """End in order. Agents run on, confined, unless `[agents] on_stop = "kill"`."""
         self._stopping = True
-        await self._health_service.enter_graceful_shutdown()
+        await self._api.announce_end()
         if self.config.agents.on_stop is OnStop.KILL:
             await self._killswitch.kill(self._agents.live(), actor="daemon", reason="the daemon stops")
         left = [agent.agent_id for agent in self._agents.live()]
-        await self._door.close()
-        await self._server.stop(STOP_SECONDS)
+        await self._api.close(STOP_SECONDS)
         for task in self._background:
             task.cancel()
         await self._images.stop()
@@ -542,6 +524,7 @@ class Daemon:
             )
         except CannotRecord as error:
             log.error("the stop is not in the action log", cause=error.message)
+        await self._exchanges.ledgers.close()
         await self._actions.close()
         await self._store.close()
         self._slots.close()
@@ -576,7 +559,7 @@ class Daemon:
         task.add_done_callback(self._background.discard)
 
 
-def _make_directories(config: Config) -> None:
+def make_directories(config: Config) -> None:
     for path, mode in (
         (config.state_dir, 0o700),
         (config.state_dir / "log", 0o700),
@@ -595,20 +578,15 @@ def _make_directories(config: Config) -> None:
             ) from error
 
 
-def _server_credentials(config: Config) -> grpc.ServerCredentials:
-    """Mutual TLS: a client without a certificate of the configured authority gets no connection."""
-    control = config.control
-    if control.tls_cert is None or control.tls_key is None or control.tls_client_ca is None:
-        raise InvalidInput(
-            "cannot serve control.tcp_listen: tls_cert, tls_key and tls_client_ca are needed with it",
-            remedy="set all three in [control]",
-        )
+def _need_room(state_dir: Path) -> None:
+    """Raise CannotRecord where the first records of a start, and what indexes them, would not all find room."""
     try:
-        pair = (control.tls_key.read_bytes(), control.tls_cert.read_bytes())
-        authority = control.tls_client_ca.read_bytes()
+        with tempfile.TemporaryFile(dir=state_dir) as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM_BYTES_MIN)
     except OSError as error:
-        raise InvalidInput(f"cannot serve control.tcp_listen: {error}", remedy="correct [control]") from error
-    return grpc.ssl_server_credentials([pair], root_certificates=authority, require_client_auth=True)
+        raise CannotRecord(
+            f"cannot record anything in {state_dir}: {error.strerror}", remedy="make room for it"
+        ) from error
 
 
 def _open_log(config: Config) -> ActionLog:
@@ -645,15 +623,3 @@ def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
         compiled = seccomp.compile(seccomp.load(path))
         filters[path.stem] = (compiled.digest, compiled.programs)
     return filters
-
-
-def _group_id(config: Config) -> int:
-    if not config.control.group:
-        return -1
-    try:
-        return grp.getgrnam(config.control.group).gr_gid
-    except KeyError as error:
-        raise InvalidInput(
-            f"cannot serve the control socket: there is no group {config.control.group}",
-            remedy='run `./bootstrap setup`, or set control.group = "" to serve root alone',
-        ) from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from supervisord.callers import Caller, role, user_name
+from supervisord.callers import Caller, Role, role, user_name
 from supervisord.errors import Conflict, Unavailable
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; the socket module has no name for it
 PEERGROUPS_BYTES_MAX: Final = 1024  # the most that socket.getsockopt takes: 256 groups
 CONNECTIONS_PER_UID_MAX: Final = 128
+CONNECTIONS_PER_READER_MAX: Final = 16
 CONNECTIONS_MAX: Final = 1024
 BACKLOG: Final = 256
 BUFFERED_BYTES_MAX: Final = 256 * 1024
@@ -255,7 +256,8 @@ class FrontDoor:
             log.warning("refused a caller", uid=uid, gid=gid, pid=pid)
             return None
         # Root is not counted out: whoever fills the door must not keep an operator from the kill switch.
-        if uid != 0 and (self._by_uid[uid] >= self._per_uid_max or self._by_uid.total() >= self._max):
+        most = min(self._per_uid_max, CONNECTIONS_PER_READER_MAX) if granted is Role.READER else self._per_uid_max
+        if uid != 0 and (self._by_uid[uid] >= most or self._by_uid.total() >= self._max):
             log.warning("refused a caller: too many connections", uid=uid, pid=pid, connections=self._by_uid[uid])
             return None
         return Caller(uid=uid, gid=gid, pid=pid, role=granted, name=user_name(uid))

@@ -53,14 +53,20 @@ class Served:
     name: str
     labels: dict[str, str]
     listener: int
-    worker_id: str
+    place: str
+    frozen: bool = False
 
 
 @dataclass(slots=True)
 class Worker:
-    """One egress worker process."""
+    """One egress worker process.
+
+    `place` outlives it: what is served there is served by the process that is started next. `worker_id` does not, so
+    that an answer or a socket meant for a process that died never reaches another agent through its successor.
+    """
 
     worker_id: str
+    place: str
     dedicated: bool
     child: Child
     channel: Channel
@@ -88,12 +94,16 @@ class EgressPlane:
         self._shared = workers
         self._records = records
         self._numbers = itertools.count(1)
+        self._starts = itertools.count(1)
         self._workers: dict[str, Worker] = {}
+        self._at: dict[str, Worker] = {}
         self._served: dict[str, Served] = {}
         self._dialer: Channel | None = None
         self._dialer_child: Child | None = None
         self._dialer_ready = asyncio.Event()
         self._cuts: dict[str, asyncio.Future[messages.CutDone]] = {}
+        self._tokens = itertools.count(1)
+        self._exchange_cuts: dict[int, asyncio.Future[None]] = {}
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -137,10 +147,19 @@ class EgressPlane:
 
     # --- what agents get
 
-    def listen(self, agent_id: str, *, name: str, labels: dict[str, str], listener: int, dedicated: bool) -> None:
+    def listen(
+        self,
+        agent_id: str,
+        *,
+        name: str,
+        labels: dict[str, str],
+        listener: int,
+        dedicated: bool,
+        frozen: bool = False,
+    ) -> None:
         """Serve an agent's listener (the descriptor is duplicated); raises Unavailable where no worker runs."""
         worker = self._choose(dedicated=dedicated)
-        served = Served(agent_id, name, labels, os.dup(listener), worker.worker_id)
+        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen)
         self._served[agent_id] = served
         self._give(worker, served)
         self._tell_dialer(messages.Listener(agent_id), (served.listener,))
@@ -150,7 +169,7 @@ class EgressPlane:
         served = self._served.pop(agent_id, None)
         if served is None:
             return
-        worker = self._workers.get(served.worker_id)
+        worker = self._at.get(served.place)
         if worker is not None:
             self._tell(worker, messages.Unlisten(agent_id))
             if worker.dedicated:
@@ -173,7 +192,7 @@ class EgressPlane:
             future = asyncio.get_running_loop().create_future()
             self._cuts[agent_id] = future
             self._tell_dialer(messages.CutUpstreams(agent_id))
-        worker = self._workers.get(served.worker_id)
+        worker = self._at.get(served.place)
         if worker is not None:
             self._tell(worker, messages.Cut(agent_id=agent_id))
         try:
@@ -184,22 +203,46 @@ class EgressPlane:
         finally:
             self._cuts.pop(agent_id, None)
 
-    def cut_exchanges(self, worker_id: str, xs: tuple[int, ...]) -> None:
-        """Reset these exchanges of a worker."""
+    def cut_exchanges(self, worker_id: str, xs: Sequence[int]) -> list[asyncio.Future[None]]:
+        """Reset these exchanges of a worker: dialer and worker are both told before this returns, and neither is asked.
+
+        The futures are done when the dialer has shut the sockets down, or has died, which ends them too. Never raises:
+        whoever cannot be told is ended, and its sockets with it.
+        """
+        told = []
         worker = self._workers.get(worker_id)
-        if worker is not None and xs:
-            self._tell(worker, messages.Cut(xs=xs))
+        for start in range(0, len(xs), messages.xs_per_cut_max):
+            part = tuple(xs[start : start + messages.xs_per_cut_max])
+            token = next(self._tokens)
+            if self._tell_dialer(messages.CutExchanges(worker_id, part, token)):
+                self._exchange_cuts[token] = asyncio.get_running_loop().create_future()
+                told.append(self._exchange_cuts[token])
+            if worker is not None:
+                self._tell(worker, messages.Cut(xs=part))
+        return told
 
     def freeze(self, agent_id: str) -> None:
-        self._to_worker_of(agent_id, messages.Freeze(agent_id))
+        self._switch(agent_id, frozen=True)
 
     def thaw(self, agent_id: str) -> None:
-        self._to_worker_of(agent_id, messages.Thaw(agent_id))
+        self._switch(agent_id, frozen=False)
+
+    def _switch(self, agent_id: str, *, frozen: bool) -> None:
+        served = self._served.get(agent_id)
+        if served is not None:
+            served.frozen = frozen
+            self._to_worker_of(agent_id, messages.Freeze(agent_id) if frozen else messages.Thaw(agent_id))
 
     def answer(self, worker_id: str, x: int, verdict: messages.Verdict) -> None:
         worker = self._workers.get(worker_id)
-        if worker is not None:
-            self._tell(worker, messages.Answer(x, verdict))
+        if worker is None:
+            return
+        try:
+            messages.encode(messages.Answer(x, verdict))
+        except messages.BadFrame as error:
+            log.error("an answer does not fit a frame", worker=worker_id, cause=str(error))
+            verdict = messages.Refuse(503, "limit", "the answer is too long")
+        self._tell(worker, messages.Answer(x, verdict))
 
     def dial(self, order: messages.Dial) -> bool:
         """Have a socket connected and passed on; the worker learns of a failure from the dialer.
@@ -216,14 +259,15 @@ class EgressPlane:
         shared = [worker for worker in self._workers.values() if not worker.dedicated]
         if not shared:
             raise Unavailable("cannot open the gate: no egress worker runs", remedy="try again in a moment")
-        load = {worker.worker_id: 0 for worker in shared}
+        load = {worker.place: 0 for worker in shared}
         for served in self._served.values():
-            if served.worker_id in load:
-                load[served.worker_id] += 1
-        return min(shared, key=lambda worker: load[worker.worker_id])
+            if served.place in load:
+                load[served.place] += 1
+        return min(shared, key=lambda worker: load[worker.place])
 
-    def _start_worker(self, *, dedicated: bool, worker_id: str = "") -> Worker:
-        worker_id = worker_id or f"w{next(self._numbers)}"
+    def _start_worker(self, *, dedicated: bool, place: str = "") -> Worker:
+        place = place or f"w{next(self._numbers)}"
+        worker_id = f"{place}.{next(self._starts)}"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         to_dialer, dialer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, to_dialer:
@@ -233,7 +277,7 @@ class EgressPlane:
                 fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
                 on_exit=lambda _code: self._worker_exited(worker_id),
                 new_session=True,
-                record=self._records / f"egress-{worker_id}.json",
+                record=self._records / f"egress-{place}.json",
             )
         channel = Channel(
             ours,
@@ -242,18 +286,24 @@ class EgressPlane:
             on_close=lambda: self._worker_silent(worker_id),
             packet_bytes_max=messages.frame_bytes_max,
         )
-        worker = Worker(worker_id, dedicated, child, channel, dialer_end)
-        self._workers[worker_id] = worker
+        worker = Worker(worker_id, place, dedicated, child, channel, dialer_end)
+        self._workers[worker_id] = self._at[place] = worker
         self._tell(worker, self._configure)
         self._tell_dialer(messages.AttachWorker(worker_id), (dialer_end.fileno(),))
         return worker
 
     def _end_worker(self, worker: Worker) -> None:
-        del self._workers[worker.worker_id]
+        self._remove(worker)
         worker.channel.close()
         worker.dialer_end.close()
-        (self._records / f"egress-{worker.worker_id}.json").unlink(missing_ok=True)
+        self.judge.worker_lost(worker.worker_id)
+        (self._records / f"egress-{worker.place}.json").unlink(missing_ok=True)
         self._in_background(worker.child.end())
+
+    def _remove(self, worker: Worker) -> None:
+        del self._workers[worker.worker_id]
+        if self._at.get(worker.place) is worker:
+            del self._at[worker.place]
 
     def _worker_silent(self, worker_id: str) -> None:
         """A worker that closed its channel or sent too much is ended; its exit starts another."""
@@ -262,10 +312,11 @@ class EgressPlane:
             worker.child.signal(signal.SIGKILL)
 
     def _worker_exited(self, worker_id: str) -> None:
-        worker = self._workers.pop(worker_id, None)
+        worker = self._workers.get(worker_id)
         if worker is None or self._stopping:
             return
         log.error("egress worker died", worker=worker_id)
+        self._remove(worker)
         worker.channel.close()
         worker.dialer_end.close()
         self.judge.worker_lost(worker_id)
@@ -273,15 +324,17 @@ class EgressPlane:
 
     async def _restart_worker(self, dead: Worker) -> None:
         await asyncio.sleep(RESTART_SECONDS)
-        if self._stopping:
+        orphans = [served for served in self._served.values() if served.place == dead.place]
+        if self._stopping or (dead.dedicated and not orphans):
             return
-        worker = self._start_worker(dedicated=dead.dedicated, worker_id=dead.worker_id)
-        for served in self._served.values():
-            if served.worker_id == worker.worker_id:
-                self._give(worker, served)
+        worker = self._start_worker(dedicated=dead.dedicated, place=dead.place)
+        for served in orphans:
+            self._give(worker, served)
 
     def _give(self, worker: Worker, served: Served) -> None:
         self._tell(worker, messages.Listen(served.agent_id, served.name, served.labels), (served.listener,))
+        if served.frozen:
+            self._tell(worker, messages.Freeze(served.agent_id))
 
     def _from_worker(self, worker_id: str, data: bytes, fds: list[int]) -> None:
         close_all(fds)  # a worker has nothing to give us
@@ -301,7 +354,7 @@ class EgressPlane:
             case messages.Ask() | messages.Outcome() | messages.Rejected():
                 # A worker that was taken over may name any agent: it speaks for those it serves alone.
                 served = self._served.get(message.agent_id)
-                if served is not None and served.worker_id == worker_id:
+                if served is not None and served.place == worker.place:
                     self._pass_on(worker_id, message)
                 elif isinstance(message, messages.Ask):
                     self.answer(worker_id, message.x, messages.Refuse(503, "agent_not_running", "the agent has ended"))
@@ -352,6 +405,10 @@ class EgressPlane:
         self._dialer_ready.clear()
         if self._dialer is not None:
             self._dialer.close()
+        for future in self._exchange_cuts.values():
+            if not future.done():
+                future.set_result(None)
+        self._exchange_cuts.clear()
         if self._stopping:
             return
         log.error("dialer died")
@@ -379,6 +436,10 @@ class EgressPlane:
             case messages.Dialed():
                 if not message.ok:
                     log.warning("cannot reach the gateway", cause=message.error, worker=message.worker_id)
+            case messages.ExchangesCut():
+                waiting = self._exchange_cuts.pop(message.token, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(None)
             case messages.CutDone():
                 future = self._cuts.get(message.agent_id)
                 if future is not None and not future.done():
@@ -388,23 +449,29 @@ class EgressPlane:
 
     def _to_worker_of(self, agent_id: str, message: object) -> None:
         served = self._served.get(agent_id)
-        worker = None if served is None else self._workers.get(served.worker_id)
+        worker = None if served is None else self._at.get(served.place)
         if worker is not None:
             self._tell(worker, message)
 
     def _tell(self, worker: Worker, message: object, fds: Sequence[int] = ()) -> None:
+        """Send it; a worker that cannot be told is ended: what it missed may have been a cut."""
         try:
             worker.channel.send(messages.encode(message), fds)
-        except StockadeError as error:
-            log.warning("cannot tell an egress worker", worker=worker.worker_id, cause=error.message)
+        except (StockadeError, messages.BadFrame) as error:
+            if self._stopping:
+                return
+            log.error("cannot tell an egress worker, which is ended", worker=worker.worker_id, cause=str(error))
+            worker.child.signal(signal.SIGKILL)
 
     def _tell_dialer(self, message: object, fds: Sequence[int] = ()) -> bool:
-        if self._dialer is None:
+        """Send it; a dialer that cannot be told is ended, and with it everything it has open."""
+        if self._dialer is None or self._dialer.closed:
             return False
         try:
             self._dialer.send(messages.encode(message), fds)
-        except StockadeError as error:
-            log.warning("cannot tell the dialer", cause=error.message)
+        except (StockadeError, messages.BadFrame) as error:
+            log.error("cannot tell the dialer, which is ended", cause=str(error))
+            self._dialer_silent()
             return False
         return True
 

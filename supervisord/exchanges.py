@@ -7,8 +7,10 @@ log before the dialer is told to connect.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+import math
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final, assert_never
 
 import structlog
 
@@ -16,13 +18,15 @@ from gateway_client.egress import messages
 from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide
 from gateway_client.egress.request import EgressRequest, Form
 from supervisord.actions.types import Action, CannotRecord
-from supervisord.budgets import MICROUSD_PER_USD, Amounts, Ledger
+from supervisord.budgets import COST_MICROUSD_MAX, LLM_TOKENS_MAX, MICROUSD_PER_USD, Amounts
 from supervisord.errors import StockadeError
 from supervisord.ids import AgentId, GrantId
+from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
 from supervisord.limit_actions import abandoned_action
 from supervisord.pace import Pace
 from supervisord.policy import OnDeny
+from supervisord.replies import fitting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -39,24 +43,41 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ASKS_OPEN_PER_AGENT_MAX: Final = 512
+EXCHANGES_OPEN_PER_AGENT_MAX: Final = 1024
 AUTHORITIES_KNOWN_MAX: Final = 4096
+WORKER_DIED: Final = "the egress worker died"
+
+
+class Phase(Enum):
+    """How far an exchange is. What ended is no longer in the table."""
+
+    ASKED = auto()
+    ALLOWED = auto()
 
 
 @dataclass(slots=True)
 class Open:
-    """An exchange that was allowed and has not ended."""
+    """An exchange that was asked about and has not ended.
+
+    `outcome` is set where it ended before it was judged, as when the agent hangs up at once: nothing is dialed then.
+    """
 
     agent_id: str
-    grant_id: str
-    reserved: Amounts
     object: str
-
-
-@dataclass(slots=True, eq=False)
-class _Judging:
-    """An exchange that waits or is being judged; its outcome where the agent has gone away meanwhile."""
-
+    grant_id: str = ""
+    reserved: Amounts = field(default_factory=Amounts)
+    metered: bool = False
+    phase: Phase = Phase.ASKED
+    settled: bool = False
     outcome: messages.Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutOrder:
+    """A cut that was ordered: how many exchanges, and what is done when none of them carries a byte any more."""
+
+    relays: int
+    confirmed: tuple[asyncio.Future[None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,33 +114,52 @@ class Exchanges:
         self._route = route
         self._on_deny = on_deny
         self._now = now
-        self.ledgers: dict[AgentId, Ledger] = {}
+        self.ledgers = Ledgers(store)
         self._open: dict[tuple[str, int], Open] = {}
+        self._open_of: dict[str, int] = {}
         self._asking: dict[str, int] = {}
         self._authorities: dict[str, set[str]] = {}
         self._pace = Pace()
-        self._judging: dict[tuple[str, int], _Judging] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- the judge's part
 
     def ask(self, worker_id: str, ask: messages.Ask) -> None:
-        count = self._asking.get(ask.agent_id, 0)
-        if count >= ASKS_OPEN_PER_AGENT_MAX:
+        key = (worker_id, ask.x)
+        mine = self._open_of.get(ask.agent_id, 0)
+        full = self._asking.get(ask.agent_id, 0) >= ASKS_OPEN_PER_AGENT_MAX or mine >= EXCHANGES_OPEN_PER_AGENT_MAX
+        if full or key in self._open:  # a worker never asks twice with one x, unless it was taken over
             self._plane.answer(worker_id, ask.x, messages.Refuse(503, Reason.LIMIT, "too many requests at once"))
             return
-        self._asking[ask.agent_id] = count + 1
-        judging = self._judging[worker_id, ask.x] = _Judging()
-        self._in_background(self._judge(worker_id, ask, judging))
+        # In the table from the question on: an agent that hangs up before it is judged has ended all the same.
+        self._open[key] = opened = Open(ask.agent_id, ask.request.object)
+        self._open_of[ask.agent_id] = mine + 1
+        self._asking[ask.agent_id] = self._asking.get(ask.agent_id, 0) + 1
+        self._in_background(self._judge(worker_id, ask, opened))
 
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None:
-        key = (worker_id, outcome.x)
-        if key in self._judging:
-            self._judging[key].outcome = outcome
-            return
-        opened = self._open.pop(key, None)
-        if opened is not None:
-            self._in_background(self._end(opened, outcome))
+        self._ended((worker_id, outcome.x), outcome)
+
+    def _ended(self, key: tuple[str, int], outcome: messages.Outcome) -> None:
+        opened = self._open.get(key)
+        if opened is None:
+            return  # refused, or ended before
+        match opened.phase:
+            case Phase.ASKED:
+                opened.outcome = outcome
+            case Phase.ALLOWED:
+                self._remove(key)
+                self._in_background(self._end(opened, outcome))
+            case _:
+                assert_never(opened.phase)
+
+    def _remove(self, key: tuple[str, int]) -> None:
+        opened = self._open.pop(key)
+        left = self._open_of[opened.agent_id] - 1
+        if left:
+            self._open_of[opened.agent_id] = left
+        else:
+            del self._open_of[opened.agent_id]
 
     def rejected(self, rejected: messages.Rejected) -> None:
         details: dict[str, JSON] = {"status": rejected.status, "count": rejected.count}
@@ -138,30 +178,34 @@ class Exchanges:
         )
 
     def worker_lost(self, worker_id: str) -> None:
-        """Settle what a dead worker had open: what was allowed may have been used."""
-        for key in [key for key in (*self._open, *self._judging) if key[0] == worker_id]:
-            self.outcome(worker_id, messages.Outcome(key[1], "", 0, 0, 0, 0, error="the egress worker died"))
+        """Settle what a dead worker had open: what was allowed may have been used, what was asked is not begun."""
+        for key in [key for key in self._open if key[0] == worker_id]:
+            self._ended(key, messages.Outcome(key[1], self._open[key].agent_id, 0, 0, 0, 0, error=WORKER_DIED))
 
     # --- what others order
 
     def forget(self, agent_id: AgentId) -> None:
-        self.ledgers.pop(agent_id, None)
+        self.ledgers.forget(agent_id)
         self._authorities.pop(agent_id, None)
         if count := self._pace.forget(agent_id):
             self._in_background(self._note(abandoned_action(agent_id, count)))
 
-    def cut_grant(self, grant_id: GrantId) -> int:
-        """Reset every open exchange that stands on this grant; gives their number."""
+    def cut_grant(self, grant_id: GrantId) -> CutOrder:
+        """Reset every open exchange that stands on this grant, with or without its worker's help; never raises.
+
+        One that is being judged now is refused by `_still`, since the grant has ended before this is called.
+        """
         cut: dict[str, list[int]] = {}
         for (worker_id, x), opened in self._open.items():
-            if opened.grant_id == grant_id:
+            if opened.grant_id == grant_id and opened.phase is Phase.ALLOWED:
                 cut.setdefault(worker_id, []).append(x)
+        confirmed: list[asyncio.Future[None]] = []
         for worker_id, xs in cut.items():
-            self._plane.cut_exchanges(worker_id, tuple(xs))
-        return sum(map(len, cut.values()))
+            confirmed += self._plane.cut_exchanges(worker_id, xs)
+        return CutOrder(sum(map(len, cut.values())), tuple(confirmed))
 
     def open_count(self, agent_id: str) -> int:
-        return sum(opened.agent_id == agent_id for opened in self._open.values())
+        return self._open_of.get(agent_id, 0)
 
     def view(self, agent: Agent) -> AgentView:
         """What a decision on this agent depends on."""
@@ -187,62 +231,54 @@ class Exchanges:
 
     # --- one exchange
 
-    async def _judge(self, worker_id: str, ask: messages.Ask, judging: _Judging) -> None:
+    async def _judge(self, worker_id: str, ask: messages.Ask, opened: Open) -> None:
+        key = (worker_id, ask.x)
+        verdict: messages.Verdict = messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the request could not be judged")
         try:
             if wait := self._pace.ask(ask.agent_id, self._now()):
                 await asyncio.sleep(wait)
-                if judging.outcome is not None:  # nobody waits for it any more, and nothing was decided
+                if opened.outcome is not None:  # nobody waits for it any more, and nothing was decided
                     if count := self._pace.abandoned(ask.agent_id, self._now()):
                         await self._note(abandoned_action(ask.agent_id, count))
                     return
             agent = self._agents.get(ask.agent_id)
             if agent is None:
-                verdict: messages.Verdict = messages.Refuse(503, Reason.AGENT_NOT_RUNNING, "the agent has ended")
+                verdict = messages.Refuse(503, Reason.AGENT_NOT_RUNNING, "the agent has ended")
             else:
-                verdict = await self._decide(worker_id, agent, ask)
+                verdict = await self._decide(agent, ask, opened)
             if isinstance(verdict, messages.Refuse):
                 self._pace.denied(ask.agent_id, self._now())
-            self._judged(worker_id, ask, judging)
-            if judging.outcome is not None:
-                self.outcome(worker_id, judging.outcome)
-                return
+            # No await from the last look at grant and agent to the order to dial: a cut comes before or after both.
             if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
                 assert agent is not None  # noqa: S101 - only an agent is allowed anything
                 told = self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
                 if not told:  # the outcome of the refusal gives back what was set aside
                     verdict = messages.Refuse(502, Reason.UPSTREAM_FAILED, "the way to the gateway is being restarted")
-            self._plane.answer(worker_id, ask.x, verdict)
         finally:
-            self._judged(worker_id, ask, judging)
+            if opened.phase is Phase.ASKED:
+                self._remove(key)
+                self._give_back(opened, used=False)  # where it was not yet: whatever went wrong, nothing went out
             count = self._asking[ask.agent_id] - 1
             if count:
                 self._asking[ask.agent_id] = count
             else:
                 del self._asking[ask.agent_id]
+            self._plane.answer(worker_id, ask.x, verdict)
 
-    def _judged(self, worker_id: str, ask: messages.Ask, judging: _Judging) -> None:
-        # A worker that was started anew counts from the beginning: the place may be another's by now.
-        if self._judging.get((worker_id, ask.x)) is judging:
-            del self._judging[worker_id, ask.x]
-
-    async def _decide(self, worker_id: str, agent: Agent, ask: messages.Ask) -> messages.Verdict:
+    async def _decide(self, agent: Agent, ask: messages.Ask, opened: Open) -> messages.Verdict:
         request = ask.request
         if request.form is Form.SELF and self._requests.mine(request):
             return await self._requests.answer(agent, request)
         verdict = decide(request, self.view(agent), now=self._now())
         if isinstance(verdict, messages.Refuse) and verdict.scope and self._on_deny(agent) is OnDeny.ASK:
             granted = await self._requests.hold(agent, verdict.scope, request.object)
-            if granted:
+            if granted and opened.outcome is None:
                 verdict = decide(request, self.view(agent), now=self._now())
-        if isinstance(verdict, messages.Reply):
-            return verdict
-        opened = Open(agent.agent_id, "", Amounts(), request.object)
-        if isinstance(verdict, messages.Allow) and verdict.grant_id:
-            taken = self._take(agent, verdict)
-            if isinstance(taken, messages.Refuse):
-                verdict = taken
-            else:
-                opened.grant_id, opened.reserved = verdict.grant_id, taken
+        match verdict:
+            case messages.Reply():
+                return fitting(verdict, request.query)
+            case messages.Allow() if verdict.grant_id:
+                verdict = self._take(agent, verdict, opened)
         try:
             await self._keep_uses(opened)
             await self._record(agent, ask, verdict)
@@ -250,33 +286,43 @@ class Exchanges:
             self._give_back(opened, used=False)
             log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
-        if isinstance(verdict, messages.Allow):
-            again = self._still(agent, opened)
-            if again is not None:
-                self._give_back(opened, used=False)
-                return again
-            self._open[worker_id, ask.x] = opened
+        return await self._begin(agent, opened, verdict) if isinstance(verdict, messages.Allow) else verdict
+
+    async def _begin(self, agent: Agent, opened: Open, verdict: messages.Allow) -> messages.Verdict:
+        """Let it go, unless agent, worker or grant have gone while the disk took the record."""
+        if opened.outcome is not None:
+            await self._end(opened, opened.outcome, begun=False)
+            return messages.Refuse(503, Reason.AGENT_NOT_RUNNING, "the connection has ended")
+        again = self._still(agent, opened)
+        if again is not None:
+            self._give_back(opened, used=False)
+            return again
+        opened.phase = Phase.ALLOWED
         return verdict
 
-    def _take(self, agent: Agent, verdict: messages.Allow) -> Amounts | messages.Refuse:
+    def _take(self, agent: Agent, verdict: messages.Allow, opened: Open) -> messages.Allow | messages.Refuse:
         """Set aside a use of the grant and its part of the budget, before anything else can."""
         amounts = Amounts(llm_tokens=verdict.reserve_tokens, requests=1)
-        ledger = self.ledgers.get(agent.agent_id)
-        metered = ledger is not None and verdict.upstream is messages.Upstream.API
+        metered = False
         try:
-            if ledger is not None and metered:
-                self.ledgers[agent.agent_id] = ledger.reserve(amounts)
+            if verdict.upstream is messages.Upstream.API:
+                metered = self.ledgers.reserve(agent.agent_id, amounts)
             self._book.use(GrantId(verdict.grant_id))
         except StockadeError as error:
-            if ledger is not None and metered:
-                self.ledgers[agent.agent_id] = ledger
+            if metered:
+                self.ledgers.settle(agent.agent_id, amounts, Amounts())
             exhausted = Reason.BUDGET_EXHAUSTED if "budget" in error.message else Reason.GRANT_USED_UP
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
-        return amounts if metered else Amounts()
+        opened.grant_id, opened.metered = verdict.grant_id, metered
+        if metered:
+            opened.reserved = amounts
+        return verdict
 
     async def _keep_uses(self, opened: Open) -> None:
-        """Write down that a counted use was taken, so that a restart gives none of them again."""
+        """Write down what was taken of budget and counted uses, so that a restart gives none of it again."""
+        if opened.metered:
+            await self.ledgers.cover(AgentId(opened.agent_id))
         if opened.grant_id:
             grant = self._book.get(GrantId(opened.grant_id))
             if grant.max_uses is not None:
@@ -291,12 +337,12 @@ class Exchanges:
         return None
 
     def _give_back(self, opened: Open, *, used: bool, actual: Amounts | None = None) -> None:
-        if not opened.grant_id:
+        if not opened.grant_id or opened.settled:
             return
+        opened.settled = True
         self._book.settle(GrantId(opened.grant_id), used=used)
-        ledger = self.ledgers.get(AgentId(opened.agent_id))
-        if ledger is not None:
-            self.ledgers[AgentId(opened.agent_id)] = ledger.settle(opened.reserved, actual or Amounts())
+        if opened.metered:
+            self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
 
     async def _record(self, agent: Agent, ask: messages.Ask, verdict: messages.Allow | messages.Refuse) -> None:
         request = ask.request
@@ -350,9 +396,11 @@ class Exchanges:
             preface = messages.Preface(agent.agent_id, agent.name, ask.x, allow, dict(agent.what.labels))
         return messages.Dial(worker_id, ask.x, agent.agent_id, upstream, preface)
 
-    async def _end(self, opened: Open, outcome: messages.Outcome) -> None:
+    async def _end(self, opened: Open, outcome: messages.Outcome, *, begun: bool = True) -> None:
         usage = outcome.usage
-        actual = Amounts(requests=opened.reserved.requests)
+        # Nobody said what a call used that went upstream: then it used all that was set aside for it.
+        sent = begun and (outcome.bytes_up > 0 or outcome.error == WORKER_DIED)
+        actual = opened.reserved if sent else Amounts(requests=opened.reserved.requests if begun else 0)
         details: dict[str, JSON] = {
             "x": outcome.x,
             "status": outcome.status,
@@ -364,9 +412,9 @@ class Exchanges:
             "response_sha256": outcome.response_sha256,
         }
         agent = self._agents.get(opened.agent_id)
-        if usage is not None:
-            cost = round((usage.cost_usd or 0.0) * MICROUSD_PER_USD)
-            actual = Amounts(max(usage.input_tokens + usage.output_tokens, 0), max(cost, 0), opened.reserved.requests)
+        if usage is not None and begun:
+            tokens_in, tokens_out, cost = _spent(usage)
+            actual = Amounts(tokens_in + tokens_out, cost, opened.reserved.requests)
             details |= {
                 "model": usage.model,
                 "input_tokens": usage.input_tokens,
@@ -375,12 +423,13 @@ class Exchanges:
                 "cost_estimated": usage.estimated,
             }
             if agent is not None:
-                agent.spend.input_tokens += max(usage.input_tokens, 0)
-                agent.spend.output_tokens += max(usage.output_tokens, 0)
-                agent.spend.cost_usd += max(cost, 0) / MICROUSD_PER_USD
+                agent.spend.input_tokens += tokens_in
+                agent.spend.output_tokens += tokens_out
+                agent.spend.cost_usd += cost / MICROUSD_PER_USD
                 agent.spend.estimated |= usage.estimated
                 agent.spend.requests += 1
-        self._give_back(opened, used=outcome.status != 502 or outcome.bytes_up > 0, actual=actual)  # noqa: PLR2004
+        used = begun and (outcome.status != 502 or outcome.bytes_up > 0)  # noqa: PLR2004
+        self._give_back(opened, used=used, actual=actual)
         await self._note(
             Action(
                 opened.agent_id,
@@ -404,3 +453,14 @@ class Exchanges:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _spent(usage: messages.Usage) -> tuple[int, int, int]:
+    """Tokens in, tokens out and millionths of a dollar, bounded: a worker that was taken over may say anything."""
+    cost = usage.cost_usd or 0.0
+    microusd = COST_MICROUSD_MAX if math.isnan(cost) else min(max(cost, 0.0) * MICROUSD_PER_USD, COST_MICROUSD_MAX)
+    return (
+        min(max(usage.input_tokens, 0), LLM_TOKENS_MAX),
+        min(max(usage.output_tokens, 0), LLM_TOKENS_MAX),
+        round(microusd),
+    )

@@ -11,7 +11,7 @@ import errno
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -23,10 +23,9 @@ from supervisord.lifecycle import Event, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from supervisord.actions.log import ActionLog
+    from gateway_client.egress import messages
     from supervisord.actions.types import JSON
     from supervisord.agents import Agent, Agents
-    from supervisord.egress_plane import EgressPlane
     from supervisord.launcher_link import LauncherLink
 
 log = structlog.get_logger()
@@ -61,6 +60,18 @@ class Receipt:
     signature: bytes = b""
 
 
+class Records(Protocol):
+    """What a kill is written to."""
+
+    async def record(self, action: Action) -> object: ...
+
+
+class Gates(Protocol):
+    """What closes an agent's way out."""
+
+    async def cut(self, agent_id: str) -> messages.CutDone | None: ...
+
+
 class KillSwitch:
     """Kills agents; `sign` makes the statement and signature of a receipt, `ended` is told of each death."""
 
@@ -68,9 +79,9 @@ class KillSwitch:
         self,
         *,
         agents: Agents,
-        actions: ActionLog,
+        actions: Records,
         launcher: LauncherLink,
-        plane: EgressPlane,
+        plane: Gates,
         sign: Callable[[Receipt], Receipt],
         ended: Callable[[Agent], None],
         new_id: Callable[[], str],

@@ -16,7 +16,7 @@ import structlog
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
-from supervisord.budgets import NO_BUDGET, Budget, Ledger
+from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
 from supervisord.hostfiles import file_uid, open_files
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON, Entry
     from supervisord.agents import Agents
+    from supervisord.budgets import Amounts
     from supervisord.callers import Caller
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
-    from supervisord.scopes import GrantBook
+    from supervisord.scopes import Grant, GrantBook
     from supervisord.slots import Slots
 
 log = structlog.get_logger()
@@ -316,7 +317,8 @@ class Launching:
             self._built(agent, reply)
             if sockets is not None:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
-            self.give_egress(agent)
+            self.give_scopes(agent)
+            self.open_gate(agent)
             _check_wanted(agent)
             await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
         except BaseException as error:
@@ -355,15 +357,27 @@ class Launching:
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
 
-    def give_egress(self, agent: Agent) -> None:
-        """Open the gate: grants of policy and launch, budget, listener."""
+    def give_scopes(self, agent: Agent, *, kept: Sequence[Grant] = (), spent: Amounts | None = None) -> None:
+        """Give what the agent may do: grants of policy and launch, budget.
+
+        `kept` is what the store has of its grants, and goes before the launch: one that was taken back stays so.
+        """
+        known = {grant.grant_id for grant in kept}
         for grant in agent.what.grants:
-            self._book.add(
-                agent.agent_id, read_scope(grant.scope), by=grant.by, reason="launch", grant_id=GrantId(grant.grant_id)
-            )
-        budget = Budget.from_json(agent.what.budget)
-        if budget != NO_BUDGET:
-            self._exchanges.ledgers[agent.agent_id] = Ledger(budget)
+            if grant.grant_id not in known:
+                self._book.add(
+                    agent.agent_id,
+                    read_scope(grant.scope),
+                    by=grant.by,
+                    reason="launch",
+                    grant_id=GrantId(grant.grant_id),
+                )
+        for each in kept:
+            self._book.restore(each)
+        self._exchanges.ledgers.open(agent.agent_id, Budget.from_json(agent.what.budget), spent=spent)
+
+    def open_gate(self, agent: Agent, *, frozen: bool = False) -> None:
+        """Serve the agent's listener: the last step, after everything that says what may pass."""
         if agent.listener is not None:
             self._plane.listen(
                 agent.agent_id,
@@ -371,6 +385,7 @@ class Launching:
                 labels=agent.what.labels,
                 listener=agent.listener,
                 dedicated=agent.what.dedicated_worker,
+                frozen=frozen,
             )
 
     async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:

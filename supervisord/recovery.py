@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
+    from supervisord.budgets import Amounts
     from supervisord.config import Config
+    from supervisord.ids import AgentId
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
+    from supervisord.scopes import Grant
     from supervisord.slots import Slots
+    from supervisord.store import Store
 
 log = structlog.get_logger()
 
@@ -76,6 +80,25 @@ def launcher_command(config: Config) -> list[str]:
     return [*argv, "--scratch-preallocate"] if config.scratch.preallocate else argv
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the store has of agents, read before any of them is taken up."""
+
+    history: Mapping[str, AgentRow] = field(default_factory=dict)
+    grants: Mapping[str, Sequence[Grant]] = field(default_factory=dict)
+    spent: Mapping[AgentId, Amounts] = field(default_factory=dict)
+
+    @classmethod
+    async def read(cls, store: Store, *, unwritten: Sequence[Grant]) -> Kept:
+        """Read it; `unwritten` are ends of grants that the store has not taken yet. Raises CannotStore."""
+        grants = {grant.grant_id: grant for grant in await store.grants()}
+        grants |= {grant.grant_id: grant for grant in unwritten}
+        by_agent: dict[str, list[Grant]] = {}
+        for grant in grants.values():
+            by_agent.setdefault(grant.agent_id, []).append(grant)
+        return cls({row.agent_id: row for row in await store.agents()}, by_agent, await store.spent())
+
+
 class Recovery:
     """Takes up what an earlier daemon left, and what an earlier launcher left to this one."""
 
@@ -88,7 +111,7 @@ class Recovery:
         actions: ActionLog,
         slots: Slots,
         output_dir: Path,
-        history: Mapping[str, AgentRow],
+        kept: Kept,
         hold: Callable[[object, Sequence[int]], None],
     ) -> None:
         self._agents = agents
@@ -97,7 +120,8 @@ class Recovery:
         self._actions = actions
         self._slots = slots
         self._output_dir = output_dir
-        self._history = history
+        self._kept = kept
+        self._history = kept.history
         self._hold = hold
         self.adopted: list[str] = []
         self.half_built: list[str] = []
@@ -132,23 +156,29 @@ class Recovery:
             elif known.listener is not None:
                 self._give_back(known)
             return known
-        try:
-            agent = Agent(Description.from_json(meta))
-        except (TypeError, KeyError) as error:
-            log.error(
-                "an agent of another version is left alone: kill it by its cgroup", agent=agent_id, cause=str(error)
-            )
-            close_all(fds)
+        agent = take_up(self._agents, agent_id, meta, fds, row=self._history.get(agent_id))
+        if agent is None:
             return None
-        agent.pidfd, agent.listener = pidfd, listener
-        if agent_id in self._history:
-            remember(agent, self._history[agent_id])
-        self._agents.add(agent)
-        self._agents.apply(agent, Event.EXEC_OK)
-        agent.started_at_ns = agent.started_at_ns or agent.what.launched_at_ns
-        self._launching.give_egress(agent)
+        self._launching.give_scopes(
+            agent, kept=self._kept.grants.get(agent_id, ()), spent=self._kept.spent.get(agent.agent_id)
+        )
         self.adopted.append(agent_id)
         return agent
+
+    def open_gates(self) -> None:
+        """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force."""
+        for agent_id in self.adopted:
+            agent = self._agents.get(agent_id)
+            if agent is not None and agent.live:
+                self._launching.open_gate(agent, frozen=agent.state is State.FROZEN)
+
+    async def without_launch(self) -> list[str]:
+        """Which of the agents taken up have no entry of their launch in the log: it was cut, or begun anew."""
+        return [
+            agent_id
+            for agent_id in self.adopted
+            if not await self._actions.query(agent_id=agent_id, verb="agent.launch", limit=1)
+        ]
 
     def _give_back(self, agent: Agent) -> None:
         async def give() -> None:
@@ -209,6 +239,25 @@ class Recovery:
         except (OSError, ValueError):
             agent.failure = "it ended while no daemon ran, and its exit status is not known"
         return agent
+
+
+def take_up(
+    agents: Agents, agent_id: str, meta: dict[str, object], fds: list[int], *, row: AgentRow | None = None
+) -> Agent | None:
+    """Take a living agent with the launcher's descriptors into the table; None where another version launched it."""
+    try:
+        agent = Agent(Description.from_json(meta))
+    except (TypeError, KeyError) as error:
+        log.error("an agent of another version is left alone: kill it by its cgroup", agent=agent_id, cause=str(error))
+        close_all(fds)
+        return None
+    agent.pidfd, agent.listener = fds[0], fds[1] if len(fds) > 1 else None
+    if row is not None:
+        remember(agent, row)
+    agents.add(agent)
+    agents.apply(agent, Event.EXEC_OK)
+    agent.started_at_ns = agent.started_at_ns or agent.what.launched_at_ns
+    return agent
 
 
 def row_of(agent: Agent) -> AgentRow:

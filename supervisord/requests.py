@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 PENDING_PER_AGENT_MAX: Final = 16
+DECIDED_PER_AGENT_MAX: Final = 64
 REQUESTS_KEPT_MAX: Final = 4096
+"""Beyond it the oldest decided ones go; pending ones never do, they are bounded by agent."""
 REASON_CHARACTERS_MAX: Final = 500
 WAIT_SECONDS_MAX: Final = 60.0
 HOLD_SECONDS_MAX: Final = 300.0
@@ -88,6 +90,7 @@ class Requests:
         self._new_id = new_id
         self._now_ns = now_ns
         self._all: OrderedDict[str, Request] = OrderedDict()
+        self._asking: dict[tuple[AgentId, Scope], asyncio.Task[Request]] = {}
         self._changed = asyncio.Event()
         self.version = 0
 
@@ -205,12 +208,23 @@ class Requests:
         return messages.Reply(200, _shown_to_agent(request))
 
     async def _ask(self, agent: Agent, scope: Scope, reason: str) -> Request:
-        pending = [r for r in self._all.values() if r.agent_id == agent.agent_id and r.state is RequestState.PENDING]
-        for request in pending:
+        """The request of this agent for this scope; raises Conflict where it has too many, CannotRecord."""
+        mine = [r for r in self._all.values() if r.agent_id == agent.agent_id and r.state is RequestState.PENDING]
+        for request in mine:
             if request.scope == scope:
                 return request  # the same question again tires people
-        if len(pending) >= PENDING_PER_AGENT_MAX:
-            raise Conflict(f"cannot ask: {PENDING_PER_AGENT_MAX} requests are pending", remedy="wait for answers")
+        key = (agent.agent_id, scope)
+        asking = self._asking.get(key)
+        if asking is None:
+            # Counted before the wait for the disk: those that come meanwhile see it.
+            if len(mine) + sum(whose == agent.agent_id for whose, _ in self._asking) >= PENDING_PER_AGENT_MAX:
+                raise Conflict(f"cannot ask: {PENDING_PER_AGENT_MAX} requests are pending", remedy="wait for answers")
+            asking = asyncio.get_running_loop().create_task(self._make(agent, scope, reason))
+            self._asking[key] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(key, None))
+        return await asyncio.shield(asking)
+
+    async def _make(self, agent: Agent, scope: Scope, reason: str) -> Request:
         request = Request(
             self._new_id(),
             agent.agent_id,
@@ -231,10 +245,20 @@ class Requests:
             )
         )
         self._all[request.request_id] = request
-        while len(self._all) > REQUESTS_KEPT_MAX:
-            self._all.popitem(last=False)
+        if not agent.live:
+            self._decide(request, RequestState.EXPIRED, actor="daemon")  # it ended while this was recorded
+        self._forget_old(agent.agent_id)
         self._note()
         return request
+
+    def _forget_old(self, agent_id: AgentId) -> None:
+        decided = [r for r in self._all.values() if r.state is not RequestState.PENDING]
+        own = [r for r in decided if r.agent_id == agent_id]
+        gone = own[: max(0, len(own) - DECIDED_PER_AGENT_MAX)]
+        rest = [r for r in decided if r not in gone]
+        gone += rest[: max(0, len(self._all) - len(gone) - REQUESTS_KEPT_MAX)]
+        for request in gone:
+            del self._all[request.request_id]
 
     def _pending(self, request_id: str) -> Request:
         request = self.get(request_id)

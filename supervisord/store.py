@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar, cast
 
+from supervisord.budgets import Amounts
 from supervisord.errors import ErrorCode, StockadeError
 from supervisord.holds import Hold
-from supervisord.ids import GrantId
+from supervisord.ids import AgentId, GrantId
 from supervisord.scopes import Ended, Grant, JsonValue
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -23,6 +24,7 @@ AGENTS_KEPT_MAX: Final = 10_000
 ENDED_GRANTS_KEPT_MAX: Final = 10_000
 LIST_ROWS_MAX: Final = 10_000
 BUSY_SECONDS: Final = 5.0
+INTEGER_MAX: Final = 2**63 - 1
 _FILE_MODE: Final = 0o600
 
 # One step for each version; a step that was released is never changed. `user_version` counts the steps done.
@@ -44,6 +46,12 @@ MIGRATIONS: Final = (
     CREATE INDEX agents_name ON agents (name);
     CREATE TABLE postures (agent_id TEXT PRIMARY KEY, live INTEGER NOT NULL, posture TEXT NOT NULL) STRICT;
     CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+    """,
+    """
+    CREATE TABLE spent (
+        agent_id TEXT PRIMARY KEY, llm_tokens INTEGER NOT NULL, cost_microusd INTEGER NOT NULL,
+        requests INTEGER NOT NULL
+    ) STRICT;
     """,
 )
 
@@ -143,6 +151,29 @@ class Store:
                 grant = replace(grant, ended=Ended.AGENT_ENDED)
             found.append(grant)
         return found
+
+    # --- budgets
+
+    async def save_spent(self, agent_id: AgentId, amounts: Amounts) -> None:
+        """Insert or replace what an agent has used of its budget at most."""
+        # SQLite's integers end at 2^63; an amount beyond every budget is as good.
+        values = (
+            agent_id,
+            *(min(amount, INTEGER_MAX) for amount in (amounts.llm_tokens, amounts.cost_microusd, amounts.requests)),
+        )
+        await self._write("keep what was spent", "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [values])
+
+    async def drop_spent(self, agent_id: AgentId) -> None:
+        await self._write("forget what was spent", "DELETE FROM spent WHERE agent_id = ?", [(agent_id,)])
+
+    async def spent(self) -> dict[AgentId, Amounts]:
+        rows = await self._read(
+            "list what was spent", "SELECT agent_id, llm_tokens, cost_microusd, requests FROM spent"
+        )
+        return {
+            AgentId(str(agent_id)): Amounts(cast("int", tokens), cast("int", cost), cast("int", requests))
+            for agent_id, tokens, cost, requests in rows
+        }
 
     # --- holds
 
@@ -253,14 +284,21 @@ class _TooNew(Exception):  # noqa: N818 - becomes CannotStore
 
 _PRUNE: Final = (
     (
+        # Of agents that live all are kept: forgotten, a revoked grant of the launch would be given again.
         """DELETE FROM grants WHERE ended IS NOT NULL AND rowid NOT IN
-           (SELECT rowid FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT ?)""",
+           (SELECT rowid FROM grants WHERE ended IS NOT NULL ORDER BY rowid DESC LIMIT ?)
+           AND agent_id NOT IN (SELECT agent_id FROM agents WHERE ended_at_ns IS NULL)""",
         ENDED_GRANTS_KEPT_MAX,
     ),
     (
         """DELETE FROM agents WHERE ended_at_ns IS NOT NULL AND rowid NOT IN
            (SELECT rowid FROM agents WHERE ended_at_ns IS NOT NULL ORDER BY rowid DESC LIMIT ?)""",
         AGENTS_KEPT_MAX,
+    ),
+    (
+        """DELETE FROM spent WHERE agent_id IN (SELECT agent_id FROM agents WHERE ended_at_ns IS NOT NULL)
+           AND rowid NOT IN (SELECT rowid FROM spent ORDER BY rowid DESC LIMIT ?)""",
+        0,
     ),
     (
         """DELETE FROM postures WHERE live = 0 AND rowid NOT IN

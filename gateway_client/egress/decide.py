@@ -40,7 +40,6 @@ class Reason(StrEnum):
     FORWARDING_OFF = "forwarding_off"
     TLS_NOT_TERMINATED = "tls_not_terminated"
     AGENT_NOT_RUNNING = "agent_not_running"
-    AGENT_HELD = "agent_held"
     BUDGET_EXHAUSTED = "budget_exhausted"
     SELF_UNKNOWN = "self_unknown"
     LOG_UNAVAILABLE = "log_unavailable"
@@ -78,7 +77,6 @@ class AgentView:
     policy: str
     state: str
     """A lifecycle state; only STARTING (execve done, not yet noted) and RUNNING may send."""
-    held: bool = False
     grants: tuple[GrantView, ...] = ()
     budget: BudgetView = field(default_factory=BudgetView)
     forwarding: bool = True
@@ -121,8 +119,6 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
     """Judge one request. `now` is monotonic seconds, the clock of `GrantView.expires_at`."""
     if view.state not in ("STARTING", "RUNNING"):
         return Refuse(503, Reason.AGENT_NOT_RUNNING, f"the agent is {view.state} and may send nothing")
-    if view.held:
-        return Refuse(503, Reason.AGENT_HELD, "the agent is on hold until an operator releases it")
     match request.form:
         case Form.SELF:
             return _answer_self(request, view, now=now)

@@ -109,6 +109,14 @@ class Table:
         return [kept for kept in self.by_key.values() if kept.key[0] == worker_id]
 
 
+@dataclass(slots=True)
+class Dialing:
+    """A connection under way; whoever cuts it cancels `task`."""
+
+    agent_id: str
+    task: asyncio.Task[None]
+
+
 class Dialer:
     def __init__(
         self, daemon: socket.socket, configuration: messages.ConfigureDialer, *, stop: Callable[[], None]
@@ -120,7 +128,7 @@ class Dialer:
         self._workers: dict[str, Link] = {}
         self._listeners: dict[str, list[socket.socket]] = {}
         self._table = Table()
-        self._dialing: dict[tuple[str, int], str] = {}
+        self._dialing: dict[tuple[str, int], Dialing] = {}
         self._hangups = select.epoll()
         self._loop.add_reader(self._hangups.fileno(), self._hung_up)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,11 +159,11 @@ class Dialer:
                 if fds:
                     self._attach(message.worker_id, socket.socket(fileno=fds.pop(0)))
             case messages.Dial():
-                task = self._loop.create_task(self._dial(message))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._begin(message)
             case messages.CutUpstreams():
                 self._cut(message.agent_id)
+            case messages.CutExchanges():
+                self._cut_exchanges(message)
             case messages.Listener():
                 kept = self._listeners.setdefault(message.agent_id, [])
                 if fds and len(kept) < listeners_per_agent_max:
@@ -201,21 +209,29 @@ class Dialer:
 
     # --- dialing
 
+    def _begin(self, order: messages.Dial) -> None:
+        """Start to dial. It counts as under way from this moment: a cut may be the very next message in the queue."""
+        key = (order.worker_id, order.x)
+        if key in self._dialing or key in self._table.by_key:
+            self._failed(order.worker_id, order.x, "cannot connect: this exchange has a connection")
+            return
+        task = self._loop.create_task(self._dial(order))
+        self._dialing[key] = Dialing(order.agent_id, task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _dial(self, order: messages.Dial) -> None:
         key = (order.worker_id, order.x)
-        self._dialing[key] = order.agent_id
         try:
             endpoint = await self._connected(order)
         except (CannotDial, OSError, TimeoutError, ValueError) as error:
             self._dialing.pop(key, None)
-            text = str(error) or "cannot connect to the gateway: it did not answer in time"
-            self._to_worker(order.worker_id, messages.UpstreamFailed(order.x, text[:200]))
-            self._tell(messages.Dialed(order.worker_id, order.x, ok=False, error=text[:200]))
+            self._failed(
+                order.worker_id, order.x, str(error) or "cannot connect to the gateway: it did not answer in time"
+            )
             return
-        if self._dialing.pop(key, None) is None:  # cut meanwhile
+        if self._dialing.pop(key, None) is None:  # cut in the moment in which it was connected
             endpoint.close()
-            self._to_worker(order.worker_id, messages.UpstreamFailed(order.x, "cut"))
-            self._tell(messages.Dialed(order.worker_id, order.x, ok=False, error="cut"))
             return
         # Ours is kept before theirs is sent: a cut that comes in between finds it.
         self._table.add(Kept(order.agent_id, key, endpoint))
@@ -223,16 +239,17 @@ class Dialer:
         self._to_worker(order.worker_id, messages.UpstreamReady(order.x), fd=endpoint.fileno())
         self._tell(messages.Dialed(order.worker_id, order.x, ok=True))
 
+    def _failed(self, worker_id: str, x: int, why: str) -> None:
+        self._to_worker(worker_id, messages.UpstreamFailed(x, why[:200]))
+        self._tell(messages.Dialed(worker_id, x, ok=False, error=why[:200]))
+
     async def _connected(self, order: messages.Dial) -> socket.socket:
         destination = self._gateway if order.upstream is Upstream.API or order.preface is not None else self._proxy
         if destination is None or order.upstream is Upstream.INSPECT:
             raise CannotDial("cannot connect: no forward proxy is configured")
         if order.worker_id not in self._workers:
             raise CannotDial("cannot connect: the worker is gone")
-        if (
-            len(self._table.by_key) + len(self._dialing) > duplicates_max
-            or (order.worker_id, order.x) in self._table.by_key
-        ):
+        if len(self._table.by_key) + len(self._dialing) > duplicates_max:
             raise CannotDial("cannot connect: too many connections are open")
         first = preface_bytes(order.preface) if order.preface is not None else b""
         endpoint = socket.socket(destination.family, socket.SOCK_STREAM)
@@ -283,13 +300,11 @@ class Dialer:
 
     def _cut(self, agent_id: str) -> None:
         started = time.monotonic()
-        for key in [key for key, whose in self._dialing.items() if whose == agent_id]:
-            del self._dialing[key]
+        for key in [key for key, dialing in self._dialing.items() if dialing.agent_id == agent_id]:
+            self._stop_dialing(key)
         relays = self._table.of_agent(agent_id)
         for kept in relays:
-            with contextlib.suppress(OSError):  # the far end may have gone first
-                kept.endpoint.shutdown(socket.SHUT_RDWR)
-            self._drop(kept)
+            self._shut(kept)
         listeners = self._listeners.pop(agent_id, [])
         for listener in listeners:
             with contextlib.suppress(OSError):
@@ -298,7 +313,32 @@ class Dialer:
         milliseconds = (time.monotonic() - started) * 1000
         self._tell(messages.CutDone(agent_id, relays=len(relays), listeners=len(listeners), ms=milliseconds))
 
+    def _cut_exchanges(self, order: messages.CutExchanges) -> None:
+        relays = 0
+        for x in order.xs:
+            key = (order.worker_id, x)
+            self._stop_dialing(key)
+            kept = self._table.by_key.get(key)
+            if kept is not None:
+                self._shut(kept)
+                relays += 1
+        self._tell(messages.ExchangesCut(order.token, relays))
+
+    def _stop_dialing(self, key: tuple[str, int]) -> None:
+        dialing = self._dialing.pop(key, None)
+        if dialing is not None:
+            # A task that has not begun never runs then, so what it would say is said here.
+            dialing.task.cancel()
+            self._failed(*key, "cut")
+
+    def _shut(self, kept: Kept) -> None:
+        with contextlib.suppress(OSError):  # the far end may have gone first
+            kept.endpoint.shutdown(socket.SHUT_RDWR)
+        self._drop(kept)
+
     def _forget(self, agent_id: str) -> None:
+        for key in [key for key, dialing in self._dialing.items() if dialing.agent_id == agent_id]:
+            self._stop_dialing(key)
         for kept in self._table.of_agent(agent_id):
             self._drop(kept)
         for listener in self._listeners.pop(agent_id, []):

@@ -31,12 +31,14 @@ __all__ = [
     "ConfigureDialer",
     "Cut",
     "CutDone",
+    "CutExchanges",
     "CutUpstreams",
     "Dial",
     "Dialed",
     "DialerReady",
     "Done",
     "EgressRequest",
+    "ExchangesCut",
     "Forget",
     "ForwardMode",
     "Freeze",
@@ -59,7 +61,12 @@ __all__ = [
     "decode",
     "encode",
     "frame_bytes_max",
+    "xs_per_cut_max",
 ]
+
+
+xs_per_cut_max: Final = 2048
+"""Exchanges that one `Cut` or `CutExchanges` names at most, so that its frame fits (an x has up to 20 digits)."""
 
 
 class ForwardMode(StrEnum):
@@ -273,6 +280,18 @@ class CutUpstreams:
 
 
 @dataclass(frozen=True, slots=True)
+class CutExchanges:
+    """shutdown(2) the upstream sockets of these exchanges of a worker, with no co-operation of the worker.
+
+    Answered by `ExchangesCut` with the same `token` once none of them can carry a byte any more.
+    """
+
+    worker_id: str
+    xs: tuple[int, ...]
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listener:
     """A duplicate of an agent's listening socket comes with it, for `CutUpstreams`."""
 
@@ -312,6 +331,12 @@ class CutDone:
     ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class ExchangesCut:
+    token: int
+    relays: int
+
+
 # --- dialer <-> worker
 
 
@@ -337,8 +362,8 @@ class Done:
 
 FromDaemonToWorker = Configure | Listen | Unlisten | Answer | Cut | Freeze | Thaw
 FromWorkerToDaemon = Ready | Ask | Outcome | Rejected
-FromDaemonToDialer = ConfigureDialer | AttachWorker | Dial | CutUpstreams | Listener | Forget
-FromDialerToDaemon = DialerReady | Dialed | CutDone
+FromDaemonToDialer = ConfigureDialer | AttachWorker | Dial | CutUpstreams | CutExchanges | Listener | Forget
+FromDialerToDaemon = DialerReady | Dialed | CutDone | ExchangesCut
 FromDialerToWorker = UpstreamReady | UpstreamFailed
 FromWorkerToDialer = Done
 

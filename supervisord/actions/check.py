@@ -33,6 +33,12 @@ class Checker:
     offset_unsealed: int = 0
     # Checkpoints from elsewhere (the file beside the segments, one that somebody kept), by size.
     kept: dict[int, bytes] = field(default_factory=dict)
+    proven: int = 0  # the largest of those that fitted; the segments' own may come behind it and be smaller
+
+    @property
+    def sealed(self) -> int:
+        """Entries that a signature covers."""
+        return max(self.tree.size, self.proven)
 
     @property
     def size(self) -> int:
@@ -74,7 +80,8 @@ class Checker:
         self.unsealed.append(frame.leaf_hash)
         root = self.kept.pop(expected, None)
         if root is not None:
-            self._seal(expected, root, offset=frame.offset)
+            self._compare(expected, root, offset=frame.offset)
+            self.proven = expected
 
     def _checkpoint(self, frame: Frame) -> None:
         try:
@@ -95,10 +102,15 @@ class Checker:
         self._seal(checkpoint.size, checkpoint.root, offset=self.offset_unsealed or offset)
 
     def _seal(self, size: int, root: bytes, *, offset: int) -> None:
-        first = self.tree.size + 1
-        count = size - self.tree.size
+        tree = self._compare(size, root, offset=offset)
+        del self.unsealed[: size - self.tree.size]
+        self.tree = tree
+
+    def _compare(self, size: int, root: bytes, *, offset: int) -> Frontier:
+        """The tree of the first `size` entries. Raises Altered unless it has this root."""
+        first = (self.sealed if self.sealed < size else self.tree.size) + 1
         tree = self.tree.copy()
-        for leaf in self.unsealed[:count]:
+        for leaf in self.unsealed[: size - self.tree.size]:
             tree.add(leaf)
         if tree.root() != root:
             where = f"entry {size}" if first >= size else f"one of the entries {first} to {size}"
@@ -107,5 +119,4 @@ class Checker:
                 f"{base64.b64encode(tree.root()).decode()}, the signed one {base64.b64encode(root).decode()}"
             )
             raise Altered(cause, offset=offset, first=first, last=size)
-        self.tree = tree
-        del self.unsealed[:count]
+        return tree

@@ -111,13 +111,14 @@ class ActionLog:
         return self._signer.verifier.text()
 
     async def record(self, action: Action) -> Entry:
-        """Record `action`; durable when this returns. Raises CannotRecord."""
+        """Record `action`; durable and under a signed checkpoint when this returns. Raises CannotRecord."""
         return await self._writer.submit(action, asyncio.get_running_loop())
 
     async def append(self, action: Action) -> Entry:
         """Record `action`; written when this returns, durable within 10 ms or 256 entries. Raises CannotRecord.
 
-        What is written survives any death of the daemon, not a power cut. It does not yield to the loop, save in a
+        What is written survives any death of the daemon, not a power cut; until the next checkpoint or `record` no
+        signature covers it, so that cutting it off is not found. It does not yield to the loop, save in a
         strict log, where it is `record`, and while a new segment is begun.
         """
         entries = self._writer.append((action,))

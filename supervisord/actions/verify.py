@@ -55,7 +55,7 @@ def verify(
         size=tree.size,
         root=base64.b64encode(tree.root()).decode(),
         problem=problem,
-        sealed=checker.tree.size,
+        sealed=checker.sealed,
         origin=verifier.name,
     )
 

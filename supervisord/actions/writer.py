@@ -84,6 +84,7 @@ class Writer:
         self._sealed_at = settings.monotonic()
         self._note = ""
         self._note_wanted = False
+        self._note_dirty_since: float | None = None
         self._seal_failure: OSError | None = None
         self._rotating = False
         self._rotate_at = settings.segment_bytes
@@ -253,8 +254,9 @@ class Writer:
         if self._broken is not None:
             return REPAIR_SECONDS
         now = self._settings.monotonic()
-        if self._dirty_since is not None:
-            return max(0.0, self._dirty_since + SYNC_SECONDS - now)
+        dirty = [since for since in (self._dirty_since, self._note_dirty_since) if since is not None]
+        if dirty:
+            return max(0.0, min(dirty) + SYNC_SECONDS - now)
         if self._tree.size > self._sealed:
             return max(0.0, self._sealed_at + self._settings.checkpoint_seconds - now)
         return _IDLE_SECONDS
@@ -289,7 +291,7 @@ class Writer:
             # From here until the new segment is there nobody else writes: `append` hands over to `submit`.
             self._rotating = self._segment.end >= self._rotate_at
             tree, segment = self._tree.copy(), self._segment
-        if (unsynced or waiting) and not self._synced(segment, waiting):
+        if (unsynced or waiting) and not self._synced(segment, waiting, tree):
             self._rotating = False
             return
         behind = tree.size - self._sealed
@@ -298,14 +300,15 @@ class Writer:
         if due or self._note_wanted or self._rotating or last:
             self._sign(tree, segment)
         if self._rotating or last:
-            self._synced(segment, [])
+            self._synced(segment, [], tree)
             with contextlib.suppress(OSError):
                 self._checkpoint_file.sync()
+        self._sync_note(now=last)
         if self._rotating:
             self._rotate(tree, segment)
 
-    def _synced(self, segment: SegmentFile, waiting: list[_Waiter]) -> bool:
-        """Make durable what is written and answer who waited for it."""
+    def _synced(self, segment: SegmentFile, waiting: list[_Waiter], tree: merkle.Frontier) -> bool:
+        """Make durable what is written and answer who waited for it; `tree` is what was written before the call."""
         try:
             segment.sync(self.lock)
         except OSError as error:
@@ -319,8 +322,36 @@ class Writer:
                 return False
             with self.lock:
                 self._broken = None
+        if waiting:
+            try:
+                self._vouch(tree)
+            except OSError as error:
+                self._doubt(waiting, error)
+                return False
         _answer(waiting, None)
         return True
+
+    def _vouch(self, tree: merkle.Frontier) -> None:
+        """Sign what is durable into the checkpoint file before anybody is told that it is. Raises OSError.
+
+        Else a tail that holds a launch or a grant could be cut off behind the last checkpoint, and nothing would show
+        it. Written, the note survives any death of the daemon; it is synced within SYNC_SECONDS and not here, since a
+        second fdatasync a commit took 0.3 to 4 ms of every launch.
+        """
+        note = self._signer.sign(Checkpoint(self._signer.verifier.name, tree.size, tree.root()).text())
+        self._checkpoint_file.write(note)
+        with self.lock:
+            if self._note_dirty_since is None:
+                self._note_dirty_since = self._settings.monotonic()
+
+    def _sync_note(self, *, now: bool) -> None:
+        since = self._note_dirty_since
+        if since is None or not (now or self._settings.monotonic() - since >= SYNC_SECONDS):
+            return
+        with self.lock:
+            self._note_dirty_since = None
+        with contextlib.suppress(OSError):  # the next note is written over this one, and synced again
+            self._checkpoint_file.sync()
 
     def _doubt(self, waiting: list[_Waiter], error: OSError) -> None:
         with self.lock:

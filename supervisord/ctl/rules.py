@@ -62,6 +62,8 @@ def show_grant(item: Grant, options: Namespace) -> None:
     until = f" until {moment(item.expires_at)}" if item.expires_at else ""
     uses = f", {item.uses_left} uses left" if item.uses_left is not None else ""
     say(f"{item.grant_id}: {item.state.lower()} for {item.agent_name or item.agent_id}: {item.scope}{until}{uses}")
+    if item.warning:
+        say(f"warning: {item.warning}")
 
 
 def _grant_row(item: Grant) -> tuple[str | None, ...]:

@@ -142,7 +142,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self, request: agents_pb2.WatchAgentsRequest, _context: Context
     ) -> AsyncIterator[agents_pb2.WatchAgentsResponse]:
         wanted = convert.selector(request.selector) if request.HasField("selector") else None
-        seen = int(request.resume_token) if request.resume_token.isdecimal() else 0
+        seen = convert.token_number(request.resume_token)
         while True:
             everyone = self._agents.all() if wanted is None else self._agents.select(wanted, live_only=False)
             version = self._agents.version
@@ -169,7 +169,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         wanted = {name for name, value in convert.STREAMS.items() if not request.streams or value in request.streams}
         if not wanted:
             raise InvalidInput("cannot read logs: there is no such stream", remedy="ask for stdout or stderr")
-        tails = self._tails(agent, {"stdout": request.stdout_offset, "stderr": request.stderr_offset}, wanted)
+        tails = self._tails(agent, _offsets(request), wanted)
         async for chunk in follow(tails, ended=agent.ended if request.follow else None):
             yield agents_pb2.LogsResponse(stream=convert.STREAMS[chunk.stream], data=chunk.data, offset=chunk.offset)
 
@@ -180,10 +180,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         if first is None or first.WhichOneof("input") != "start":
             raise InvalidInput("cannot attach: the first message is not `start`", remedy="send `start` first")
         agent = self._agents.find(first.start.agent)
+        offsets = _offsets(first.start)
         feeding = asyncio.get_running_loop().create_task(self._feed(agent.agent_id, requests))
         try:
             yield agents_pb2.AttachResponse(started=agents_pb2.AttachStarted(agent_id=agent.agent_id))
-            offsets = {"stdout": first.start.stdout_offset, "stderr": first.start.stderr_offset}
             tails = self._tails(agent, offsets, {"stdout", "stderr"})
             async for chunk in follow(tails, ended=agent.ended):
                 yield agents_pb2.AttachResponse(chunk=_chunk(chunk))
@@ -338,6 +338,13 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             return {"unreadable": error.message}
         found = reply.body.get("effective")
         return found if isinstance(found, dict) else {"unreadable": "the launcher gave no answer"}
+
+
+def _offsets(request: agents_pb2.LogsRequest | agents_pb2.AttachStart) -> dict[str, int]:
+    return {
+        "stdout": convert.number("stdout_offset", request.stdout_offset),
+        "stderr": convert.number("stderr_offset", request.stderr_offset),
+    }
 
 
 def _chunk(chunk: Chunk) -> agents_pb2.OutputChunk:

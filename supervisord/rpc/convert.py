@@ -39,6 +39,8 @@ PAGE_SIZE_DEFAULT: Final = 500
 PAGE_SIZE_MAX: Final = 5000
 TEXT_CHARACTERS_MAX: Final = 500
 TTL_SECONDS_MAX: Final = 366 * 86400
+NUMBER_MAX: Final = 2**63 - 1  # SQLite's integers and off_t
+NUMBER_DIGITS_MAX: Final = 19
 
 T = TypeVar("T")
 
@@ -170,12 +172,38 @@ def page(items: Sequence[T], *, size: int, token: str, key: Callable[[T], str]) 
         if token not in keys:
             raise InvalidInput("cannot go on with this page token: it is not of this list", remedy="list anew")
         start = keys.index(token) + 1
-    count = min(size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-    if count < 0:
-        raise InvalidInput("cannot list: page_size is negative", remedy="leave it out")
+    count = page_size(size, PAGE_SIZE_MAX)
     chosen = items[start : start + count]
     more = start + count < len(items)
     return chosen, key(chosen[-1]) if more and chosen else ""
+
+
+def page_size(size: int, most: int) -> int:
+    """How many to list; 0 is the default. Raises InvalidInput."""
+    if size < 0:
+        raise InvalidInput("cannot list: page_size is negative", remedy="leave it out")
+    return min(size or PAGE_SIZE_DEFAULT, most)
+
+
+def number(what: str, value: int) -> int:
+    """A place in a log, a list or a file; raises InvalidInput beyond what these can have."""
+    if not 0 <= value <= NUMBER_MAX:
+        raise InvalidInput(f"cannot use {what} {value}: it is not from 0 to {NUMBER_MAX}", remedy="leave it out")
+    return value
+
+
+def token_number(token: str) -> int:
+    """The number that a page or resume token of ours stands for, 0 for none; raises InvalidInput."""
+    if not token:
+        return 0
+    if len(token) > NUMBER_DIGITS_MAX or not (token.isascii() and token.isdecimal()):
+        raise InvalidInput("cannot go on with this token: it is not of this list", remedy="list or watch anew")
+    return number("token", int(token))
+
+
+def nanoseconds(what: str, value: Timestamp) -> int:
+    """A time since 1970; raises InvalidInput where it is not one that an entry can have."""
+    return number(f"{what} in ns", value.seconds * 10**9 + value.nanos)
 
 
 # --- to callers

@@ -19,7 +19,7 @@ from stockade.v1 import (
 
 from supervisord.callers import current_caller
 from supervisord.documents import InvalidDocument
-from supervisord.errors import InvalidInput, NotFound, StockadeError
+from supervisord.errors import NotFound, StockadeError
 from supervisord.explain import explain
 from supervisord.hostfiles import file_uid
 from supervisord.ids import grant_id as parse_grant_id
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from supervisord.requests import Requests
     from supervisord.scopes import GrantBook
 
-ACTIONS_PAGE_MAX: Final = 5000
+ACTIONS_PAGE_MAX: Final = 1000
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -68,12 +68,12 @@ class GrantService(grants_pb2_grpc.GrantServiceServicer):
         return grants_pb2.GrantResponse(grant=self._encode(grant))
 
     async def Revoke(self, request: grants_pb2.RevokeRequest, _context: Context) -> grants_pb2.RevokeResponse:
-        grant, cut = await self._acts.revoke(
+        grant, cut, warning = await self._acts.revoke(
             parse_grant_id(request.grant_id),
             actor=current_caller().actor,
             reason=convert.text("reason", request.reason),
         )
-        return grants_pb2.RevokeResponse(grant=self._encode(grant), relays_cut=cut)
+        return grants_pb2.RevokeResponse(grant=self._encode(grant), relays_cut=cut, warning=warning)
 
     async def ListGrants(
         self, request: grants_pb2.ListGrantsRequest, _context: Context
@@ -133,7 +133,7 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
     async def WatchRequests(
         self, request: requests_pb2.WatchRequestsRequest, _context: Context
     ) -> AsyncIterator[requests_pb2.WatchRequestsResponse]:
-        version = int(request.resume_token) if request.resume_token.isdecimal() else 0
+        version = convert.token_number(request.resume_token)
         seen: dict[str, str] = {}
         while True:
             for each in self._requests.all():
@@ -155,15 +155,13 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
     async def QueryActions(
         self, request: actions_pb2.QueryActionsRequest, _context: Context
     ) -> actions_pb2.QueryActionsResponse:
-        size = min(request.page_size or convert.PAGE_SIZE_DEFAULT, ACTIONS_PAGE_MAX)
-        if request.page_token and not request.page_token.isdecimal():
-            raise InvalidInput("cannot go on with this page token: it is not of this list", remedy="list anew")
+        size = convert.page_size(request.page_size, ACTIONS_PAGE_MAX)
         found = await self._actions.query(
             agent_id=self._agent_id(request.agent),
             verb=request.verb or None,
             verdict=request.verdict or None,
-            since_ns=request.since.ToNanoseconds() if request.HasField("since") else None,
-            after_seq=max(request.after_seq, int(request.page_token or 0)),
+            since_ns=convert.nanoseconds("since", request.since) if request.HasField("since") else None,
+            after_seq=max(convert.number("after_seq", request.after_seq), convert.token_number(request.page_token)),
             limit=size + 1,
         )
         token = str(found[size - 1].seq) if len(found) > size else ""
@@ -175,7 +173,9 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         self, request: actions_pb2.TailActionsRequest, _context: Context
     ) -> AsyncIterator[actions_pb2.TailActionsResponse]:
         agent_id = self._agent_id(request.agent)
-        after = request.after_seq if request.HasField("after_seq") else self._actions.size
+        after = convert.number("after_seq", request.after_seq)
+        if not request.HasField("after_seq"):
+            after = self._actions.size
         async for entry in self._actions.subscribe(after):
             if _wanted(entry, agent_id, request.verb, request.verdict):
                 yield actions_pb2.TailActionsResponse(action=convert.action(entry))

@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from stockade.client import Conflict, InvalidArgument, NotFound, Selector, Stockade, StockadeError
-from stockade.v1 import agents_pb2, agents_pb2_grpc, grants_pb2, grants_pb2_grpc
+from stockade.v1 import (
+    actions_pb2,
+    actions_pb2_grpc,
+    agents_pb2,
+    agents_pb2_grpc,
+    grants_pb2,
+    grants_pb2_grpc,
+    requests_pb2,
+    requests_pb2_grpc,
+)
 
 from tests.support.census import Census, census, settled
 from tests.support.instance import Instance, bin_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: runs the daemon")
 
@@ -421,3 +432,83 @@ def test_a_launch_that_fails_late_is_in_the_log_as_failed(stockade: Instance) ->
     failed = stockade.json("status", "late")[0]
     assert failed["state"] == "FAILED"
     assert "/no/such/program" in failed["failure"] or "No such file" in failed["failure"]
+
+
+# --- numbers beyond what there can be
+
+
+def test_numbers_that_nothing_can_have_are_refused_as_such(stockade: Instance) -> None:
+    with grpc.insecure_channel(f"unix:{stockade.run_dir}/control.sock") as channel:
+        log, agents = actions_pb2_grpc.ActionServiceStub(channel), agents_pb2_grpc.AgentServiceStub(channel)
+        requests = requests_pb2_grpc.RequestServiceStub(channel)
+        query, tail = actions_pb2.QueryActionsRequest, actions_pb2.TailActionsRequest
+        refused: list[Callable[[], object]] = [
+            lambda: log.QueryActions(query(page_size=-1)),
+            lambda: log.QueryActions(query(after_seq=2**64 - 1)),
+            lambda: log.QueryActions(query(page_token="9" * 5000)),
+            lambda: log.QueryActions(query(page_token=str(2**70))),
+            lambda: log.QueryActions(query(page_token="\u0663")),
+            lambda: log.QueryActions(query(since=Timestamp(seconds=2**62))),
+            lambda: log.QueryActions(query(since=Timestamp(seconds=-(2**62), nanos=-5))),
+            lambda: next(log.TailActions(tail(after_seq=2**64 - 1), timeout=5)),
+            lambda: next(agents.WatchAgents(agents_pb2.WatchAgentsRequest(resume_token="9" * 5000), timeout=5)),
+            lambda: next(requests.WatchRequests(requests_pb2.WatchRequestsRequest(resume_token="x"), timeout=5)),
+        ]
+        done = agents.Launch(
+            agents_pb2.LaunchRequest(spec=agents_pb2.LaunchSpec(command=[b"true"], name="numbers")), timeout=20
+        )
+        logs = [agents_pb2.LogsRequest(agent=done.agent.agent_id, stdout_offset=at) for at in (2**63, 2**64 - 1)]
+        refused += [lambda: list(agents.Logs(logs[0], timeout=5)), lambda: list(agents.Logs(logs[1], timeout=5))]
+        for number, call in enumerate(refused):
+            with pytest.raises(grpc.RpcError) as error:
+                call()
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (number, error.value.details())
+        # The twin, at the limit: nothing is there, and that is no error.
+        assert not log.QueryActions(query(after_seq=2**63 - 1, page_size=2**31 - 1)).actions
+        assert not log.QueryActions(query(since=Timestamp(seconds=2**33))).actions
+        agents.Wait(agents_pb2.WaitRequest(agent=done.agent.agent_id), timeout=20)
+
+
+READER = """
+import sys, threading
+import grpc
+from stockade.v1 import actions_pb2, actions_pb2_grpc
+
+channels = [
+    grpc.insecure_channel(f"unix:{sys.argv[1]}", options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)
+]
+streams = [
+    actions_pb2_grpc.ActionServiceStub(channel).TailActions(actions_pb2.TailActionsRequest(after_seq=0), timeout=20)
+    for channel in channels
+    for _ in range(10)
+]
+codes = []
+def first(stream):
+    try:
+        next(stream)
+        codes.append("OK")
+    except grpc.RpcError as error:
+        codes.append(error.code().name)
+threads = [threading.Thread(target=first, args=(stream,)) for stream in streams]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(codes.count("OK"), codes.count("RESOURCE_EXHAUSTED"), len(codes), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_reader_has_so_many_calls_at_once_and_root_has_its_own() -> None:
+    with Instance.start("[control]\nread_only_others = true\n") as stockade:
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READER, str(stockade.run_dir / "control.sock")],
+            user=65534, group=65534, extra_groups=[], cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert reader.stdout is not None
+            assert reader.stdout.readline().split() == ["16", "24", "40"]
+            # Held open, and in nobody's way.
+            assert stockade.ctl("status").code == 0
+        finally:
+            assert reader.stdin is not None
+            reader.stdin.close()
+            reader.wait(20)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+from pathlib import Path
 
-from tests.support.egress_plane import Upstream, running, until
+from gateway_client.egress import messages
+from tests.support.egress_plane import AGENT, WORKER, Upstream, running, until
 
 CHAT = b'{"model":"m1","messages":[],"api_base":"http://evil","user":"root","metadata":{"tags":["a"]}}'
 
@@ -89,3 +93,42 @@ async def test_server_sent_events_arrive_one_by_one() -> None:
             go_on.set()
             assert (await reader.read(-1)).endswith(b"data: 2\n\r\n0\r\n\r\n")
         writer.close()
+
+
+def sockets(pid: int) -> int:
+    return sum(str(entry.readlink()).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+async def test_a_cut_that_comes_right_behind_the_order_to_dial_leaves_no_connection() -> None:
+    upstream = Upstream()
+    ended = asyncio.Event()
+    opened = asyncio.Event()
+
+    async def hold(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        opened.set()
+        await reader.read()
+        ended.set()
+
+    upstream.handler = hold
+    async with running(upstream) as plane:
+        before = sockets(plane.dialer_process.pid)
+        for x in range(1, 9):
+            plane.to_dialer(messages.Dial(WORKER, x, AGENT, messages.Upstream.API))
+        plane.to_dialer(messages.CutUpstreams(AGENT))
+        before -= 1  # the agent's listener goes with it
+        await until(lambda: plane.cuts)
+        await until(lambda: len(plane.dialed) == 8)
+        assert not any(dialed.ok for dialed in plane.dialed)
+        await until(lambda: sockets(plane.dialer_process.pid) == before)
+        # The twin: the same order without the cut opens one, and a cut by exchange ends that one, worker or no worker.
+        os.kill(plane.worker_process.pid, signal.SIGSTOP)
+        plane.to_dialer(messages.Dial(WORKER, 20, AGENT, messages.Upstream.API))
+        plane.to_dialer(messages.Dial(WORKER, 21, AGENT, messages.Upstream.API))
+        await until(lambda: sum(dialed.ok for dialed in plane.dialed) == 2)
+        await asyncio.wait_for(opened.wait(), 5)
+        assert not ended.is_set()
+        plane.to_dialer(messages.CutExchanges(WORKER, (20, 99), token=7))
+        await until(lambda: plane.exchanges_cut)
+        assert plane.exchanges_cut == [messages.ExchangesCut(7, relays=1)]
+        await asyncio.wait_for(ended.wait(), 5)
+        os.kill(plane.worker_process.pid, signal.SIGCONT)

@@ -136,7 +136,9 @@ def test_a_failed_sync_is_told_and_never_trusted(tmp_path: Path, when: str, *, r
     assert strace is not None, "install strace"
     trace = tmp_path / "trace"
     inject = [strace, "-ff", "-qq", "-o", str(trace), "-e", "trace=fdatasync,openat,pwrite64,close"]
+    # The segment's syncs alone: those of the checkpoint file come when they come.
     inject += ["-e", f"inject=fdatasync:error=EIO:when={when}"]
+    inject += ["-P", str(tmp_path / "log" / "segments" / segments.file_name(1))]
     lines = finish(tmp_path, "failing", inject)
     # A file for each thread. The failure is answered by a new descriptor of the same segment, a write of the same bytes
     # and a sync of those.

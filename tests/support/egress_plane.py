@@ -74,6 +74,7 @@ class Plane:
     rejected: list[messages.Rejected] = field(default_factory=list)
     dialed: list[messages.Dialed] = field(default_factory=list)
     cuts: list[messages.CutDone] = field(default_factory=list)
+    exchanges_cut: list[messages.ExchangesCut] = field(default_factory=list)
     answer: Callable[[messages.Ask], messages.Verdict | None] | None = None
     port: int = 0
     files_max: int = 0
@@ -166,6 +167,8 @@ class Plane:
                 self.dialer_ready = message
             case messages.Dialed():
                 self.dialed.append(message)
+            case messages.ExchangesCut():
+                self.exchanges_cut.append(message)
             case messages.CutDone():
                 self.cuts.append(message)
 

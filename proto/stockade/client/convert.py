@@ -215,6 +215,10 @@ def grant(message: grants_pb2.ScopeGrant) -> values.Grant:
     )
 
 
+def revoked(message: grants_pb2.RevokeResponse) -> values.Grant:
+    return replace(grant(message.grant), warning=message.warning)
+
+
 def request(message: requests_pb2.ScopeRequest) -> values.Request:
     return values.Request(
         request_id=message.request_id,

@@ -189,9 +189,12 @@ class Stockade:
         return convert.grant(self.call(methods.GRANT, request).grant)
 
     def revoke(self, grant_id: str, reason: str = "") -> Grant:
-        """The grant as it ended; nothing passes on it any more, and connections that stood on it are reset."""
+        """The grant as it ended; nothing passes on it any more, and connections that stood on it are reset.
+
+        Its `warning` says what is in force but not certain yet, as an end that a full disk has not taken.
+        """
         request = grants_pb2.RevokeRequest(grant_id=grant_id, reason=reason)
-        return convert.grant(self.call(methods.REVOKE, request).grant)
+        return convert.revoked(self.call(methods.REVOKE, request))
 
     def grants(self, agent: str = "", *, include_ended: bool = False) -> list[Grant]:
         request = grants_pb2.ListGrantsRequest(agent=agent, include_ended=include_ended)

@@ -182,6 +182,7 @@ class Grant:
     uses: int
     granted_by: str
     reason: str
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

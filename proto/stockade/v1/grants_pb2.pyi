@@ -82,12 +82,14 @@ class RevokeRequest(_message.Message):
     def __init__(self, grant_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RevokeResponse(_message.Message):
-    __slots__ = ("grant", "relays_cut")
+    __slots__ = ("grant", "relays_cut", "warning")
     GRANT_FIELD_NUMBER: _ClassVar[int]
     RELAYS_CUT_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
     grant: ScopeGrant
     relays_cut: int
-    def __init__(self, grant: _Optional[_Union[ScopeGrant, _Mapping]] = ..., relays_cut: _Optional[int] = ...) -> None: ...
+    warning: str
+    def __init__(self, grant: _Optional[_Union[ScopeGrant, _Mapping]] = ..., relays_cut: _Optional[int] = ..., warning: _Optional[str] = ...) -> None: ...
 
 class ListGrantsRequest(_message.Message):
     __slots__ = ("agent", "include_ended", "page_size", "page_token")
