@@ -113,6 +113,7 @@ class Agent:
     lacking: dict[str, str] = field(default_factory=dict)  # controls that it does without, and how that shows
     degraded: list[str] = field(default_factory=list)
     seen: dict[str, Any] = field(default_factory=dict)  # what the kernel said of it before it ran
+    posture: dict[str, Any] = field(default_factory=dict)  # of what this launcher built itself
     timings_us: dict[str, int] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=lambda: dict(KILLED))
 

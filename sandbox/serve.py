@@ -23,9 +23,9 @@
     take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
-(agent_id, meta + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id, status) and
-`met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there);
-a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
+(agent_id, meta, posture + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id,
+status) and `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there); a status is
+`{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
@@ -294,7 +294,7 @@ class Server:
         for a in self.agents.values():
             if a.pidfd >= 0:
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
-                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta}, its)
+                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta, "posture": a.posture}, its)
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -345,7 +345,7 @@ class Server:
                 answer(error)
                 return
             self._notify(agent, "built")
-            posture = launching.posture(self.workshop, agent)
+            agent.posture = posture = launching.posture(self.workshop, agent)
             agent.timings_us["launch"] = (time.perf_counter_ns() - began) // 1000
             fds = (agent.pidfd, agent.listener)
             answer(pid=agent.pid, cgroup=agent.group_name, posture=posture, timings_us=agent.timings_us, fds=fds)

@@ -386,9 +386,8 @@ class Daemon:
         agent_id = str(message.get("agent_id"))
         match message.get("ev"):
             case "adopt":
-                meta = message.get("meta")
                 self._live_ids.add(agent_id)
-                self._recovery.adopt(agent_id, meta if isinstance(meta, dict) else {}, fds)
+                self._recovery.adopt(agent_id, _object(message, "meta"), fds, posture=_object(message, "posture"))
                 return
             case "exited":
                 self._exited(agent_id, message)
@@ -623,3 +622,8 @@ def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
         compiled = seccomp.compile(seccomp.load(path))
         filters[path.stem] = (compiled.digest, compiled.programs)
     return filters
+
+
+def _object(message: Message, key: str) -> dict[str, object]:
+    value = message.get(key)
+    return dict(value) if isinstance(value, dict) else {}

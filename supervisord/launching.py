@@ -28,7 +28,7 @@ from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
 from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
@@ -349,10 +349,7 @@ class Launching:
         pidfd, listener = reply.fds
         agent.pidfd, agent.listener = pidfd, listener
         posture = reply.body.get("posture")
-        agent.posture = dict(posture) if isinstance(posture, dict) else {}
-        agent.posture["policy"] = agent.what.policy
-        agent.posture["policy_digest"] = agent.what.policy_digest
-        agent.posture["stockade"] = VERSION
+        agent.posture = confirmed(agent, posture if isinstance(posture, dict) else {})
         timings = reply.body.get("timings_us")
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
@@ -437,6 +434,12 @@ def _unmet(policy: Policy) -> str:
     if policy.egress.transparent:
         return "egress.transparent"
     return ""
+
+
+def confirmed(agent: Agent, built: Mapping[str, object]) -> dict[str, object]:
+    """The posture: what the launcher says of what it built, and by whose order."""
+    ordered = {"policy": agent.what.policy, "policy_digest": agent.what.policy_digest, "stockade": VERSION}
+    return {**built, **ordered}
 
 
 def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> Action:

@@ -16,6 +16,7 @@ from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
+from supervisord.launching import confirmed
 from supervisord.lifecycle import ENDED, Event, State
 from supervisord.limit_actions import oom_action
 from supervisord.processes import spawn
@@ -142,7 +143,9 @@ class Recovery:
                 await self._abort(str(entry["agent_id"]))
         return agents
 
-    def adopt(self, agent_id: str, meta: dict[str, object], fds: list[int]) -> Agent | None:
+    def adopt(
+        self, agent_id: str, meta: dict[str, object], fds: list[int], *, posture: dict[str, object]
+    ) -> Agent | None:
         """Take a living agent up, or give this launcher's descriptors to one that we have already."""
         if agent_id in self.half_built:
             close_all(fds)
@@ -159,6 +162,8 @@ class Recovery:
         agent = take_up(self._agents, agent_id, meta, fds, row=self._history.get(agent_id))
         if agent is None:
             return None
+        if not agent.posture:  # its daemon died between the exec and the keeping of it
+            agent.posture = confirmed(agent, posture)
         self._launching.give_scopes(
             agent, kept=self._kept.grants.get(agent_id, ()), spent=self._kept.spent.get(agent.agent_id)
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SOME: Final = 8
+SOME: Final = 5
 CALL: Final = re.compile(r"^(\w+)\(")
 # strace cannot stop a process on entering these, or they are what it waits in between two launches.
 NO_STEP: Final = frozenset({"epoll_wait", "epoll_pwait", "rt_sigreturn", "restart_syscall"})
