@@ -164,6 +164,7 @@ def daemon_pid(stockade: Instance) -> int:
     return stockade.process.pid
 
 
+@pytest.mark.timeout(300)
 def test_the_launcher_dies_at_steps_of_a_launch(stockade: Instance, tmp_path: Path) -> None:
     sweep(
         stockade, tmp_path / "calls", some=SOME,
@@ -171,6 +172,7 @@ def test_the_launcher_dies_at_steps_of_a_launch(stockade: Instance, tmp_path: Pa
     )  # fmt: skip
 
 
+@pytest.mark.timeout(300)
 def test_the_daemon_dies_at_steps_of_a_launch(stockade: Instance, tmp_path: Path) -> None:
     sweep(
         stockade, tmp_path / "calls", some=SOME,
