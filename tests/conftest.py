@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from hypothesis import settings
 
+from tests.support.attempt import TALLY
+
 if TYPE_CHECKING:
     import pytest
 
@@ -21,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if TALLY.refused:
+        terminalreporter.write_line(TALLY.describe())
     skipped = terminalreporter.stats.get("skipped", [])
     if config.getoption("--no-skips") and skipped:
         terminalreporter.write_line(f"--no-skips: {len(skipped)} skipped on a host that must run everything", red=True)

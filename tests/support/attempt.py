@@ -47,6 +47,24 @@ ROOT: dict[str, Any] = {
 }
 
 
+@dataclass(slots=True)
+class Tally:
+    """Attempts of this test run: refused where they must be, and found where a control was left out."""
+
+    refused: int = 0
+    twins: int = 0
+    absent: int = 0  # twins of what this kernel or host does not have
+
+    def describe(self) -> str:
+        return (
+            f"attempts to break out: {self.refused} refused, {self.twins} twins found"
+            f" ({self.absent} of what this kernel does not have)"
+        )
+
+
+TALLY = Tally()
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     reached: bool
@@ -57,9 +75,13 @@ def attempt(launcher: Launcher, probe: str, fds: Sequence[int] = (), **changes: 
     """Run a probe in a sandbox of its own; one that dies of the attempt (SIGSYS) was refused."""
     agent = launcher.run(["python3", "-I", "-c", PRELUDE + probe], fds, **changes)
     assert agent.status is not None
+    weak = bool(changes.get("weaken"))
     if agent.status["signal"] is not None:
+        TALLY.refused += not weak
         return Outcome(reached=False, detail=f"signal {agent.status['signal']}")
     lines = [line for line in agent.stdout.splitlines() if line.startswith("[")]
     assert lines, f"probe said nothing: {agent.status} {agent.stdout} {agent.stderr}"
     word, detail = json.loads(lines[-1])
+    TALLY.refused += not weak and word == "refused"
+    TALLY.twins += weak and word == "reached"
     return Outcome(reached=word == "reached", detail=detail)

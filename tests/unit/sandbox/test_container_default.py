@@ -77,6 +77,7 @@ RESTRICTED: Final = {
     "mknodat": "no devices, no set-id bits",
     "open": "no set-id bits",
     "openat": "no set-id bits",
+    "renameat2": "no whiteout, which is a device",
     "seccomp": "no listener",
     "socket": "UNIX, TCP, UDP, and netlink for routes",
     "socketpair": "UNIX",
