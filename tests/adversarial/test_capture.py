@@ -34,7 +34,9 @@ print("ready", flush=True)
 good, odd, ending = 0, [], False
 while True:
     ready, _, _ = select.select([s, *([] if ending else [sys.stdin])], [], [], 0.3)
-    if sys.stdin in ready: ending = True
+    if sys.stdin in ready:
+        ending = True
+        continue
     if s not in ready:
         if ending: break
         continue
@@ -75,6 +77,9 @@ def standing_in() -> Iterator[tuple[Launcher, str]]:
             for link in lo uplink0 uplink1; do ip link set $link up; done
             ip address add 192.0.2.2/32 dev uplink0
             ip route add default dev uplink0
+            # Until the kernel has taken note of its carrier, a link drops what is sent.
+            until=$(($(date +%s) + 5))
+            while ! ip -br link show uplink0 | grep -q ' UP '; do [ "$(date +%s)" -lt "$until" ]; done
         """
         subprocess.run(["nsenter", f"--net={namespace}", "sh", "-c", script], check=True, timeout=10)
         yield launcher, namespace
