@@ -126,7 +126,7 @@ def test_the_capture_sees_what_leaves_the_host(standing_in: tuple[Launcher, str]
 
 
 def test_the_capture_sees_what_reaches_the_gate(standing_in: tuple[Launcher, str]) -> None:
-    """The twin of the gate's side: without its second layer the agent's datagrams come as far as the gate, no further."""
+    """The twin of the gate's side: without its second layer the agent's datagrams come to the gate, and no further."""
     launcher, host = standing_in
     agent = launcher.launch(["/bin/sleep", "1000"])
     flush = ["nsenter", f"--net=/proc/{agent.pid}/ns/net", "nft", "flush", "ruleset"]
