@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if TALLY.refused:
+    if TALLY.refused or TALLY.second_kernel:
         terminalreporter.write_line(TALLY.describe())
     skipped = terminalreporter.stats.get("skipped", [])
     if config.getoption("--no-skips") and skipped:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.second_kernel import uml
+from tests.support.attempt import TALLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,7 @@ LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
 SCRATCH = "tests/kernel/test_scratch.py"
 CHANGES = "tests/kernel/test_changes.py"
+ATTEMPTS = "tests/adversarial/test_claims.py"
 
 
 def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
@@ -130,6 +132,20 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
 )
 def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
     assert limits.outcome(name) == "passed"
+
+
+def test_the_attempts_to_break_out_are_refused_on_the_other_kernel(tmp_path: Path) -> None:
+    """As an agent, as root inside and by exec, and found in weakened sandboxes; without Landlock, on cgroup v2."""
+    report = uml.run(tmp_path, ATTEMPTS, seconds_max=300)
+    failed = [f"{case.name}: {case.text}" for case in report.cases if case.outcome == "failed"]
+    assert failed == [], "\n\n".join(failed)
+    skipped = {case.text for case in report.cases if case.outcome == "skipped"}
+    assert all("no second layer in this kernel" in text for text in skipped), skipped
+    refused = [
+        case for case in report.cases if case.name.startswith("test_attempt_is_refused[") and case.outcome == "passed"
+    ]
+    assert len(refused) > 900
+    TALLY.second_kernel += len(refused)
 
 
 @pytest.mark.long

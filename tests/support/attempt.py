@@ -54,12 +54,12 @@ class Tally:
     refused: int = 0
     twins: int = 0
     absent: int = 0  # twins of what this kernel or host does not have
+    second_kernel: int = 0  # refused on another kernel as well
 
     def describe(self) -> str:
-        return (
-            f"attempts to break out: {self.refused} refused, {self.twins} twins found"
-            f" ({self.absent} of what this kernel does not have)"
-        )
+        text = f"attempts to break out: {self.refused} refused, {self.twins} twins found"
+        text += f", {self.absent} of what this kernel does not have" if self.absent else ""
+        return text + (f"; on a second kernel {self.second_kernel} refused" if self.second_kernel else "")
 
 
 TALLY = Tally()

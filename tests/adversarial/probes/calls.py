@@ -283,6 +283,14 @@ def allow_on_top() -> str:
     return judge(call(165, BAD, BAD, BAD, 0, BAD))
 
 
+@probe("redirected system calls are filtered all the same")
+def dispatched() -> str:
+    """Under PR_SET_SYSCALL_USER_DISPATCH, with a selector that lets everything through."""
+    selector = ctypes.create_string_buffer(1)
+    call(157, 59, 1, 0, 0, ctypes.addressof(selector))
+    return judge(call(165, BAD, BAD, BAD, 0, BAD))
+
+
 @probe("the filter can be turned off")
 def filter_off() -> str:
     result, error = call(157, 22, 0, 0, 0, 0)  # PR_SET_SECCOMP, mode 0
