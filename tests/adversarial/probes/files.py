@@ -21,6 +21,7 @@ from tests.adversarial.probes.inside import (
     add,
     call,
     facts,
+    fresh,
     judge,
     name_of,
     opens,
@@ -93,7 +94,7 @@ def any_directory() -> str:
 
 
 def _file() -> str:
-    path = f"/tmp/file-{os.getpid()}"
+    path = fresh("file")
     with open(path, "w") as file:
         file.write("x")
     return path
@@ -144,7 +145,7 @@ def immutable() -> str:
 
 @probe("a whiteout by mknod")
 def whiteout() -> str:
-    path = f"/tmp/whiteout-{os.getpid()}"
+    path = fresh("whiteout")
     return refused(lambda: os.mknod(path, stat.S_IFCHR | 0o600, 0))
 
 
@@ -163,7 +164,7 @@ for _name, _number in NODES.items():
     for _kind, _bits in (("character", stat.S_IFCHR), ("block", stat.S_IFBLK)):
 
         def _node(bits: int = _bits, number: tuple[int, int] = _number) -> str:
-            path = f"/tmp/node-{os.getpid()}"
+            path = fresh("node")
             return refused(lambda: os.mknod(path, bits | 0o600, os.makedev(*number)))
 
         if _kind == "character" or _name in ("sda", "vda"):
@@ -172,7 +173,7 @@ for _name, _number in NODES.items():
 
 @probe("hard link to a file of the host", untwinned="what is bound is a mount of its own, and no link leaves one")
 def hard_link() -> str:
-    return refused(lambda: os.link("/usr/bin/env", f"/tmp/link-{os.getpid()}"), by=("EXDEV", "EPERM", "EACCES"))
+    return refused(lambda: os.link("/usr/bin/env", fresh("link")), by=("EXDEV", "EPERM", "EACCES"))
 
 
 @probe("write through a private mapping to the file (CVE-2016-5195)")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 BAD: Final = 1  # an address that faults
 SECONDS_MAX: Final = 20
@@ -53,6 +53,7 @@ class Probe:
     untwinned: str = ""
     needs: str = ""  # what the default sandbox must have for this: "nftables"
     capability: int = -1  # that root of the host must have for the twin to find it
+    apart: str = "never"  # "always", or "open": it needs a process of its own, where it succeeds or in any case
 
 
 PROBES: Final[dict[str, Probe]] = {}
@@ -124,6 +125,15 @@ def refused(act: Callable[[], object], by: Iterable[str] = ()) -> str:
     raise Reached(result)
 
 
+def fresh(kind: str) -> str:
+    """Give a path in /tmp that nobody had yet."""
+    _paths.append(kind)
+    return f"/tmp/{kind}-{os.getpid()}-{len(_paths)}"
+
+
+_paths: list[str] = []
+
+
 RESOURCE: Final = 24  # CAP_SYS_RESOURCE
 NICE: Final = 23
 
@@ -136,37 +146,68 @@ def opens(path: str, flags: int) -> str:
 # --- the loop ---
 
 
-def _one(item: Probe) -> dict[str, str]:
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+def _attempt(item: Probe) -> dict[str, str | float]:
+    began = time.monotonic()
+    try:
+        outcome, detail = "refused", str(item.run())
+    except Reached as how:
+        outcome, detail = "reached", str(how)
+    except BaseException as error:  # noqa: BLE001 - a probe that breaks has tried nothing
+        outcome, detail = "broken", f"{type(error).__name__}: {error}"
+    seconds = round(time.monotonic() - began, 3)
+    return {"probe": item.name, "outcome": outcome, "detail": detail[:1000], "seconds": seconds}
+
+
+def _together(items: Sequence[Probe]) -> Iterator[dict[str, str | float]]:
+    """Make these attempts in one child; when one of them ends it, the rest are made in another."""
+    while items:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            if facts["open"]:
+                _libc.unshare(0x20000)  # what it mounts or takes away, only it sees
+            for item in items:
+                signal.alarm(SECONDS_MAX)
+                os.write(write, json.dumps(_attempt(item)).encode() + b"\n")
+            os._exit(0)
+        os.close(write)
+        answer, done, late = b"", 0, False
+        # Not to end-of-file: what a probe started may hold the other end.
+        while done < len(items) and not late:
+            late = not select.select([read], [], [], SECONDS_MAX + 5)[0]
+            part = b"" if late else os.read(read, 65536)
+            if not part:
+                break
+            *lines, answer = (answer + part).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+            done += len(lines)
         os.close(read)
-        signal.alarm(SECONDS_MAX)
-        if facts["open"]:
-            _libc.unshare(0x20000)  # what it mounts or takes away, only it sees
-        try:
-            said = {"outcome": "refused", "detail": str(item.run())}
-        except Reached as how:
-            said = {"outcome": "reached", "detail": str(how)}
-        except BaseException as error:  # noqa: BLE001 - a probe that breaks has tried nothing
-            said = {"outcome": "broken", "detail": f"{type(error).__name__}: {error}"}
-        os.write(write, json.dumps(said).encode()[:4000])
-        os._exit(0)
-    os.close(write)
-    answer = b""
-    # Not to end-of-file: what a probe started may hold the other end.
-    while select.select([read], [], [], SECONDS_MAX + 5)[0]:
-        part = os.read(read, 65536)
-        answer += part
-        if not part or answer.endswith(b"}"):
-            break
-    os.close(read)
-    _, status = os.waitpid(pid, 0)
-    if answer:
-        return dict(json.loads(answer))
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGALRM:
+        if late:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if done < len(items):
+            yield {"probe": items[done].name, "seconds": 0.0, **_ended(status, late=late)}
+        items = items[done + 1 :]
+
+
+def _ended(status: int, *, late: bool) -> dict[str, str]:
+    """Say what it means that a child ended without a word: a signal for the attempt is a refusal."""
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGALRM and not late:
         return {"outcome": "refused", "detail": f"signal {os.WTERMSIG(status)}"}
     return {"outcome": "broken", "detail": f"no answer, status {status}"}
+
+
+def _groups(items: Iterable[Probe]) -> Iterator[list[Probe]]:
+    """Put together what leaves the process as it was; where everything succeeds, that is less."""
+    together: list[Probe] = []
+    for item in items:
+        if item.apart == "always" or (item.apart == "open" and facts["open"]):
+            yield [item]
+        else:
+            together.append(item)
+    yield together
 
 
 def main(given: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
@@ -174,12 +215,10 @@ def main(given: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
     facts.update(given)
     for prepare in PREPARATIONS:
         prepare()
-    for item in [PROBES[name] for name in names] if names is not None else PROBES.values():
-        began = time.monotonic()
-        said = _one(item)
-        line = {"probe": item.name, **said, "seconds": round(time.monotonic() - began, 3)}
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+    for items in _groups([PROBES[name] for name in names] if names is not None else PROBES.values()):
+        for said in _together(items):
+            sys.stdout.write(json.dumps(said) + "\n")
+            sys.stdout.flush()
     os._exit(0)
 
 
