@@ -68,8 +68,12 @@ def capture(namespace: str, found: list[object]) -> Iterator[None]:
 @pytest.fixture
 def standing_in() -> Iterator[tuple[Launcher, str]]:
     """A launcher whose host has one more link, with a route for everything, in a network namespace of its own."""
-    with Launcher.start(wrapper=["unshare", "--net"]) as launcher:
-        namespace = f"/proc/{launcher.process.pid}/ns/net"
+    # Held by a process of its own: the launcher is in other namespaces while it makes agents' networks.
+    command = ["unshare", "--net", "sh", "-c", "echo ready; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        namespace = f"/proc/{holder.pid}/ns/net"
         script = """
             set -e
             [ ! -e /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6
@@ -82,7 +86,11 @@ def standing_in() -> Iterator[tuple[Launcher, str]]:
             while ! ip -br link show uplink0 | grep -q ' UP '; do [ "$(date +%s)" -lt "$until" ]; done
         """
         subprocess.run(["nsenter", f"--net={namespace}", "sh", "-c", script], check=True, timeout=10)
-        yield launcher, namespace
+        try:
+            with Launcher.start(wrapper=["nsenter", f"--net={namespace}"]) as launcher:
+                yield launcher, namespace
+        finally:
+            holder.communicate("\n", timeout=5)
 
 
 def test_a_whole_run_of_attempts_sends_packets_to_the_proxy_only(standing_in: tuple[Launcher, str]) -> None:
