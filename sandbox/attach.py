@@ -305,6 +305,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         with step("take standard streams"):
             confine.take_stdio(*streams)
+        confine.keep_only((control.fileno(),))
         confine.start_session()
         confine.give_up(agent.plan)
         # Its streams end with the launcher, and so does it: nobody could say how it ended. Kept by execve, and set here

@@ -44,6 +44,20 @@ def take_stdio(stdin: int, stdout: int, stderr: int) -> None:
         os.dup2(fd, target)
 
 
+def keep_only(fds: Sequence[int]) -> None:
+    """Close every descriptor but the standard streams and these.
+
+    An agent's working directory and program are looked up after this: a directory among what a launch was given, the
+    scratch or a bind of it, would be reached as /proc/self/fd/N (CVE-2024-21626).
+    """
+    start = 3
+    for fd in sorted(set(fds)):
+        if fd > start:
+            syscalls.close_range(start, fd - 1)
+        start = max(start, fd + 1)
+    syscalls.close_range(start)
+
+
 def open_terminal(tty: Tty, *, uid: int, gid: int) -> tuple[int, int]:
     """Return `(master, slave)` of a new terminal of this sandbox's own devpts, owned by these host ids."""
     master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)

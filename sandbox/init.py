@@ -157,12 +157,7 @@ def _reporting(control: socket.socket, *, ends: bool = True) -> Iterator[None]:
 
 def forget_launcher(control: socket.socket, keep: Sequence[int] = ()) -> None:
     """Drop every descriptor of the launcher but these: they are the doors of the other agents."""
-    start = 3
-    for fd in sorted({control.fileno(), *keep}):
-        if fd > start:
-            syscalls.close_range(start, fd - 1)
-        start = max(start, fd + 1)
-    syscalls.close_range(start)
+    confine.keep_only((control.fileno(), *keep))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     # Nobody but root of the host may look into this process, whatever id it takes (proc(5), PR_SET_DUMPABLE).
@@ -269,6 +264,7 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         os.chdir("/")
         with step("take standard streams"):
             _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
+        confine.keep_only((control.fileno(),))
         confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
         clock.mark("stub close in")
         said: dict[str, Any] = {"ready": True, "securebits": syscalls.prctl(syscalls.PR_GET_SECUREBITS)}

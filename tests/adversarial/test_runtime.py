@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CLIMB = """
 host = {host}
 here = os.open('.', os.O_PATH)
+try: os.getcwd()
+except OSError: reached('a directory outside of the root')
+if os.readlink('/proc/self/cwd') == '/' and not os.path.samefile('.', '/'): reached('a root of its own')
 for _ in range(40):
     status = os.fstat(here)
     if [status.st_dev, status.st_ino] == host: reached('the root of the host')

@@ -292,7 +292,7 @@ def routes() -> str:
     return "one"
 
 
-@probe("another interface", twin="shared")
+@probe("another interface", twin="shared", absent=("lo and eth0",))
 def interfaces() -> str:
     with open("/proc/net/dev") as file:
         names = {line.split(":")[0].strip() for line in file.read().splitlines()[2:]}

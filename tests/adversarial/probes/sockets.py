@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -98,8 +99,6 @@ OPTIONS: Final[dict[str, tuple[int, int, bytes]]] = {
     "IP_TRANSPARENT": (0, 19, b"\1\0\0\0"),
     "MRT_INIT": (0, 200, b"\1\0\0\0"),
     "SO_DEBUG": (1, 1, b"\1\0\0\0"),
-    "SO_SNDBUFFORCE": (1, 32, struct.pack("i", 1 << 24)),
-    "SO_RCVBUFFORCE": (1, 33, struct.pack("i", 1 << 24)),
     "SO_MARK": (1, 36, b"\1\0\0\0"),
     "SO_PRIORITY 7": (1, 12, struct.pack("i", 7)),
     "SO_BUSY_POLL_BUDGET": (1, 70, struct.pack("i", 60000)),
@@ -114,6 +113,27 @@ def _option(level: int, option: int, value: bytes) -> str:
 
 for _name, _option_value in OPTIONS.items():
     add(f"setsockopt {_name}", partial(_option, *_option_value), absent=("ENOPROTOOPT", "ENOTSUP"))
+
+
+def _buffer(option: int, shown: int) -> str:
+    """Ask for a larger buffer; that nothing is answered says nothing, so it is looked at afterwards."""
+    with socket.socket() as sock:
+        before = sock.getsockopt(1, shown)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(1, option, struct.pack("i", 1 << 24))
+        after = sock.getsockopt(1, shown)
+    if after > before:
+        raise Reached(after)
+    return "as it was"
+
+
+for _name, _option_shown in {
+    "SO_SNDBUF": (7, 7),
+    "SO_RCVBUF": (8, 8),
+    "SO_SNDBUFFORCE": (32, 7),
+    "SO_RCVBUFFORCE": (33, 8),
+}.items():
+    add(f"a larger buffer by {_name}", partial(_buffer, *_option_shown))
 
 
 # --- credentials of unix sockets ---
