@@ -134,13 +134,15 @@ def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
     assert limits.outcome(name) == "passed"
 
 
+@pytest.mark.long
 def test_the_attempts_to_break_out_are_refused_on_the_other_kernel(tmp_path: Path) -> None:
     """As an agent, as root inside and by exec, and found in weakened sandboxes; without Landlock, on cgroup v2."""
-    report = uml.run(tmp_path, ATTEMPTS, seconds_max=300)
+    report = uml.run(tmp_path, ATTEMPTS, seconds_max=450)
     failed = [f"{case.name}: {case.text}" for case in report.cases if case.outcome == "failed"]
     assert failed == [], "\n\n".join(failed)
     skipped = {case.text for case in report.cases if case.outcome == "skipped"}
-    assert all("no second layer in this kernel" in text for text in skipped), skipped
+    known = ("no second layer in this kernel", "int 0x80 is a native call")
+    assert all(any(reason in text for reason in known) for text in skipped), skipped
     refused = [
         case for case in report.cases if case.name.startswith("test_attempt_is_refused[") and case.outcome == "passed"
     ]

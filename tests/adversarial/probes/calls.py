@@ -234,6 +234,7 @@ for _name, _arguments80 in INT80.items():
         f"int 0x80: {_name}",
         partial(_compat, *_arguments80),
         absent=("signal 11", "signal 4", os.strerror(38)),
+        needs="compat",
     )
 
 

@@ -51,7 +51,7 @@ class Probe:
     twin: str = "open"
     absent: frozenset[str] = frozenset()
     untwinned: str = ""
-    needs: str = ""  # what the default sandbox must have for this: "nftables"
+    needs: str = ""  # what the default sandbox must have for this: "nftables", "compat" (32-bit calls)
     capability: int = -1  # that root of the host must have for the twin to find it
     apart: str = "never"  # "always", or "open": it needs a process of its own, where it succeeds or in any case
 
