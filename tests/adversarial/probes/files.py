@@ -218,7 +218,7 @@ def own_program() -> str:
 def loader() -> str:
     with open("/proc/self/maps") as maps:
         files = {line.split()[5] for line in maps if len(line.split()) == 6 and line.split()[5].startswith("/usr")}
-    return [opens(path, os.O_WRONLY) for path in sorted(files)][0]
+    return {opens(path, os.O_WRONLY) for path in files}.pop()
 
 
 # --- /proc ---
