@@ -35,6 +35,7 @@ class Reason(StrEnum):
     SCOPE_MISSING = "scope_missing"
     GRANT_EXPIRED = "grant_expired"
     GRANT_USED_UP = "grant_used_up"
+    NOT_GRANTABLE = "not_grantable"
     ENDPOINT_REFUSED = "endpoint_refused"
     ADDRESS_FORBIDDEN = "address_forbidden"
     FORWARDING_OFF = "forwarding_off"
@@ -57,6 +58,18 @@ class GrantView:
     scope: Scope
     expires_at: float | None = None
     uses_left: int | None = None
+    bytes_left: int | None = None
+    cost_usd_left: float | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether none of its bounds is reached; None is no bound."""
+        bounds = (self.uses_left, self.bytes_left, self.cost_usd_left)
+        return all(left is None or left > 0 for left in bounds)
+
+    @property
+    def bounded(self) -> bool:
+        return (self.uses_left, self.bytes_left, self.cost_usd_left) != (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,8 @@ class Allow:
     scope: str = ""
     reserve_tokens: int = 0
     """Taken off the token budget until the outcome is known."""
+    bytes_left: int | None = None
+    """What may pass on the grant, by the daemon's last count; the worker goes on from the first it was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,18 +229,18 @@ def _connect_without_tls_scope(request: EgressRequest, view: AgentView, *, refus
 
 
 def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> GrantView | Refuse:
-    """Find the grant to use: an unlimited one before one that counts uses, then the one that lasts longest."""
+    """Find the grant to use: an unlimited one before one that counts, then the one that lasts longest."""
     covering = [grant for grant in view.grants if covers(grant.scope, request)]
     live = [grant for grant in covering if grant.expires_at is None or now < grant.expires_at]
-    usable = [grant for grant in live if grant.uses_left is None or grant.uses_left > 0]
+    usable = [grant for grant in live if grant.usable]
     if usable:
         return min(
             usable,
-            key=lambda grant: (grant.uses_left is not None, -(grant.expires_at or float("inf")), grant.grant_id),
+            key=lambda grant: (grant.bounded, -(grant.expires_at or float("inf")), grant.grant_id),
         )
     scope = missing_scope(request)
     if live:
-        return Refuse(403, Reason.GRANT_USED_UP, f"the grant for {scope} has no uses left", scope=scope)
+        return Refuse(403, Reason.GRANT_USED_UP, f"the grant for {scope} is used up", scope=scope)
     if covering:
         return Refuse(403, Reason.GRANT_EXPIRED, f"the grant for {scope} has expired", scope=scope)
     return Refuse(403, Reason.SCOPE_MISSING, f"the agent has no grant for {scope}", scope=scope)
@@ -233,7 +248,11 @@ def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> Grant
 
 def _allow(grant: GrantView, upstream: Upstream, *, reserve_tokens: int = 0) -> Allow:
     return Allow(
-        grant_id=grant.grant_id, upstream=upstream, scope=format_scope(grant.scope), reserve_tokens=reserve_tokens
+        grant_id=grant.grant_id,
+        upstream=upstream,
+        scope=format_scope(grant.scope),
+        reserve_tokens=reserve_tokens,
+        bytes_left=grant.bytes_left,
     )
 
 
@@ -264,13 +283,18 @@ def _answer_self(request: EgressRequest, view: AgentView, *, now: float) -> Verd
 
 
 def _live(grant: GrantView, now: float) -> bool:
-    return (grant.expires_at is None or now < grant.expires_at) and grant.uses_left != 0
+    return (grant.expires_at is None or now < grant.expires_at) and grant.usable
 
 
 def _grant_json(grant: GrantView, *, now: float) -> dict[str, Any]:
-    return {
+    told: dict[str, Any] = {
         "grant_id": grant.grant_id,
         "scope": format_scope(grant.scope),
         "expires_in_seconds": None if grant.expires_at is None else round(grant.expires_at - now, 3),
         "uses_left": grant.uses_left,
     }
+    if grant.bytes_left is not None:
+        told["bytes_left"] = grant.bytes_left
+    if grant.cost_usd_left is not None:
+        told["cost_usd_left"] = grant.cost_usd_left
+    return told

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.messages import Outcome, Usage
+
+if TYPE_CHECKING:
+    from gateway_client.egress.allowance import Allowance
 
 
 class State(Enum):
@@ -62,9 +65,14 @@ class Exchange:
     request_sha256: str = ""
     response_sha256: str = ""
     error: str = ""
+    allowance: Allowance | None = None
 
     def advance(self, event: Event) -> None:
         self.state = transition(self.state, event)
+
+    def take(self, count: int) -> bool:
+        """Whether that many more bytes may pass on its grant."""
+        return self.allowance is None or self.allowance.take(count)
 
     def outcome(self, *, now: float) -> Outcome:
         return Outcome(
@@ -78,4 +86,5 @@ class Exchange:
             request_sha256=self.request_sha256,
             response_sha256=self.response_sha256,
             error=self.error[:200],
+            grant_spent=self.allowance is not None and self.allowance.spent,
         )

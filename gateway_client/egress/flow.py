@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
+from gateway_client.egress import mcp
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
@@ -15,7 +16,7 @@ from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
-from gateway_client.egress.passing import Passing, UpstreamError, open_through_proxy, read_status
+from gateway_client.egress.passing import GrantSpent, Passing, UpstreamError, open_through_proxy, read_status
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
@@ -38,6 +39,7 @@ self_body_bytes_max: Final = 4 * 1024
 connects_nested_max: Final = 2
 linger_bytes_max: Final = 1024 * 1024
 linger_seconds_max: Final = 2.0
+hung_up_seconds: Final = 1.0
 
 _OPENED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
@@ -95,6 +97,7 @@ class Connection:
         self._nested = 0
         self._task: asyncio.Task[None] | None = None
         self._was_cut = False
+        self._watching: asyncio.TimerHandle | None = None
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.get_running_loop().create_task(metered(self.run(), self.agent.share))
@@ -159,6 +162,8 @@ class Connection:
                 assert_never(head.form)
 
     async def _serve_self(self, head: Head) -> bool:
+        if head.path == mcp.MCP_PATH:
+            return await self._serve_mcp(head)
         body = await self._intake.whole_body(head, self_body_bytes_max)
         try:
             text = body.decode("utf-8")
@@ -181,6 +186,29 @@ class Connection:
             if self.exchange is not None:
                 self.exchange.status = verdict.status
             return keep
+
+    async def _serve_mcp(self, head: Head) -> bool:
+        """Serve one message of the Model Context Protocol: only a tool call is asked about, as what it stands for."""
+        if head.method != "POST":  # no stream from here, and no session to end
+            raise _Answered(Refuse(405, Reason.SELF_UNKNOWN, "POST one JSON-RPC message"))
+        body = await self._intake.whole_body(head, mcp.message_bytes_max)
+        read = mcp.read(body, version=_header(head, b"mcp-protocol-version"), origin=_header(head, b"origin"))
+        if isinstance(read, mcp.Answered):
+            return await self._answer_mcp(head, read)
+        request = replace(
+            _request(head), method=read.method, path=read.path, query=read.query, body=read.body, has_query=False
+        )
+        async with self._asked(request, refusals=False) as verdict:
+            if isinstance(verdict, Allow):
+                raise _Answered(_not_possible())
+            answered = read.answer(verdict)
+            self._open_exchange.status = verdict.status
+            return await self._answer_mcp(head, answered)
+
+    async def _answer_mcp(self, head: Head, answered: mcp.Answered) -> bool:
+        keep = _keeps(head)
+        await self._write(response(answered.status, answered.body, content_type="application/json", keep_alive=keep))
+        return keep
 
     async def _serve_model(self, head: Head) -> bool:
         where = endpoint(head.method, head.path)
@@ -297,6 +325,8 @@ class Connection:
             if passing.started or self.stream.lost:
                 self.stream.reset()  # a cut answer must not look like a whole one
                 raise Reset from error
+            if isinstance(error, GrantSpent):
+                raise _Answered(Refuse(403, Reason.GRANT_USED_UP, exchange.error)) from error
             raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error)) from error
         except WireError as error:  # the rest of a long body was malformed: what was begun upstream is cut off
             if self.upstream is not None:
@@ -346,13 +376,19 @@ class Connection:
             self._desk.rejected(self.agent.identity.agent_id, error.reject)
             self.stream.reset()
             raise Reset from error
+        if not exchange.take(len(hello)):
+            exchange.error = str(GrantSpent())
+            self.stream.reset()
+            raise Reset
         upstream.put(hello)
         up_before, down_before = self.stream.received_bytes - len(hello), upstream.received_bytes
         try:
-            await relay(self.stream, upstream, limits)
+            await relay(self.stream, upstream, limits, exchange.allowance)
         finally:
             exchange.bytes_up = self.stream.received_bytes - up_before
             exchange.bytes_down = upstream.received_bytes - down_before
+            if exchange.allowance is not None and exchange.allowance.spent:
+                exchange.error = str(GrantSpent())
 
     # --- the exchange
 
@@ -363,12 +399,22 @@ class Connection:
         return self.exchange
 
     @contextlib.asynccontextmanager
-    async def _asked(self, request: EgressRequest) -> AsyncIterator[Verdict]:
-        """Ask; a refusal is answered at once, and however it ends the outcome is told exactly once."""
-        self.exchange, verdict = await self._desk.ask(self.agent.identity.agent_id, request)
+    async def _asked(self, request: EgressRequest, *, refusals: bool = True) -> AsyncIterator[Verdict]:
+        """Ask; a refusal is answered at once, and however it ends the outcome is told exactly once.
+
+        Without `refusals` the caller answers those too, in its own words.
+        """
+        watch = asyncio.get_running_loop().call_later(hung_up_seconds, self._watch)
+        try:
+            self.exchange, verdict = await self._desk.ask(self.agent.identity.agent_id, request)
+        finally:
+            watch.cancel()
+            if self._watching is not None:
+                self._watching.cancel()
+                self._watching = None
         exchange = self.exchange
         try:
-            if isinstance(verdict, Refuse):
+            if isinstance(verdict, Refuse) and refusals:
                 exchange.status = verdict.status
                 raise _Answered(verdict, request=request.object)
             yield verdict
@@ -382,6 +428,16 @@ class Connection:
             exchange.advance(Event.END)
             upstream, self.upstream, self.exchange = self.upstream, None, None
             self._desk.finish(exchange, upstream)
+
+    def _watch(self) -> None:
+        """End what a human is asked for by a client that has hung up: a FIN alone loses no connection.
+
+        One that merely ends its half (shutdown(2)) looks the same: it has its answer within `hung_up_seconds`, or none.
+        """
+        if self.stream.ended:
+            self.cut()
+            return
+        self._watching = asyncio.get_running_loop().call_later(hung_up_seconds, self._watch)
 
     async def _connect(self, request: EgressRequest) -> Stream:
         exchange = self._open_exchange
@@ -439,6 +495,12 @@ def _request(head: Head, **more: object) -> EgressRequest:
         has_query=bool(head.query),
         **values,  # type: ignore[arg-type]
     )
+
+
+def _header(head: Head, wanted: bytes) -> str | None:
+    """Give a header's value; doubled ones are joined, so that they are no known value."""
+    values = [value for name, value in head.headers if name == wanted]
+    return b", ".join(values).decode("latin-1") if values else None
 
 
 def _keeps(head: Head) -> bool:

@@ -217,6 +217,8 @@ class Outcome:
     request_sha256: str = ""
     response_sha256: str = ""
     error: str = ""
+    grant_spent: bool = False
+    """Whether it met the end of the bytes that its grant lets pass."""
 
 
 @dataclass(frozen=True, slots=True)

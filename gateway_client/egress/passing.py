@@ -37,6 +37,13 @@ class UpstreamError(Exception):
     """The gateway answered nothing that can be passed on."""
 
 
+class GrantSpent(UpstreamError):  # noqa: N818 - named for what it says
+    """No more bytes may pass on the grant."""
+
+    def __init__(self) -> None:
+        super().__init__("the bytes of the grant are used up")
+
+
 class Passing:
     """One request to the gateway and its answer. Nothing of the answer reaches the agent before its head is whole."""
 
@@ -95,6 +102,8 @@ class Passing:
 
     def _up(self, data: bytes | None) -> None:
         if data:
+            if not self._exchange.take(len(data)):
+                raise GrantSpent
             self._exchange.bytes_up += len(data)
             self._upstream.put(data)
 
@@ -183,9 +192,11 @@ class Passing:
                 self._keep_alive = False
         passed.append((b"connection", b"keep-alive" if self._keep_alive else b"close"))
         line = f"HTTP/1.1 {response.status_code} {phrase(response.status_code)}\r\n".encode("ascii")
-        self.started = True
         head = line + b"".join(b"%s: %s\r\n" % pair for pair in passed) + b"\r\n"
-        await self._down(head)
+        if not self._exchange.take(len(head)):
+            raise GrantSpent
+        self.started = True
+        await self._write(head)
 
     def _refuse_ambiguous(self, response: h11.Response, headers: Headers) -> None:
         """Refuse what two programs could read as one answer or as two (RFC 9112 section 6.3)."""
@@ -222,6 +233,11 @@ class Passing:
             await self._down(b"0\r\n\r\n")
 
     async def _down(self, data: bytes) -> None:
+        if not self._exchange.take(len(data)):
+            raise GrantSpent
+        await self._write(data)
+
+    async def _write(self, data: bytes) -> None:
         self._exchange.bytes_down += len(data)
         await self._agent.write(data, self._limits.body_seconds_max)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gateway_client.egress.allowance import Allowance
+
 unread_bytes_max: Final = 64 * 1024
 unsent_bytes_max: Final = 256 * 1024
 
@@ -38,6 +40,7 @@ class Stream(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._relay_end: asyncio.Future[None] | None = None
+        self._allowance: Allowance | None = None
         self.on_lost: Callable[[], None] | None = None
         self.received_bytes = 0
 
@@ -55,6 +58,10 @@ class Stream(asyncio.Protocol):
         self.received_bytes += len(data)
         peer = self._peer
         if peer is not None and peer._transport is not None:  # noqa: SLF001 - the two ends of one relay
+            if self._allowance is not None and not self._allowance.take(len(data)):
+                self.reset()
+                peer.reset()
+                return
             peer._transport.write(data)  # noqa: SLF001
             return
         self._chunks.append(data)
@@ -96,6 +103,11 @@ class Stream(asyncio.Protocol):
     @property
     def lost(self) -> bool:
         return self._lost
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other side will send nothing more, and nothing of it is unread."""
+        return self._eof and not self._chunks
 
     async def read(self, seconds: float) -> bytes:
         """Give the next bytes, b"" at end of file; raise Reset, or TimeoutError after `seconds` without any."""
@@ -172,11 +184,20 @@ class Stream(asyncio.Protocol):
 
     # --- the relay
 
-    def splice(self, other: Stream) -> asyncio.Future[None]:
-        """Join two streams: every byte of one is written to the other until both have ended or one is lost."""
+    def splice(self, other: Stream, allowance: Allowance | None = None) -> asyncio.Future[None]:
+        """Join two streams: every byte of one is written to the other until both have ended or one is lost.
+
+        With an `allowance`, both are reset before a byte too many passes; what is unread by now counts as well.
+        """
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if allowance is not None and not allowance.take(self._unread + other._unread):
+            self.reset()
+            other.reset()
+            end.set_result(None)
+            return end
         for near, far in ((self, other), (other, self)):
             near._relay_end = end  # noqa: SLF001
+            near._allowance = allowance  # noqa: SLF001
             while near._chunks:  # noqa: SLF001
                 far.put(near._chunks.popleft())  # noqa: SLF001
             near._unread = 0  # noqa: SLF001

@@ -11,6 +11,7 @@ from gateway_client.egress.stream import Reset
 from gateway_client.egress.wire import Reject, WireError
 
 if TYPE_CHECKING:
+    from gateway_client.egress.allowance import Allowance
     from gateway_client.egress.messages import Limits
     from gateway_client.egress.stream import Stream
 
@@ -36,9 +37,9 @@ async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) 
         found = peeker.feed(more)
 
 
-async def relay(stream: Stream, upstream: Stream, limits: Limits) -> None:
-    """Relay until both sides ended, one is lost, or nothing moved for long."""
-    end = stream.splice(upstream)
+async def relay(stream: Stream, upstream: Stream, limits: Limits, allowance: Allowance | None) -> None:
+    """Relay until both sides ended, one is lost, the allowance is spent, or nothing moved for long."""
+    end = stream.splice(upstream, allowance)
     moved = -1
     while not end.done():
         await asyncio.wait((end,), timeout=limits.tunnel_idle_seconds_max)

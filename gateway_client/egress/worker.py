@@ -12,9 +12,10 @@ import socket
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
+from gateway_client.egress.allowance import Allowance
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.codec import BadFrame
-from gateway_client.egress.decide import Reason, Refuse
+from gateway_client.egress.decide import Allow, Reason, Refuse
 from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.link import Link
@@ -74,6 +75,7 @@ class Worker:
         self._connections: dict[int, Connection] = {}
         self._rejects: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._allowances: dict[tuple[str, str], Allowance] = {}
         self._next_x = 1
         self._thread = Thread()
         self._descriptors_max = min(descriptors_max, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -184,6 +186,8 @@ class Worker:
         self._close_listener(agent_id)
         agent = self._agents.pop(agent_id, None)
         self._rejects.pop(agent_id, None)
+        for key in [key for key in self._allowances if key[0] == agent_id]:
+            del self._allowances[key]
         if agent is not None:
             for connection in list(agent.connections):
                 connection.cut()
@@ -300,6 +304,10 @@ class Worker:
         finally:
             timer.cancel()
             self._answers.pop(x, None)
+        if isinstance(verdict, Allow) and verdict.bytes_left is not None:
+            # Counted on from what it was when this worker first heard of it: the daemon hears of bytes afterwards.
+            key = (agent_id, verdict.grant_id)
+            exchange.allowance = self._allowances.setdefault(key, Allowance(verdict.bytes_left))
         return exchange, verdict
 
     async def upstream(self, exchange: Exchange) -> Stream:
