@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
-from gateway_client.egress.scope import FsScope, McpScope, Scope, format_scope
+from gateway_client.egress.scope import FsScope, Scope, format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.agents import Exit
-from supervisord.errors import CannotRevoke, Conflict, InvalidInput, StockadeError
+from supervisord.approvals import Agreed, Offer, check_alone
+from supervisord.errors import CannotRevoke, Conflict, StockadeError
+from supervisord.grantable import check_grantable
 from supervisord.ids import GrantId, StreamId, new_stream_id
 from supervisord.lifecycle import Event, State, can
 from supervisord.plan import check_order, live_scope
-from supervisord.scopes import check_ceiling, check_scopes_reachable
+from supervisord.scopes import REASON_CHARACTERS_MAX, TICKET_CHARACTERS_MAX
+from supervisord.terms import NO_TERMS, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from supervisord.plan import LaunchOrder
     from supervisord.policies import PolicyShelf
     from supervisord.policy import Policy
-    from supervisord.requests import Request, Requests
+    from supervisord.question import Request
+    from supervisord.requests import Requests
     from supervisord.scopes import Grant, GrantBook
     from supervisord.store import Store
 
@@ -143,23 +147,51 @@ class Acts:
         actor: str,
         file_uid: int,
         reason: str = "",
-        ttl_seconds: float | None = None,
-        max_uses: int | None = None,
+        ticket: str = "",
+        terms: Terms = NO_TERMS,
         grant_id: str = "",
-        verb: str = "grant.create",
     ) -> Grant:
         """Give a running agent a scope; files are those that `file_uid` may hand out. Raises StockadeError."""
-        if isinstance(scope, McpScope):
-            raise InvalidInput(
-                f"cannot grant {format_scope(scope)}: this version serves no mcp: scopes",
-                remedy="grant an fs:, http:, tls: or llm: scope",
+        policy = self._policies.get(agent.what.policy)
+        try:
+            check_alone(actor, launched_by=agent.what.launched_by, policy=policy.name, rules=policy.grants)
+        except StockadeError as error:
+            scope_text = format_scope(scope)
+            await self._actions.append(
+                Action(agent.agent_id, actor, "grant.create", scope_text, "denied", error.message)
             )
+            raise
+        return await self._give(
+            agent,
+            Agreed(scope, terms, (actor,), reason, ticket),
+            file_uid=file_uid,
+            actor=actor,
+            grant_id=grant_id,
+            verb="grant.create",
+            more={},
+        )
+
+    async def _give(
+        self,
+        agent: Agent,
+        agreed: Agreed,
+        *,
+        actor: str,
+        file_uid: int,
+        grant_id: str,
+        verb: str,
+        more: Mapping[str, JSON],
+    ) -> Grant:
+        """Make a grant of what was agreed; `actor` is the one who gave the last word."""
+        scope, terms, reason = agreed.scope, agreed.terms, agreed.reason
+        policy = self._policies.get(agent.what.policy)
+        check_grantable(scope, policy, self._config.gateway)
         if isinstance(scope, FsScope):
             scope = live_scope(scope)
-        policy = self._policies.get(agent.what.policy)
-        check_ceiling(scope, policy.ceiling)
-        check_scopes_reachable((scope,), self._config.gateway)
-        details: dict[str, JSON] = {"ttl_seconds": ttl_seconds, "max_uses": max_uses}
+        details: dict[str, JSON] = {"ttl_seconds": terms.ttl_seconds, "max_uses": terms.max_uses}
+        details |= terms.to_json() | dict(more)
+        if agreed.ticket:
+            details["ticket"] = agreed.ticket
         await self._actions.record(Action(agent.agent_id, actor, verb, format_scope(scope), "allowed", reason, details))
 
         def add() -> Grant:
@@ -168,10 +200,13 @@ class Acts:
             return self._book.add(
                 agent.agent_id,
                 scope,
-                by=actor,
-                reason=reason,
-                ttl_seconds=ttl_seconds,
-                max_uses=max_uses,
+                by=", ".join(agreed.by),
+                reason=reason[:REASON_CHARACTERS_MAX],
+                ticket=agreed.ticket[:TICKET_CHARACTERS_MAX],
+                ttl_seconds=terms.ttl_seconds,
+                max_uses=terms.max_uses,
+                max_bytes=terms.max_bytes,
+                max_cost_microusd=terms.max_cost_microusd,
                 grant_id=GrantId(grant_id) if grant_id else None,
             )
 
@@ -231,29 +266,29 @@ class Acts:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def approve(
-        self,
-        request_id: str,
-        *,
-        actor: str,
-        file_uid: int,
-        shown_scope: str,
-        ttl_seconds: float | None,
-        max_uses: int | None,
-    ) -> tuple[Request, Grant]:
-        async def make(request: Request) -> Grant:
-            return await self.grant(
+    async def approve(self, request_id: str, offer: Offer, *, file_uid: int) -> tuple[Request, Grant | None]:
+        """Approve for one person; the grant is there once as many have as the policy wants. Raises StockadeError."""
+
+        async def make(request: Request, agreed: Agreed) -> Grant:
+            more: dict[str, JSON] = {
+                "request_id": request.request_id,
+                "digest": request.digest,
+                "approved_by": list(agreed.by),
+                "asked": format_scope(request.scope),
+            }
+            reason = f"request {request.request_id}" + (f": {agreed.reason}" if agreed.reason else "")
+            return await self._give(
                 self._agents.find_live(request.agent_id),
-                request.scope,
-                actor=actor,
+                replace(agreed, reason=reason),
+                actor=offer.by,
                 file_uid=file_uid,
-                reason=f"request {request.request_id}",
-                ttl_seconds=ttl_seconds,
-                max_uses=max_uses,
+                grant_id="",
                 verb="request.approve",
+                more=more,
             )
 
-        return await self._requests.approve(request_id, actor=actor, shown_scope=shown_scope, grant=make)
+        # To its end, also when the caller goes away meanwhile: a grant never stands beside a pending request.
+        return await self._whole(self._requests.approve(request_id, offer, grant=make))
 
     async def revoke(self, grant_id: str, *, actor: str, reason: str) -> tuple[Grant, int, str]:
         """Take a grant back: from now on nothing passes on it, and what is open on it is reset.

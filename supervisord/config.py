@@ -106,11 +106,20 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsConfig:
+    """Where each request of an agent's, and what becomes of it, is told; empty: nowhere."""
+
+    webhook_url: str = ""
+    webhook_secret_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UsersConfig:
     egress: str = "stockade-egress"
     dialer: str = "stockade-dialer"
     gateway: str = "stockade-gateway"
     images: str = "stockade-images"
+    webhook: str = "stockade-webhook"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,7 @@ class Config:
     gateway: GatewayConfig = GatewayConfig()
     log: LogConfig = LogConfig()
     control: ControlConfig = ControlConfig()
+    requests: RequestsConfig = RequestsConfig()
     users: UsersConfig = UsersConfig()
     agents: AgentsConfig = AgentsConfig()
     scratch: ScratchConfig = ScratchConfig()

@@ -23,6 +23,7 @@ from supervisord.config import (
     ModelRoute,
     Network,
     OnStop,
+    RequestsConfig,
     Role,
     ScratchConfig,
     UsersConfig,
@@ -110,6 +111,8 @@ def missing_files(config: Config) -> tuple[str, ...]:
         named.append((f"gateway.models[{index}].key_file", route.key_file))
         named.append((f"gateway.models[{index}].script", route.script))
         named.append((f"gateway.models[{index}].path", route.path))
+    if config.requests.webhook_url:
+        named.append(("requests.webhook_secret_file", config.requests.webhook_secret_file))
     if control.tcp_listen:
         named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
     return tuple(
@@ -144,6 +147,7 @@ def _config(root: Table, source: str) -> Config:
         gateway=_gateway(root.table("gateway")),
         log=_log(root.table("log")),
         control=_control(root.table("control")),
+        requests=_requests(root.table("requests")),
         users=_users(root.table("users")),
         agents=_agents(root.table("agents")),
         scratch=_scratch(root.table("scratch")),
@@ -336,6 +340,24 @@ def _control(table: Table) -> ControlConfig:
     return control
 
 
+def _requests(table: Table) -> RequestsConfig:
+    requests = RequestsConfig(
+        webhook_url=_url(table, "webhook_url", ""), webhook_secret_file=table.path("webhook_secret_file", None)
+    )
+    if requests.webhook_url:
+        parts = urlsplit(requests.webhook_url)
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            table.problem("webhook_url", "is http: beyond this host", "use https: what agents ask would be readable")
+        if requests.webhook_secret_file is None:
+            table.problem("webhook_secret_file", "is missing, and webhook_url needs it", "name a file with the key")
+    table.end()
+    return requests
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def _users(table: Table) -> UsersConfig:
     default = UsersConfig()
     users = UsersConfig(
@@ -343,11 +365,12 @@ def _users(table: Table) -> UsersConfig:
         dialer=table.matching("dialer", default.dialer, _ACCOUNT, "a user's name"),
         gateway=table.matching("gateway", default.gateway, _ACCOUNT, "a user's name"),
         images=table.matching("images", default.images, _ACCOUNT, "a user's name"),
+        webhook=table.matching("webhook", default.webhook, _ACCOUNT, "a user's name"),
     )
-    names = {users.egress, users.dialer, users.gateway, users.images}
+    names = {users.egress, users.dialer, users.gateway, users.images, users.webhook}
     if names != names - {"root"} or len(names) != len(UsersConfig.__slots__):
         table.findings.add(
-            table.name, "egress, dialer, gateway and images must be four users other than root", "rename one"
+            table.name, "egress, dialer, gateway, images and webhook must be five users other than root", "rename one"
         )
     table.end()
     return users

@@ -33,7 +33,8 @@ from supervisord.endings import Endings
 from supervisord.errors import CannotRecord, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
-from supervisord.gateway_process import GatewayProcess, user_id
+from supervisord.gateway_process import GatewayProcess, read_secret, user_id
+from supervisord.grantable import check_grantable
 from supervisord.holds import Holds
 from supervisord.homes import Homes
 from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
@@ -58,6 +59,7 @@ from supervisord.rpc.system import SystemService
 from supervisord.scopes import GrantBook
 from supervisord.slots import Slots
 from supervisord.store import Store
+from supervisord.webhook import Webhook
 
 if TYPE_CHECKING:
     import socket
@@ -122,6 +124,9 @@ class Daemon:
         self._agents.on_change.append(self._changed)
         self._wire(Holds(await self._store.holds()))
         await self._images.start()
+        if self._webhook is not None:
+            await self._webhook.start()
+            self._requests.on_change.append(self._webhook.tell)
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
@@ -150,6 +155,9 @@ class Daemon:
             actions=self._actions,
             new_id=lambda: new_request_id(os.urandom),
             now_ns=time.time_ns,
+            now=time.monotonic,
+            policy_of=lambda agent: self._policies.get(agent.what.policy),
+            check=lambda scope, policy: check_grantable(scope, policy, config.gateway),
         )
         embedded = config.gateway.kind is GatewayKind.EMBEDDED
         self._exchanges = Exchanges(
@@ -168,6 +176,7 @@ class Daemon:
             now=time.monotonic,
         )
         self._plane.judge = self._exchanges
+        self._webhook = _webhook(config)
         ids = config.agents
         self._slots = Slots(
             config.run_dir.parent / SLOTS_DIR_NAME,
@@ -310,6 +319,8 @@ class Daemon:
         parts |= self._plane.health()
         if self._gateway is not None:
             parts["gateway"] = self._gateway.health()
+        if self._webhook is not None:
+            parts["webhook"] = self._webhook.health()
         return parts
 
     # --- the launcher
@@ -512,6 +523,8 @@ class Daemon:
         for task in self._background:
             task.cancel()
         await self._images.stop()
+        if self._webhook is not None:
+            await self._webhook.stop()
         if not left:
             await self._plane.stop()
         if self._gateway is not None:
@@ -531,7 +544,7 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway")):
+        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook")):
             if part is not None:
                 await part.stop()
         for task in self._background:
@@ -556,6 +569,22 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _webhook(config: Config) -> Webhook | None:
+    """The webhook, where one is configured; its key is read here and is nowhere else. Raises StockadeError."""
+    wanted = config.requests
+    if not wanted.webhook_url or wanted.webhook_secret_file is None:
+        return None
+    user_id(config.users.webhook)
+    return Webhook(
+        url=wanted.webhook_url,
+        key=read_secret(wanted.webhook_secret_file),
+        user=config.users.webhook,
+        instance=config.instance,
+        record=config.run_dir / "processes" / "webhook.json",
+        now_ns=time.time_ns,
+    )
 
 
 def make_directories(config: Config) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, assert_never
 
@@ -17,6 +17,7 @@ import structlog
 from gateway_client.egress import messages
 from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide
 from gateway_client.egress.request import EgressRequest, Form
+from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.budgets import COST_MICROUSD_MAX, LLM_TOKENS_MAX, MICROUSD_PER_USD, Amounts
 from supervisord.errors import StockadeError
@@ -27,6 +28,7 @@ from supervisord.limit_actions import abandoned_action
 from supervisord.pace import Pace
 from supervisord.policy import OnDeny
 from supervisord.replies import fitting
+from supervisord.scopes import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from supervisord.config import Network
     from supervisord.egress_plane import EgressPlane
     from supervisord.requests import Requests
-    from supervisord.scopes import GrantBook
+    from supervisord.scopes import Grant, GrantBook
     from supervisord.store import Store
 
 log = structlog.get_logger()
@@ -70,6 +72,8 @@ class Open:
     phase: Phase = Phase.ASKED
     settled: bool = False
     outcome: messages.Outcome | None = None
+    gone: asyncio.Future[None] | None = None
+    """Done when it has ended, for what waits for people meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,8 @@ class Exchanges:
         match opened.phase:
             case Phase.ASKED:
                 opened.outcome = outcome
+                if opened.gone is not None and not opened.gone.done():
+                    opened.gone.set_result(None)
             case Phase.ALLOWED:
                 self._remove(key)
                 self._in_background(self._end(opened, outcome))
@@ -268,12 +274,14 @@ class Exchanges:
     async def _decide(self, agent: Agent, ask: messages.Ask, opened: Open) -> messages.Verdict:
         request = ask.request
         if request.form is Form.SELF and self._requests.mine(request):
-            return await self._requests.answer(agent, request)
+            return await self._requests.answer(agent, request, gone=_gone(opened))
         verdict = decide(request, self.view(agent), now=self._now())
         if isinstance(verdict, messages.Refuse) and verdict.scope and self._on_deny(agent) is OnDeny.ASK:
-            granted = await self._requests.hold(agent, verdict.scope, request.object)
-            if granted and opened.outcome is None:
+            held = await self._requests.hold(agent, verdict.scope, request.object, gone=_gone(opened))
+            if held.granted and opened.outcome is None:
                 verdict = decide(request, self.view(agent), now=self._now())
+            elif held.said:
+                verdict = replace(verdict, detail=f"{verdict.detail}; {held.said}")
         match verdict:
             case messages.Reply():
                 return fitting(verdict, request.query)
@@ -336,13 +344,50 @@ class Exchanges:
             return messages.Refuse(403, Reason.GRANT_EXPIRED, "the grant was taken back just now")
         return None
 
-    def _give_back(self, opened: Open, *, used: bool, actual: Amounts | None = None) -> None:
+    def _give_back(
+        self,
+        opened: Open,
+        *,
+        used: bool,
+        actual: Amounts | None = None,
+        bytes_used: int = 0,
+        spent: bool = False,
+    ) -> None:
         if not opened.grant_id or opened.settled:
             return
         opened.settled = True
-        self._book.settle(GrantId(opened.grant_id), used=used)
+        cost = actual.cost_microusd if actual else 0
+        self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
         if opened.metered:
             self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
+
+    def _settle(self, grant_id: GrantId, *, used: bool, bytes_used: int, cost_microusd: int, spent: bool) -> None:
+        """Count what an exchange took of its grant; one whose bytes have run out carries none any more."""
+        before = self._book.get(grant_id) if self._book.knows(grant_id) else None
+        grant = self._book.settle(grant_id, used=used, bytes_used=bytes_used, cost_microusd=cost_microusd, spent=spent)
+        if before is None or grant is None:
+            return
+        if grant.ended is Ended.SPENT and before.ended is None:
+            if grant.bytes_left == 0:
+                self.cut_grant(grant_id)
+            self._in_background(self._keep_amounts(grant, ended=True))
+        elif (grant.max_bytes is not None and bytes_used) or (grant.max_cost_microusd is not None and cost_microusd):
+            self._in_background(self._keep_amounts(grant))
+
+    async def _keep_amounts(self, grant: Grant, *, ended: bool = False) -> None:
+        try:
+            # As it is by now: it may have been taken back since.
+            await self._store.save_grant(self._book.get(grant.grant_id) if self._book.knows(grant.grant_id) else grant)
+        except StockadeError as error:
+            log.error("what a grant was used for is not on the disk", grant=grant.grant_id, cause=error.message)
+        if ended:
+            details: dict[str, JSON] = {"grant_id": grant.grant_id, "uses": grant.uses}
+            if grant.max_bytes is not None:
+                details["bytes"] = grant.bytes_used
+            if grant.max_cost_microusd is not None:
+                details["cost_usd"] = grant.cost_microusd / MICROUSD_PER_USD
+            scope = format_scope(grant.scope)
+            await self._note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
 
     async def _record(self, agent: Agent, ask: messages.Ask, verdict: messages.Allow | messages.Refuse) -> None:
         request = ask.request
@@ -429,7 +474,10 @@ class Exchanges:
                 agent.spend.estimated |= usage.estimated
                 agent.spend.requests += 1
         used = begun and (outcome.status != 502 or outcome.bytes_up > 0)  # noqa: PLR2004
-        self._give_back(opened, used=used, actual=actual)
+        # A worker that died says nothing of bytes: all that were left may have passed.
+        spent = outcome.grant_spent or (begun and outcome.error == WORKER_DIED)
+        moved = max(outcome.bytes_up, 0) + max(outcome.bytes_down, 0) if begun else 0
+        self._give_back(opened, used=used, actual=actual, bytes_used=moved, spent=spent)
         await self._note(
             Action(
                 opened.agent_id,
@@ -453,6 +501,15 @@ class Exchanges:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _gone(opened: Open) -> asyncio.Future[None]:
+    """Give what is done once the exchange has ended: made only where somebody waits for long."""
+    if opened.gone is None:
+        opened.gone = asyncio.get_running_loop().create_future()
+        if opened.outcome is not None:
+            opened.gone.set_result(None)
+    return opened.gone
 
 
 def _spent(usage: messages.Usage) -> tuple[int, int, int]:

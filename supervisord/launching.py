@@ -19,12 +19,13 @@ from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
+from supervisord.grantable import check_launched_with
 from supervisord.hostfiles import file_uid, open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
-from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
+from supervisord.scopes import check_scopes_reachable, read_scope
 from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class Launching:
                 step="policy",
             )
         for scope in order.scopes:
-            check_ceiling(scope, policy.ceiling)
+            check_launched_with(scope, policy)
         check_scopes_reachable((*policy.scopes, *order.scopes), self._config.gateway)
         return policy
 

@@ -9,7 +9,7 @@ from gateway_client.egress import messages
 from supervisord.config import Config, GatewayKind
 from supervisord.errors import InvalidInput
 from supervisord.gateway_process import read_secret, socket_path
-from supervisord.requests import HOLD_SECONDS_MAX
+from supervisord.policy_reader import HOLD_SECONDS_MAX
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult

@@ -14,7 +14,7 @@ import yaml
 from gateway_client.egress.scope import Scope, format_scope, includes
 from sandbox.plan import NO_RATE
 from supervisord.budgets import MICROUSD_PER_USD, NO_BUDGET, Budget
-from supervisord.sizes import format_size
+from supervisord.sizes import format_duration, format_size
 
 
 class Risk(Enum):
@@ -86,6 +86,27 @@ class EgressRules:
     on_deny: OnDeny = OnDeny.DENY
     transparent: bool = False
     worker: Worker = Worker.SHARED
+    hold_seconds: float = 300.0
+    """How long a denied call waits for a human with `on_deny: ask`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRules:
+    """What it takes to be granted more: how many people, and how often an agent may bother them.
+
+    With `separation` nobody who launched the agent is one of those people. `ask_again_seconds` is how long a scope that
+    was denied is denied again without asking.
+    """
+
+    approvers: int = 1
+    separation: bool = False
+    asks_per_minute: int = 12
+    ask_again_seconds: float = 600.0
+
+    @property
+    def second_person(self) -> bool:
+        """Whether nobody can give an agent of this policy anything alone."""
+        return self.separation or self.approvers > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +162,7 @@ class Policy:
     budget: Budget = NO_BUDGET
     scopes: tuple[Scope, ...] = ()
     ceiling: tuple[Scope, ...] | None = None
+    grants: GrantRules = GrantRules()
     egress: EgressRules = EgressRules()
     env: Mapping[str, str] = field(default_factory=dict)
     etc: Mapping[str, str] = field(default_factory=dict)
@@ -231,6 +253,10 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "budget": not policy.budget.narrows(base.budget),
         "scopes": not all(any(includes(wide, own) for wide in base.scopes) for own in policy.scopes),
         "grants.ceiling": not within,
+        "grants.approvers": policy.grants.approvers < base.grants.approvers,
+        "grants.separation": base.grants.separation and not policy.grants.separation,
+        "grants.asks_per_minute": policy.grants.asks_per_minute > base.grants.asks_per_minute,
+        "grants.ask_again_after": policy.grants.ask_again_seconds < base.grants.ask_again_seconds,
         "egress.on_deny": (policy.egress.on_deny, base.egress.on_deny) == (OnDeny.ASK, OnDeny.DENY),
         "egress.transparent": policy.egress.transparent and not base.egress.transparent,
         "egress.worker": (policy.egress.worker, base.egress.worker) == (Worker.SHARED, Worker.DEDICATED),
@@ -273,6 +299,14 @@ def effect(policy: Policy) -> dict[str, object]:
             "on_deny": policy.egress.on_deny.value,
             "transparent": policy.egress.transparent,
             "worker": policy.egress.worker.value,
+            "hold": format_duration(policy.egress.hold_seconds),
+        },
+        "grants": {
+            "approvers": policy.grants.approvers,
+            "separation": policy.grants.separation,
+            "asks_per_minute": policy.grants.asks_per_minute,
+            "ask_again_after": format_duration(policy.grants.ask_again_seconds),
+            **({} if policy.ceiling is None else {"ceiling": [format_scope(scope) for scope in policy.ceiling]}),
         },
         "env": dict(sorted(policy.env.items())),
         "etc": dict(sorted(policy.etc.items())),
@@ -284,8 +318,6 @@ def effect(policy: Policy) -> dict[str, object]:
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
     }
-    if policy.ceiling is not None:
-        words["grants"] = {"ceiling": [format_scope(scope) for scope in policy.ceiling]}
     return words
 
 

@@ -28,6 +28,7 @@ from supervisord.policy import (
     NO_RATE_WORD,
     AgentSpec,
     EgressRules,
+    GrantRules,
     LimitsWanted,
     Policy,
     RootfsName,
@@ -36,12 +37,15 @@ from supervisord.policy import (
     effect,
     wider,
 )
-from supervisord.sizes import format_size, parse_size
+from supervisord.sizes import format_duration, format_size, parse_duration, parse_size
 
 MEMORY_BYTES_MIN: Final = 16 << 20
 DISK_BYTES_MIN: Final = 1 << 20
 OUTPUT_BYTES_MIN: Final = 64 << 10
 RATE_BYTES_MIN: Final = 64 << 10
+HOLD_SECONDS_MIN: Final = 1.0
+HOLD_SECONDS_MAX: Final = 300.0
+ASK_AGAIN_SECONDS_MAX: Final = 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,19 @@ class _Reader:
         if size < least:
             self.problem(path, f"{value} is less than {format_size(least)}", "an agent cannot start with that")
         return size
+
+    def duration(self, path: Path, default: float, least: float, most: float) -> float:
+        value = self.get(path)
+        if not isinstance(value, str):
+            return default
+        try:
+            seconds = parse_duration(value)
+        except StockadeError as error:
+            self.problem(path, error.message, error.remedy)
+            return default
+        if not least <= seconds <= most:
+            self.problem(path, f"{value} is not from {format_duration(least)} to {format_duration(most)}")
+        return seconds
 
     def limits(self) -> LimitsWanted:
         cpus = self.get(("limits", "cpus"))
@@ -284,6 +301,13 @@ def _policy(read: _Reader, base: Policy) -> Policy:
             read.one_of(("egress", "on_deny"), base.egress.on_deny),
             read.flag(("egress", "transparent"), default=base.egress.transparent),
             read.one_of(("egress", "worker"), base.egress.worker),
+            read.duration(("egress", "hold"), base.egress.hold_seconds, HOLD_SECONDS_MIN, HOLD_SECONDS_MAX),
+        ),
+        grants=GrantRules(
+            read.whole(("grants", "approvers"), base.grants.approvers),
+            read.flag(("grants", "separation"), default=base.grants.separation),
+            read.whole(("grants", "asks_per_minute"), base.grants.asks_per_minute),
+            read.duration(("grants", "ask_again_after"), base.grants.ask_again_seconds, 0, ASK_AGAIN_SECONDS_MAX),
         ),
         env={**base.env, **read.texts("env")},
         etc={**base.etc, **read.texts("etc")},

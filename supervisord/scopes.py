@@ -4,7 +4,6 @@ Time to live counts on the monotonic clock: setting the host's clock neither pro
 aside before an exchange and settled after it, so `max_uses` holds however many exchanges run at once.
 """
 
-import math
 import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ from typing import Final, Self
 from gateway_client.egress.decide import GrantView
 from gateway_client.egress.scope import (
     BadScope,
-    FsScope,
     HttpScope,
     Scope,
     TlsScope,
@@ -23,18 +21,17 @@ from gateway_client.egress.scope import (
     includes,
     parse_scope,
 )
+from supervisord.budgets import MICROUSD_PER_USD
 from supervisord.config import GatewayConfig, GatewayKind
 from supervisord.errors import Conflict, Exhausted, InvalidInput, NotFound, PermissionDenied
 from supervisord.ids import AgentId, GrantId, shown
+from supervisord.terms import JsonValue, Terms
 
 GRANTS_PER_AGENT_MAX: Final = 256
 ENDED_GRANTS_KEPT_MAX: Final = 4096
-TTL_SECONDS_MAX: Final = 366 * 86400
-USES_MAX: Final = 10**9
 REASON_CHARACTERS_MAX: Final = 500
+TICKET_CHARACTERS_MAX: Final = 200
 ENDED_SHOWN_TO_AGENT_MAX: Final = 16
-
-JsonValue = None | bool | int | float | str
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -53,7 +50,8 @@ class Grant:
     """One scope of one agent.
 
     `expires_mono` (seconds of the monotonic clock) decides; `expires_at` (seconds since 1970) is what people are told.
-    `uses` are settled, `reserved` belong to exchanges under way.
+    `uses` are settled, `reserved` belong to exchanges under way. Bytes (both ways, heads too) and cost are of exchanges
+    that have ended; the worker counts the bytes of those under way, and cuts them.
     """
 
     grant_id: GrantId
@@ -68,11 +66,39 @@ class Grant:
     uses: int = 0
     reserved: int = 0
     ended: Ended | None = None
+    max_bytes: int | None = None
+    bytes_used: int = 0
+    max_cost_microusd: int | None = None
+    cost_microusd: int = 0
+    ticket: str = ""
 
     @property
     def uses_left(self) -> int | None:
         """Uses that nobody has or has set aside; None is no limit."""
         return None if self.max_uses is None else max(self.max_uses - self.uses - self.reserved, 0)
+
+    @property
+    def bytes_left(self) -> int | None:
+        return None if self.max_bytes is None else max(self.max_bytes - self.bytes_used, 0)
+
+    @property
+    def cost_left_microusd(self) -> int | None:
+        return None if self.max_cost_microusd is None else max(self.max_cost_microusd - self.cost_microusd, 0)
+
+    @property
+    def spent(self) -> bool:
+        """Whether what has ended reaches one of its bounds."""
+        uses_spent = self.max_uses is not None and self.uses >= self.max_uses
+        return uses_spent or self.bytes_left == 0 or self.cost_left_microusd == 0
+
+    @property
+    def terms_counted(self) -> tuple[int | None, int | None, int | None]:
+        return (self.max_uses, self.max_bytes, self.max_cost_microusd)
+
+    @property
+    def terms(self) -> Terms:
+        ttl = None if self.expires_at is None else self.expires_at - self.created_at
+        return Terms(ttl, self.max_uses, self.max_bytes, self.max_cost_microusd)
 
     def remaining_seconds(self, now: float) -> float | None:
         return None if self.expires_mono is None else max(self.expires_mono - now, 0.0)
@@ -94,6 +120,11 @@ class Grant:
             "uses": self.uses,
             "reserved": self.reserved,
             "ended": self.ended.value if self.ended else None,
+            "max_bytes": self.max_bytes,
+            "bytes_used": self.bytes_used,
+            "max_cost_microusd": self.max_cost_microusd,
+            "cost_microusd": self.cost_microusd,
+            "ticket": self.ticket,
         }
 
     @classmethod
@@ -113,6 +144,12 @@ class Grant:
                 uses=int(_number(data["uses"])),
                 reserved=int(_number(data["reserved"])),
                 ended=None if data["ended"] is None else Ended(data["ended"]),
+                # Records of an earlier version have none of these.
+                max_bytes=_whole(data.get("max_bytes")),
+                bytes_used=_whole(data.get("bytes_used")) or 0,
+                max_cost_microusd=_whole(data.get("max_cost_microusd")),
+                cost_microusd=_whole(data.get("cost_microusd")) or 0,
+                ticket=str(data.get("ticket") or ""),
             )
         except (KeyError, ValueError) as error:
             raise InvalidInput(f"cannot read grant from the store: {error}", remedy="see docs/OPERATING.md") from error
@@ -142,8 +179,11 @@ class GrantBook:
         *,
         by: str,
         reason: str = "",
+        ticket: str = "",
         ttl_seconds: float | None = None,
         max_uses: int | None = None,
+        max_bytes: int | None = None,
+        max_cost_microusd: int | None = None,
         ceiling: tuple[Scope, ...] | None = None,
         grant_id: GrantId | None = None,
     ) -> Grant:
@@ -153,29 +193,18 @@ class GrantBook:
         InvalidInput, PermissionDenied (beyond the ceiling), Conflict (the id is another grant's) or Exhausted.
         """
         check_ceiling(scope, ceiling)
-        if ttl_seconds is not None and not (math.isfinite(ttl_seconds) and 0 < ttl_seconds <= TTL_SECONDS_MAX):
-            raise InvalidInput(
-                f"cannot grant {format_scope(scope)}: a time to live of {ttl_seconds} s is not between 0 and 366d",
-                remedy="pass for example --ttl 10m",
-            )
-        if max_uses is not None and not 1 <= max_uses <= USES_MAX:
-            raise InvalidInput(
-                f"cannot grant {format_scope(scope)}: {max_uses} uses are not between 1 and {USES_MAX}",
-                remedy="pass for example --max-uses 1",
-            )
-        if isinstance(scope, FsScope) and max_uses is not None:
-            raise InvalidInput(
-                f"cannot grant {format_scope(scope)} for {max_uses} uses: opening a file is not counted",
-                remedy="give it a time: --ttl 10m",
-            )
-        if len(reason) > REASON_CHARACTERS_MAX or _CONTROL.search(reason):
-            raise InvalidInput(
-                f"cannot grant {format_scope(scope)}: the reason is longer than {REASON_CHARACTERS_MAX} characters "
-                "or has control characters",
-                remedy="shorten it to one line",
-            )
+        terms = Terms(ttl_seconds, max_uses, max_bytes, max_cost_microusd)
+        terms.check(scope)
+        for text, what, most in ((reason, "reason", REASON_CHARACTERS_MAX), (ticket, "ticket", TICKET_CHARACTERS_MAX)):
+            if len(text) > most or _CONTROL.search(text):
+                raise InvalidInput(
+                    f"cannot grant {format_scope(scope)}: the {what} is longer than {most} characters "
+                    "or has control characters",
+                    remedy="shorten it to one line",
+                )
         if grant_id is not None and (known := self._find(grant_id)) is not None:
-            if (known.agent_id, known.scope, known.max_uses) == (agent_id, scope, max_uses):
+            same = replace(terms, ttl_seconds=None) == replace(known.terms, ttl_seconds=None)
+            if (known.agent_id, known.scope) == (agent_id, scope) and same:
                 return known
             raise Conflict(f"cannot grant as {grant_id}: that id is another grant's", remedy="let the daemon choose")
         if len(self._ids.get(agent_id, ())) >= GRANTS_PER_AGENT_MAX:
@@ -195,6 +224,9 @@ class GrantBook:
             expires_mono=expires_mono,
             expires_at=None if ttl_seconds is None else created_at + ttl_seconds,
             max_uses=max_uses,
+            max_bytes=max_bytes,
+            max_cost_microusd=max_cost_microusd,
+            ticket=ticket,
         )
         self._put(grant)
         return grant
@@ -245,6 +277,8 @@ class GrantBook:
         if not grant.live(self._now()):
             ended = grant.ended or Ended.EXPIRED
             raise Conflict(f"cannot use grant {grant_id}: it is {ended.value}", remedy="ask for a new one")
+        if grant.bytes_left == 0 or grant.cost_left_microusd == 0:
+            raise Exhausted(f"cannot use grant {grant_id}: it is used up", remedy="ask for a new one")
         if grant.max_uses is None:
             return grant
         if grant.uses_left == 0:
@@ -253,20 +287,29 @@ class GrantBook:
         self._put(grant)
         return grant
 
-    def settle(self, grant_id: GrantId, *, used: bool) -> Grant | None:
-        """Turns a use that was set aside into a use, or gives it back when nothing left the host.
+    def settle(
+        self, grant_id: GrantId, *, used: bool, bytes_used: int = 0, cost_microusd: int = 0, spent: bool = False
+    ) -> Grant | None:
+        """Turns a use that was set aside into a use, or gives it back when nothing left the host; counts the rest.
 
-        The last use ends the grant. What was set aside before the grant ended is counted afterwards too; None when the
-        grant ended so long ago that the book has forgotten it.
+        What reaches a bound ends the grant; so does `spent`: the worker has met the end of its bytes. What was set
+        aside before the grant ended is counted afterwards too; None when the grant ended so long ago that the book has
+        forgotten it.
         """
         grant = self._find(grant_id)
-        if grant is None or grant.max_uses is None or grant.reserved == 0:
+        if grant is None or (grant.terms_counted == (None, None, None)):
             return grant
-        grant = replace(grant, reserved=grant.reserved - 1, uses=grant.uses + (1 if used else 0))
+        if grant.max_uses is not None and grant.reserved:
+            grant = replace(grant, reserved=grant.reserved - 1, uses=grant.uses + (1 if used else 0))
+        if grant.max_bytes is not None:
+            total = grant.max_bytes if spent else min(grant.bytes_used + bytes_used, grant.max_bytes)
+            grant = replace(grant, bytes_used=total)
+        if grant.max_cost_microusd is not None:
+            grant = replace(grant, cost_microusd=grant.cost_microusd + cost_microusd)
         if grant.ended:
             self._ended[grant_id] = grant
             return grant
-        if grant.max_uses is not None and grant.uses >= grant.max_uses:
+        if grant.spent:
             return self._end(grant, Ended.SPENT)
         self._put(grant)
         return grant
@@ -297,6 +340,8 @@ class GrantBook:
                     grant.scope,
                     grant.expires_mono,
                     0 if grant.ended is Ended.SPENT else grant.uses_left,
+                    grant.bytes_left,
+                    None if grant.cost_left_microusd is None else grant.cost_left_microusd / MICROUSD_PER_USD,
                 )
                 for grant in (*(grant for grant in lapsed if grant), *live)
             )
@@ -323,7 +368,7 @@ class GrantBook:
         grant = replace(grant, uses=grant.uses + grant.reserved, reserved=0)
         if grant.ended:
             self._keep(grant)
-        elif grant.max_uses is not None and grant.uses >= grant.max_uses:
+        elif grant.spent:
             return self._end(grant, Ended.SPENT)
         else:
             self._put(grant)
@@ -361,9 +406,13 @@ def read_scope(text: str) -> Scope:
         raise InvalidInput(str(error), remedy="scopes are described in docs/POLICY.md") from error
 
 
+def within(scope: Scope, wide: tuple[Scope, ...]) -> bool:
+    return any(includes(each, scope) for each in wide)
+
+
 def check_ceiling(scope: Scope, ceiling: tuple[Scope, ...] | None) -> None:
     """Raises PermissionDenied for a scope that is not within one scope of the ceiling; None is no ceiling."""
-    if ceiling is not None and not any(includes(wide, scope) for wide in ceiling):
+    if ceiling is not None and not within(scope, ceiling):
         listed = ", ".join(format_scope(wide) for wide in ceiling) or "nothing"
         raise PermissionDenied(
             f"cannot grant {format_scope(scope)}: the policy's ceiling is {listed}",
@@ -390,6 +439,10 @@ def _number(value: JsonValue) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a number")  # noqa: TRY004 - the caller renames ValueError
     return value
+
+
+def _whole(value: JsonValue) -> int | None:
+    return None if value is None else int(_number(value))
 
 
 def _optional(value: JsonValue) -> float | None:

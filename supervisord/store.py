@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar, cast
 
 from supervisord.budgets import Amounts
 from supervisord.errors import ErrorCode, StockadeError
 from supervisord.holds import Hold
 from supervisord.ids import AgentId, GrantId
-from supervisord.scopes import Ended, Grant, JsonValue
+from supervisord.scopes import Ended, Grant
+
+if TYPE_CHECKING:
+    from supervisord.terms import JsonValue
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 AGENTS_KEPT_MAX: Final = 10_000

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from stockade.client import convert, methods
+from stockade.client.values import Grant
 from stockade.v1 import actions_pb2
 
 from supervisord.ctl.command import FAILED, OK, Usage
@@ -29,15 +31,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from stockade.client.sync import Stockade
-    from stockade.client.values import Action, Grant
+    from stockade.client.values import Action, Request, Terms
 
 
 def grant(stockade: Stockade, options: Namespace) -> int:
-    made = stockade.grant(
-        options.subject, options.scope, ttl=options.ttl, max_uses=options.max_uses, reason=options.reason
-    )
+    made = stockade.grant(options.subject, options.scope, **_terms(options))
     show_grant(made, options)
     return OK
+
+
+def _terms(options: Namespace) -> Terms:
+    return {
+        "ttl": options.ttl,
+        "max_uses": options.max_uses,
+        "max_bytes": options.max_bytes,
+        "max_cost_usd": options.max_cost,
+        "reason": options.reason,
+        "ticket": options.ticket,
+    }
 
 
 def revoke(stockade: Stockade, options: Namespace) -> int:
@@ -50,7 +61,20 @@ def grants(stockade: Stockade, options: Namespace) -> int:
     if options.output == "json":
         print_json(found)
         return OK
-    head = ("GRANT", "AGENT", "SCOPE", "STATE", "EXPIRES", "USES LEFT", "USED", "BY", "REASON")
+    head = (
+        "GRANT",
+        "AGENT",
+        "SCOPE",
+        "STATE",
+        "EXPIRES",
+        "USES LEFT",
+        "USED",
+        "BYTES LEFT",
+        "USD LEFT",
+        "BY",
+        "REASON",
+        "TICKET",
+    )
     print_table(head, [_grant_row(item) for item in found])
     return OK
 
@@ -75,39 +99,80 @@ def _grant_row(item: Grant) -> tuple[str | None, ...]:
         moment(item.expires_at),
         text(item.uses_left),
         text(item.uses),
+        text(item.bytes_left),
+        text(item.cost_usd_left),
         item.granted_by,
         item.reason,
+        item.ticket or None,
     )
 
 
 def requests(stockade: Stockade, options: Namespace) -> int:
-    if options.deed != "list" and not options.subject:
+    if options.deed in ("approve", "deny") and not options.subject:
         raise Usage(f"`requests {options.deed}` needs the ID of a request", "stockadectl requests --help")
     match options.deed:
         case "approve":
-            made = stockade.approve(
-                options.subject,
-                scope=options.scope,
-                ttl=options.ttl,
-                max_uses=options.max_uses,
-                reason=options.reason,
-            )
-            show_grant(made, options)
+            _approve(stockade, options)
         case "deny":
             denied = stockade.deny(options.subject, options.reason)
             if options.output == "json":
                 print_json(denied)
             else:
                 say(f"{denied.request_id}: denied to {denied.agent_name}: {denied.scope}")
+        case "watch":
+            _watch(stockade, options)
         case _:
             found = stockade.requests(options.subject, include_decided=options.decided)
             if options.output == "json":
                 print_json(found)
                 return OK
-            head = ("REQUEST", "AGENT", "SCOPE", "STATE", "ASKED", "REASON (the agent's words)")
-            rows = [(r.request_id, r.agent_name, r.scope, r.state, moment(r.asked_at), r.reason) for r in found]
-            print_table(head, rows)
+            print_table(_REQUEST_HEAD, [_request_row(item) for item in found])
     return OK
+
+
+_REQUEST_HEAD: Final = ("REQUEST", "AGENT", "SCOPE", "STATE", "APPROVED", "ASKED", "REASON (the agent's words)")
+
+
+def _request_row(item: Request) -> tuple[str | None, ...]:
+    approved = f"{len(item.approved_by)} of {item.approvers}"
+    return (item.request_id, item.agent_name, item.scope, item.state, approved, moment(item.asked_at), item.reason)
+
+
+def _approve(stockade: Stockade, options: Namespace) -> None:
+    """Approve what is shown here, or what `--digest` says was shown before."""
+    if options.once and options.max_uses not in (None, 1):
+        raise Usage("--once and --max-uses say two things", "stockadectl requests --help")
+    digest = options.digest
+    if not digest:
+        shown = [item for item in stockade.requests(include_decided=True) if item.request_id == options.subject]
+        digest = shown[0].digest if shown else ""
+        if shown and options.output != "json":
+            print_table(_REQUEST_HEAD, [_request_row(item) for item in shown])
+    terms = _terms(options)
+    if options.once:
+        terms["max_uses"] = 1
+    made = stockade.approve(options.subject, scope=options.scope, digest=digest, **terms)
+    if isinstance(made, Grant):
+        show_grant(made, options)
+    elif options.output == "json":
+        print_json(made)
+    else:
+        say(
+            f"{made.request_id}: approved by {len(made.approved_by)} of {made.approvers}; others have to approve it too"
+        )
+
+
+def _watch(stockade: Stockade, options: Namespace) -> None:
+    """A line a change, until interrupted; as JSON each has the token that `--after` goes on from."""
+    for item, token in stockade.watch_requests(options.resume_token):
+        if options.subject and options.subject not in (item.agent_id, item.agent_name):
+            continue
+        if options.output == "json":
+            print_json({**asdict(item), "resume_token": token})
+        else:
+            cells = [escape(cell or "-", characters_max=CELL_CHARACTERS_MAX) for cell in _request_row(item)]
+            sys.stdout.write("  ".join(cells) + "\n")
+        sys.stdout.flush()
 
 
 def actions(stockade: Stockade, options: Namespace) -> int:

@@ -149,7 +149,10 @@ def _release(parser: ArgumentParser) -> None:
 def _terms(parser: ArgumentParser) -> None:
     parser.add_argument("--ttl", metavar="10m", type=_word(words.duration))
     parser.add_argument("--max-uses", type=int)
+    parser.add_argument("--max-bytes", metavar="10MiB", type=_word(words.size), help="both ways, heads too")
+    parser.add_argument("--max-cost", metavar="USD", type=float, help="of calls of models, in US dollars")
     parser.add_argument("--reason", default="")
+    parser.add_argument("--ticket", default="", help="where the reason is on file")
 
 
 def _grant(parser: ArgumentParser) -> None:
@@ -169,10 +172,13 @@ def _grants(parser: ArgumentParser) -> None:
 
 
 def _requests(parser: ArgumentParser) -> None:
-    parser.add_argument("deed", choices=("list", "approve", "deny"), nargs="?", default="list")
+    parser.add_argument("deed", choices=("list", "watch", "approve", "deny"), nargs="?", default="list")
     parser.add_argument("subject", metavar="ID", nargs="?", default="", help="as `requests list` shows it")
     parser.add_argument("--decided", action="store_true", help="list: also those that were answered")
-    parser.add_argument("--scope", default="", help="approve: the scope as you saw it; another one is then refused")
+    parser.add_argument("--scope", default="", help="approve: this one, within what is asked")
+    parser.add_argument("--once", action="store_true", help="approve: for one use")
+    parser.add_argument("--digest", default="", help="approve: of what you were shown; anything else is then refused")
+    parser.add_argument("--after", dest="resume_token", metavar="TOKEN", default="", help="watch: go on after this")
     _terms(parser)
 
 
@@ -254,7 +260,7 @@ VERBS: Final[dict[str, Verb]] = {
     "grant": Verb("give an agent a scope", _RULES, "grant", _grant),
     "revoke": Verb("take a grant back", _RULES, "revoke", _revoke),
     "grants": Verb("grants in force", _RULES, "grants", _grants),
-    "requests": Verb("what agents ask for: list, approve, deny", _RULES, "requests", _requests),
+    "requests": Verb("what agents ask for: list, watch, approve, deny", _RULES, "requests", _requests),
     "actions": Verb("what agents and operators did or tried", _RULES, "actions", _actions),
     "log": Verb("the action log: verify, checkpoint, prove, export", _RULES, "log", _log),
     "policy": Verb("policies: list, check, show, explain", _SYSTEM, "policy", _policy),

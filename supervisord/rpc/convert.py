@@ -14,14 +14,16 @@ from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, polici
 from gateway_client.egress.scope import format_scope
 from sandbox.plan import Tty
 from supervisord import agents as core
-from supervisord.budgets import parse_budget
+from supervisord.approvals import Offer
+from supervisord.budgets import MICROUSD_PER_USD, parse_budget
 from supervisord.errors import InvalidInput
 from supervisord.ids import LABELS_MAX, agent_name, label, policy_name
 from supervisord.lifecycle import State
 from supervisord.plan import LaunchOrder
 from supervisord.policy import AgentSpec, LimitsWanted, Policy, Workspace
-from supervisord.requests import Request, RequestState
+from supervisord.question import Request, RequestState
 from supervisord.scopes import Ended, Grant, read_scope
+from supervisord.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -159,6 +161,34 @@ def ttl_seconds(message: grants_pb2.GrantRequest | requests_pb2.ApproveRequest) 
     return seconds(message.ttl)
 
 
+def terms(message: grants_pb2.GrantRequest | requests_pb2.ApproveRequest) -> Terms:
+    """The bounds of a grant as a caller wants them; raises InvalidInput."""
+    return Terms(
+        ttl_seconds=ttl_seconds(message),
+        max_uses=message.max_uses if message.HasField("max_uses") else None,
+        max_bytes=message.max_bytes if message.HasField("max_bytes") else None,
+        max_cost_microusd=_microusd(message.max_cost_usd) if message.HasField("max_cost_usd") else None,
+    )
+
+
+def _microusd(usd: float) -> int:
+    if not math.isfinite(usd):
+        raise InvalidInput("cannot grant up to that cost: it is no number", remedy="give US dollars")
+    return round(min(max(usd, 0.0) * MICROUSD_PER_USD, NUMBER_MAX))
+
+
+def offer(message: requests_pb2.ApproveRequest, by: str) -> Offer:
+    """What a caller is ready to give for a request; raises InvalidInput."""
+    return Offer(
+        by=by,
+        scope=read_scope(message.scope) if message.scope else None,
+        terms=terms(message),
+        reason=text("reason", message.reason),
+        ticket=text("ticket", message.ticket),
+        digest=text("digest", message.digest),
+    )
+
+
 def seconds(duration: Duration) -> float:
     value = duration.seconds + duration.nanos / 1e9
     return value if math.isfinite(value) else TTL_SECONDS_MAX
@@ -199,6 +229,12 @@ def token_number(token: str) -> int:
     if len(token) > NUMBER_DIGITS_MAX or not (token.isascii() and token.isdecimal()):
         raise InvalidInput("cannot go on with this token: it is not of this list", remedy="list or watch anew")
     return number("token", int(token))
+
+
+def resume_point(token: str) -> tuple[int, int]:
+    """The daemon and the change that a resume token `EPOCH.VERSION` of ours stands for; raises InvalidInput."""
+    epoch, _, version = token.partition(".")
+    return token_number(epoch), token_number(version)
 
 
 def nanoseconds(what: str, value: Timestamp) -> int:
@@ -317,9 +353,16 @@ def grant(value: Grant, agent_name_: str) -> grants_pb2.ScopeGrant:
         uses=value.uses + value.reserved,
         granted_by=value.by,
         reason=value.reason,
+        bytes_used=value.bytes_used,
+        cost_usd=value.cost_microusd / MICROUSD_PER_USD,
+        ticket=value.ticket,
     )
     if value.uses_left is not None:
         message.uses_left = value.uses_left
+    if value.bytes_left is not None:
+        message.bytes_left = value.bytes_left
+    if value.cost_left_microusd is not None:
+        message.cost_usd_left = value.cost_left_microusd / MICROUSD_PER_USD
     return message
 
 
@@ -335,6 +378,10 @@ def request(value: Request) -> requests_pb2.ScopeRequest:
         decided_at=timestamp(value.decided_at_ns),
         decided_by=value.decided_by,
         grant_id=value.grant_id,
+        digest=value.digest,
+        approved_by=value.approved_by,
+        approvers=value.approvers,
+        answer=value.answer,
     )
 
 

@@ -24,6 +24,7 @@ from supervisord.explain import explain
 from supervisord.hostfiles import file_uid
 from supervisord.ids import grant_id as parse_grant_id
 from supervisord.policy import Policy, RootfsName, policy_yaml
+from supervisord.question import RequestState
 from supervisord.rpc import convert
 from supervisord.scopes import read_scope
 
@@ -61,8 +62,8 @@ class GrantService(grants_pb2_grpc.GrantServiceServicer):
             actor=current_caller().actor,
             file_uid=file_uid(current_caller()),
             reason=convert.text("reason", request.reason),
-            ttl_seconds=convert.ttl_seconds(request),
-            max_uses=request.max_uses if request.HasField("max_uses") else None,
+            ticket=convert.text("ticket", request.ticket),
+            terms=convert.terms(request),
             grant_id=parse_grant_id(request.grant_id) if request.grant_id else "",
         )
         return grants_pb2.GrantResponse(grant=self._encode(grant))
@@ -113,16 +114,13 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
         )
 
     async def Approve(self, request: requests_pb2.ApproveRequest, _context: Context) -> requests_pb2.ApproveResponse:
+        caller = current_caller()
         approved, grant = await self._acts.approve(
-            request.request_id,
-            actor=current_caller().actor,
-            file_uid=file_uid(current_caller()),
-            shown_scope=request.scope,
-            ttl_seconds=convert.ttl_seconds(request),
-            max_uses=request.max_uses if request.HasField("max_uses") else None,
+            request.request_id, convert.offer(request, caller.actor), file_uid=file_uid(caller)
         )
         return requests_pb2.ApproveResponse(
-            request=convert.request(approved), grant=convert.grant(grant, approved.agent_name)
+            request=convert.request(approved),
+            grant=None if grant is None else convert.grant(grant, approved.agent_name),
         )
 
     async def Deny(self, request: requests_pb2.DenyRequest, _context: Context) -> requests_pb2.DenyResponse:
@@ -133,18 +131,19 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
     async def WatchRequests(
         self, request: requests_pb2.WatchRequestsRequest, _context: Context
     ) -> AsyncIterator[requests_pb2.WatchRequestsResponse]:
-        version = convert.token_number(request.resume_token)
-        seen: dict[str, str] = {}
+        epoch, version = convert.resume_point(request.resume_token)
+        # A token of an earlier daemon counts another daemon's changes: begin with what is pending.
+        resumes = epoch == self._requests.epoch
+        version = version if resumes else 0
         while True:
-            for each in self._requests.all():
-                if seen.get(each.request_id) != each.state.value:
-                    news = each.request_id in seen or each.state.value == "pending"
-                    seen[each.request_id] = each.state.value
-                    if news:
-                        yield requests_pb2.WatchRequestsResponse(
-                            request=convert.request(each), resume_token=str(self._requests.version)
-                        )
-            version = await self._requests.wait_changed(max(version, self._requests.version))
+            upto = self._requests.version
+            for each in self._requests.changed_since(version):
+                if resumes or each.state is RequestState.PENDING:
+                    yield requests_pb2.WatchRequestsResponse(
+                        request=convert.request(each), resume_token=f"{self._requests.epoch}.{each.version}"
+                    )
+            version, resumes = upto, True
+            await self._requests.wait_changed(version)
 
 
 class ActionService(actions_pb2_grpc.ActionServiceServicer):

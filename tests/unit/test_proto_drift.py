@@ -31,7 +31,7 @@ def test_the_stubs_are_what_the_protos_say() -> None:
 def test_a_proto_changed_alone_is_found(tmp_path: Path) -> None:
     copied = copy(tmp_path)
     proto = copied / "stockade/v1/grants.proto"
-    proto.write_text(proto.read_text().replace("string reason = 11;", "string reason = 11;\n  string more = 12;"))
+    proto.write_text(proto.read_text().replace("string reason = 11;", "string reason = 11;\n  string more = 99;"))
     found = run(sys.executable, "generate", "--check", cwd=copied)
     assert found.returncode == 1
     assert "stockade/v1/grants_pb2.py is not what its .proto says" in found.stderr
@@ -48,7 +48,7 @@ def test_buf_would_find_a_break_and_a_bad_name(tmp_path: Path) -> None:
     copied = copy(tmp_path)
     proto = copied / "stockade/v1/grants.proto"
     assert run(BUF, "breaking", "--against", PROTO, cwd=copied).returncode == 0
-    proto.write_text(proto.read_text().replace("string reason = 11;", "string Reason = 12;"))
+    proto.write_text(proto.read_text().replace("string reason = 11;", "string Reason = 99;"))
     assert "FIELD_LOWER_SNAKE_CASE" in run(BUF, "lint", "--error-format", "json", cwd=copied).stdout
     assert "reason" in run(BUF, "breaking", "--against", PROTO, cwd=copied).stdout
 

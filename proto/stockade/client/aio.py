@@ -22,7 +22,7 @@ from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, reques
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from types import TracebackType
     from typing import Unpack
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Receipt,
         Request,
         State,
+        Terms,
         Verification,
     )
 
@@ -159,18 +160,9 @@ class AsyncStockade:
             if not request.page_token:
                 return found
 
-    async def grant(
-        self,
-        agent: str,
-        scope: str,
-        *,
-        ttl: float | timedelta | None = None,
-        max_uses: int | None = None,
-        reason: str = "",
-        grant_id: str = "",
-    ) -> Grant:
-        """A grant that is in force. `ttl` in seconds; None: as long as the agent lives."""
-        request = convert.grant_request(agent, scope, ttl=ttl, max_uses=max_uses, reason=reason, grant_id=grant_id)
+    async def grant(self, agent: str, scope: str, *, grant_id: str = "", **terms: Unpack[Terms]) -> Grant:
+        """A grant that is in force. `ttl` in seconds; left out: as long as the agent lives."""
+        request = convert.grant_request(agent, scope, grant_id=grant_id, **terms)
         return convert.grant((await self.call(methods.GRANT, request)).grant)
 
     async def revoke(self, grant_id: str, reason: str = "") -> Grant:
@@ -203,21 +195,24 @@ class AsyncStockade:
                 return found
 
     async def approve(
-        self,
-        request_id: str,
-        *,
-        scope: str = "",
-        ttl: float | timedelta | None = None,
-        max_uses: int | None = None,
-        reason: str = "",
-    ) -> Grant:
-        """The grant that answers the request. Give `scope` as you saw it: another one is then refused."""
-        request = convert.approve_request(request_id, scope=scope, ttl=ttl, max_uses=max_uses, reason=reason)
-        return convert.grant((await self.call(methods.APPROVE, request)).grant)
+        self, request_id: str, *, scope: str = "", digest: str = "", **terms: Unpack[Terms]
+    ) -> Grant | Request:
+        """The grant that answers the request, or the request where more people have to approve it.
+
+        `scope` may be narrower than asked. Give the `digest` of the request as you saw it: another one is then refused.
+        """
+        request = convert.approve_request(request_id, scope=scope, digest=digest, **terms)
+        return convert.approved(await self.call(methods.APPROVE, request))
 
     async def deny(self, request_id: str, reason: str = "") -> Request:
         request = requests_pb2.DenyRequest(request_id=request_id, reason=reason)
         return convert.request((await self.call(methods.DENY, request)).request)
+
+    async def watch_requests(self, resume_token: str = "") -> AsyncIterator[tuple[Request, str]]:
+        """Each request that is pending, then each that comes or changes, with the token to go on after it; no end."""
+        wanted = requests_pb2.WatchRequestsRequest(resume_token=resume_token)
+        async for news in self.stream(methods.WATCH_REQUESTS, wanted):
+            yield convert.request(news.request), news.resume_token
 
     async def actions(
         self,
@@ -387,10 +382,8 @@ class AsyncAgent:
     async def discard(self, reason: str = "") -> None:
         await self._stockade.discard(self.agent_id, reason)
 
-    async def grant(
-        self, scope: str, *, ttl: float | timedelta | None = None, max_uses: int | None = None, reason: str = ""
-    ) -> Grant:
-        return await self._stockade.grant(self.agent_id, scope, ttl=ttl, max_uses=max_uses, reason=reason)
+    async def grant(self, scope: str, **terms: Unpack[Terms]) -> Grant:
+        return await self._stockade.grant(self.agent_id, scope, **terms)
 
     async def exec(
         self,

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Final, Literal, TypedDict, TypeVar, Unpack
 
 from google.protobuf.json_format import MessageToDict
 
@@ -212,6 +212,11 @@ def grant(message: grants_pb2.ScopeGrant) -> values.Grant:
         uses=message.uses,
         granted_by=message.granted_by,
         reason=message.reason,
+        bytes_left=message.bytes_left if message.HasField("bytes_left") else None,
+        bytes_used=message.bytes_used,
+        cost_usd_left=message.cost_usd_left if message.HasField("cost_usd_left") else None,
+        cost_usd=message.cost_usd,
+        ticket=message.ticket,
     )
 
 
@@ -231,7 +236,15 @@ def request(message: requests_pb2.ScopeRequest) -> values.Request:
         decided_at=time_of(message, "decided_at"),
         decided_by=message.decided_by,
         grant_id=message.grant_id,
+        digest=message.digest,
+        approved_by=tuple(message.approved_by),
+        approvers=message.approvers,
+        answer=message.answer,
     )
+
+
+def approved(message: requests_pb2.ApproveResponse) -> values.Grant | values.Request:
+    return grant(message.grant) if message.HasField("grant") else request(message.request)
 
 
 def action(message: actions_pb2.Action) -> values.Action:
@@ -386,31 +399,31 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
 
 
 def grant_request(
-    agent: str,
-    scope: str,
-    *,
-    ttl: float | timedelta | None = None,
-    max_uses: int | None = None,
-    reason: str = "",
-    grant_id: str = "",
+    agent: str, scope: str, *, grant_id: str = "", **terms: Unpack[values.Terms]
 ) -> grants_pb2.GrantRequest:
-    message = grants_pb2.GrantRequest(agent=agent, scope=scope, max_uses=max_uses, reason=reason, grant_id=grant_id)
-    if ttl is not None:
-        set_seconds(message.ttl, ttl)
-    return message
+    return _bounded(grants_pb2.GrantRequest(agent=agent, scope=scope, grant_id=grant_id), terms)
 
 
 def approve_request(
-    request_id: str,
-    *,
-    scope: str = "",
-    ttl: float | timedelta | None = None,
-    max_uses: int | None = None,
-    reason: str = "",
+    request_id: str, *, scope: str = "", digest: str = "", **terms: Unpack[values.Terms]
 ) -> requests_pb2.ApproveRequest:
-    message = requests_pb2.ApproveRequest(request_id=request_id, scope=scope, max_uses=max_uses, reason=reason)
-    if ttl is not None:
+    return _bounded(requests_pb2.ApproveRequest(request_id=request_id, scope=scope, digest=digest), terms)
+
+
+Bounded = TypeVar("Bounded", grants_pb2.GrantRequest, requests_pb2.ApproveRequest)
+
+
+def _bounded(message: Bounded, terms: values.Terms) -> Bounded:
+    if (ttl := terms.get("ttl")) is not None:
         set_seconds(message.ttl, ttl)
+    if (max_uses := terms.get("max_uses")) is not None:
+        message.max_uses = max_uses
+    if (max_bytes := terms.get("max_bytes")) is not None:
+        message.max_bytes = max_bytes
+    if (max_cost_usd := terms.get("max_cost_usd")) is not None:
+        message.max_cost_usd = max_cost_usd
+    message.reason = terms.get("reason", "")
+    message.ticket = terms.get("ticket", "")
     return message
 
 

@@ -54,6 +54,9 @@ LIST_REQUESTS: Final = Method(
 )
 APPROVE: Final = Method("RequestService/Approve", requests.ApproveRequest, requests.ApproveResponse)
 DENY: Final = Method("RequestService/Deny", requests.DenyRequest, requests.DenyResponse)
+WATCH_REQUESTS: Final = Method(
+    "RequestService/WatchRequests", requests.WatchRequestsRequest, requests.WatchRequestsResponse
+)
 QUERY_ACTIONS: Final = Method("ActionService/QueryActions", actions.QueryActionsRequest, actions.QueryActionsResponse)
 TAIL_ACTIONS: Final = Method("ActionService/TailActions", actions.TailActionsRequest, actions.TailActionsResponse)
 VERIFY_LOG: Final = Method("ActionService/VerifyLog", actions.VerifyLogRequest, actions.VerifyLogResponse)

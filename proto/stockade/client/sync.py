@@ -16,7 +16,7 @@ from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, reques
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from types import TracebackType
 
     from stockade.client.convert import LaunchOptions
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Receipt,
         Request,
         State,
+        Terms,
         Verification,
     )
 
@@ -174,18 +175,9 @@ class Stockade:
             if not request.page_token:
                 return found
 
-    def grant(
-        self,
-        agent: str,
-        scope: str,
-        *,
-        ttl: float | timedelta | None = None,
-        max_uses: int | None = None,
-        reason: str = "",
-        grant_id: str = "",
-    ) -> Grant:
-        """A grant that is in force. `ttl` in seconds; None: as long as the agent lives."""
-        request = convert.grant_request(agent, scope, ttl=ttl, max_uses=max_uses, reason=reason, grant_id=grant_id)
+    def grant(self, agent: str, scope: str, *, grant_id: str = "", **terms: Unpack[Terms]) -> Grant:
+        """A grant that is in force. `ttl` in seconds; left out: as long as the agent lives."""
+        request = convert.grant_request(agent, scope, grant_id=grant_id, **terms)
         return convert.grant(self.call(methods.GRANT, request).grant)
 
     def revoke(self, grant_id: str, reason: str = "") -> Grant:
@@ -217,22 +209,23 @@ class Stockade:
             if not request.page_token:
                 return found
 
-    def approve(
-        self,
-        request_id: str,
-        *,
-        scope: str = "",
-        ttl: float | timedelta | None = None,
-        max_uses: int | None = None,
-        reason: str = "",
-    ) -> Grant:
-        """The grant that answers the request. Give `scope` as you saw it: another one is then refused."""
-        request = convert.approve_request(request_id, scope=scope, ttl=ttl, max_uses=max_uses, reason=reason)
-        return convert.grant(self.call(methods.APPROVE, request).grant)
+    def approve(self, request_id: str, *, scope: str = "", digest: str = "", **terms: Unpack[Terms]) -> Grant | Request:
+        """The grant that answers the request, or the request where more people have to approve it.
+
+        `scope` may be narrower than asked. Give the `digest` of the request as you saw it: another one is then refused.
+        """
+        request = convert.approve_request(request_id, scope=scope, digest=digest, **terms)
+        return convert.approved(self.call(methods.APPROVE, request))
 
     def deny(self, request_id: str, reason: str = "") -> Request:
         request = requests_pb2.DenyRequest(request_id=request_id, reason=reason)
         return convert.request(self.call(methods.DENY, request).request)
+
+    def watch_requests(self, resume_token: str = "") -> Iterator[tuple[Request, str]]:
+        """Each request that is pending, then each that comes or changes, with the token to go on after it; no end."""
+        wanted = requests_pb2.WatchRequestsRequest(resume_token=resume_token)
+        for news in self.stream(methods.WATCH_REQUESTS, wanted):
+            yield convert.request(news.request), news.resume_token
 
     def actions(
         self,
@@ -371,10 +364,8 @@ class Agent:
     def discard(self, reason: str = "") -> None:
         self._stockade.discard(self.agent_id, reason)
 
-    def grant(
-        self, scope: str, *, ttl: float | timedelta | None = None, max_uses: int | None = None, reason: str = ""
-    ) -> Grant:
-        return self._stockade.grant(self.agent_id, scope, ttl=ttl, max_uses=max_uses, reason=reason)
+    def grant(self, scope: str, **terms: Unpack[Terms]) -> Grant:
+        return self._stockade.grant(self.agent_id, scope, **terms)
 
     def attach(self, *, stdout_offset: int = 0, stderr_offset: int = 0) -> Session:
         """Its own stdio."""

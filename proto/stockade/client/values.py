@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import datetime
+    from datetime import datetime, timedelta
 
     Stream = Literal["stdout", "stderr"]
     JsonObject = Mapping[str, object]
@@ -183,11 +183,19 @@ class Grant:
     granted_by: str
     reason: str
     warning: str = ""
+    bytes_left: int | None = None
+    bytes_used: int = 0
+    cost_usd_left: float | None = None
+    cost_usd: float = 0.0
+    ticket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An agent's question for a scope it lacks. `reason` is in its own words: escape it when you show it."""
+    """An agent's question for a scope it lacks. `reason` is in its own words: escape it when you show it.
+
+    `digest` stands for what of it an approver judges by: pass it on when you approve what you were shown.
+    """
 
     request_id: str
     agent_id: str
@@ -199,6 +207,21 @@ class Request:
     decided_at: datetime | None
     decided_by: str
     grant_id: str
+    digest: str = ""
+    approved_by: tuple[str, ...] = ()
+    approvers: int = 1
+    answer: str = ""
+
+
+class Terms(TypedDict, total=False):
+    """The bounds of a grant, and why it is given. `ttl` in seconds; what is left out is without that bound."""
+
+    ttl: float | timedelta | None
+    max_uses: int | None
+    max_bytes: int | None
+    max_cost_usd: float | None
+    reason: str
+    ticket: str
 
 
 @dataclass(frozen=True, slots=True)

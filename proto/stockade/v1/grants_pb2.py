@@ -26,29 +26,29 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stockade/v1/grants.proto\x12\x0bstockade.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x02\n\nScopeGrant\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\r\n\x05scope\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.stockade.v1.GrantState\x12.\n\ngranted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\tuses_left\x18\x08 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04uses\x18\t \x01(\x04\x12\x12\n\ngranted_by\x18\n \x01(\t\x12\x0e\n\x06reason\x18\x0b \x01(\tB\x0c\n\n_uses_left\"\x9a\x01\n\x0cGrantRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08max_uses\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08grant_id\x18\x06 \x01(\tB\x0b\n\t_max_uses\"7\n\rGrantResponse\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\"1\n\rRevokeRequest\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"]\n\x0eRevokeResponse\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\x12\x12\n\nrelays_cut\x18\x02 \x01(\r\x12\x0f\n\x07warning\x18\x03 \x01(\t\"`\n\x11ListGrantsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\rinclude_ended\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"V\n\x12ListGrantsResponse\x12\'\n\x06grants\x18\x01 \x03(\x0b\x32\x17.stockade.v1.ScopeGrant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8c\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12GRANT_STATE_ACTIVE\x10\x01\x12\x17\n\x13GRANT_STATE_EXPIRED\x10\x02\x12\x17\n\x13GRANT_STATE_USED_UP\x10\x03\x12\x17\n\x13GRANT_STATE_REVOKED\x10\x04\x32\xe0\x01\n\x0cGrantService\x12>\n\x05Grant\x12\x19.stockade.v1.GrantRequest\x1a\x1a.stockade.v1.GrantResponse\x12\x41\n\x06Revoke\x12\x1a.stockade.v1.RevokeRequest\x1a\x1b.stockade.v1.RevokeResponse\x12M\n\nListGrants\x12\x1e.stockade.v1.ListGrantsRequest\x1a\x1f.stockade.v1.ListGrantsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stockade/v1/grants.proto\x12\x0bstockade.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbf\x03\n\nScopeGrant\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\r\n\x05scope\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.stockade.v1.GrantState\x12.\n\ngranted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\tuses_left\x18\x08 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04uses\x18\t \x01(\x04\x12\x12\n\ngranted_by\x18\n \x01(\t\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x17\n\nbytes_left\x18\x0c \x01(\x04H\x01\x88\x01\x01\x12\x12\n\nbytes_used\x18\r \x01(\x04\x12\x1a\n\rcost_usd_left\x18\x0e \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x08\x63ost_usd\x18\x0f \x01(\x01\x12\x0e\n\x06ticket\x18\x10 \x01(\tB\x0c\n\n_uses_leftB\r\n\x0b_bytes_leftB\x10\n\x0e_cost_usd_left\"\xfc\x01\n\x0cGrantRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08max_uses\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08grant_id\x18\x06 \x01(\t\x12\x16\n\tmax_bytes\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x0cmax_cost_usd\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0e\n\x06ticket\x18\t \x01(\tB\x0b\n\t_max_usesB\x0c\n\n_max_bytesB\x0f\n\r_max_cost_usd\"7\n\rGrantResponse\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\"1\n\rRevokeRequest\x12\x10\n\x08grant_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"]\n\x0eRevokeResponse\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\x12\x12\n\nrelays_cut\x18\x02 \x01(\r\x12\x0f\n\x07warning\x18\x03 \x01(\t\"`\n\x11ListGrantsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\rinclude_ended\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"V\n\x12ListGrantsResponse\x12\'\n\x06grants\x18\x01 \x03(\x0b\x32\x17.stockade.v1.ScopeGrant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8c\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12GRANT_STATE_ACTIVE\x10\x01\x12\x17\n\x13GRANT_STATE_EXPIRED\x10\x02\x12\x17\n\x13GRANT_STATE_USED_UP\x10\x03\x12\x17\n\x13GRANT_STATE_REVOKED\x10\x04\x32\xe0\x01\n\x0cGrantService\x12>\n\x05Grant\x12\x19.stockade.v1.GrantRequest\x1a\x1a.stockade.v1.GrantResponse\x12\x41\n\x06Revoke\x12\x1a.stockade.v1.RevokeRequest\x1a\x1b.stockade.v1.RevokeResponse\x12M\n\nListGrants\x12\x1e.stockade.v1.ListGrantsRequest\x1a\x1f.stockade.v1.ListGrantsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stockade.v1.grants_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GRANTSTATE']._serialized_start=963
-  _globals['_GRANTSTATE']._serialized_end=1103
+  _globals['_GRANTSTATE']._serialized_start=1201
+  _globals['_GRANTSTATE']._serialized_end=1341
   _globals['_SCOPEGRANT']._serialized_start=107
-  _globals['_SCOPEGRANT']._serialized_end=414
-  _globals['_GRANTREQUEST']._serialized_start=417
-  _globals['_GRANTREQUEST']._serialized_end=571
-  _globals['_GRANTRESPONSE']._serialized_start=573
-  _globals['_GRANTRESPONSE']._serialized_end=628
-  _globals['_REVOKEREQUEST']._serialized_start=630
-  _globals['_REVOKEREQUEST']._serialized_end=679
-  _globals['_REVOKERESPONSE']._serialized_start=681
-  _globals['_REVOKERESPONSE']._serialized_end=774
-  _globals['_LISTGRANTSREQUEST']._serialized_start=776
-  _globals['_LISTGRANTSREQUEST']._serialized_end=872
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=874
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=960
-  _globals['_GRANTSERVICE']._serialized_start=1106
-  _globals['_GRANTSERVICE']._serialized_end=1330
+  _globals['_SCOPEGRANT']._serialized_end=554
+  _globals['_GRANTREQUEST']._serialized_start=557
+  _globals['_GRANTREQUEST']._serialized_end=809
+  _globals['_GRANTRESPONSE']._serialized_start=811
+  _globals['_GRANTRESPONSE']._serialized_end=866
+  _globals['_REVOKEREQUEST']._serialized_start=868
+  _globals['_REVOKEREQUEST']._serialized_end=917
+  _globals['_REVOKERESPONSE']._serialized_start=919
+  _globals['_REVOKERESPONSE']._serialized_end=1012
+  _globals['_LISTGRANTSREQUEST']._serialized_start=1014
+  _globals['_LISTGRANTSREQUEST']._serialized_end=1110
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=1112
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=1198
+  _globals['_GRANTSERVICE']._serialized_start=1344
+  _globals['_GRANTSERVICE']._serialized_end=1568
 # @@protoc_insertion_point(module_scope)

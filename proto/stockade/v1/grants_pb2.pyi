@@ -26,7 +26,7 @@ GRANT_STATE_USED_UP: GrantState
 GRANT_STATE_REVOKED: GrantState
 
 class ScopeGrant(_message.Message):
-    __slots__ = ("grant_id", "agent_id", "agent_name", "scope", "state", "granted_at", "expires_at", "uses_left", "uses", "granted_by", "reason")
+    __slots__ = ("grant_id", "agent_id", "agent_name", "scope", "state", "granted_at", "expires_at", "uses_left", "uses", "granted_by", "reason", "bytes_left", "bytes_used", "cost_usd_left", "cost_usd", "ticket")
     GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,11 @@ class ScopeGrant(_message.Message):
     USES_FIELD_NUMBER: _ClassVar[int]
     GRANTED_BY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    BYTES_LEFT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    COST_USD_LEFT_FIELD_NUMBER: _ClassVar[int]
+    COST_USD_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     grant_id: str
     agent_id: str
     agent_name: str
@@ -49,23 +54,34 @@ class ScopeGrant(_message.Message):
     uses: int
     granted_by: str
     reason: str
-    def __init__(self, grant_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., agent_name: _Optional[str] = ..., scope: _Optional[str] = ..., state: _Optional[_Union[GrantState, str]] = ..., granted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uses_left: _Optional[int] = ..., uses: _Optional[int] = ..., granted_by: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    bytes_left: int
+    bytes_used: int
+    cost_usd_left: float
+    cost_usd: float
+    ticket: str
+    def __init__(self, grant_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., agent_name: _Optional[str] = ..., scope: _Optional[str] = ..., state: _Optional[_Union[GrantState, str]] = ..., granted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uses_left: _Optional[int] = ..., uses: _Optional[int] = ..., granted_by: _Optional[str] = ..., reason: _Optional[str] = ..., bytes_left: _Optional[int] = ..., bytes_used: _Optional[int] = ..., cost_usd_left: _Optional[float] = ..., cost_usd: _Optional[float] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("agent", "scope", "ttl", "max_uses", "reason", "grant_id")
+    __slots__ = ("agent", "scope", "ttl", "max_uses", "reason", "grant_id", "max_bytes", "max_cost_usd", "ticket")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
     MAX_USES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     GRANT_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_USD_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     agent: str
     scope: str
     ttl: _duration_pb2.Duration
     max_uses: int
     reason: str
     grant_id: str
-    def __init__(self, agent: _Optional[str] = ..., scope: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_uses: _Optional[int] = ..., reason: _Optional[str] = ..., grant_id: _Optional[str] = ...) -> None: ...
+    max_bytes: int
+    max_cost_usd: float
+    ticket: str
+    def __init__(self, agent: _Optional[str] = ..., scope: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_uses: _Optional[int] = ..., reason: _Optional[str] = ..., grant_id: _Optional[str] = ..., max_bytes: _Optional[int] = ..., max_cost_usd: _Optional[float] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("grant",)

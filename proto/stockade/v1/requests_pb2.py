@@ -27,33 +27,33 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from stockade.v1 import grants_pb2 as stockade_dot_v1_dot_grants__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astockade/v1/requests.proto\x12\x0bstockade.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stockade/v1/grants.proto\"\x95\x02\n\x0cScopeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\r\n\x05scope\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.stockade.v1.RequestState\x12,\n\x08\x61sked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndecided_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ndecided_by\x18\t \x01(\t\x12\x10\n\x08grant_id\x18\n \x01(\t\"d\n\x13ListRequestsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x17\n\x0finclude_decided\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x14ListRequestsResponse\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.stockade.v1.ScopeRequest\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8f\x01\n\x0e\x41pproveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08max_uses\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\tB\x0b\n\t_max_uses\"e\n\x0f\x41pproveResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\x12&\n\x05grant\x18\x02 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\"1\n\x0b\x44\x65nyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\x0c\x44\x65nyResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\",\n\x14WatchRequestsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\"Y\n\x15WatchRequestsResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\x99\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REQUEST_STATE_PENDING\x10\x01\x12\x1a\n\x16REQUEST_STATE_APPROVED\x10\x02\x12\x18\n\x14REQUEST_STATE_DENIED\x10\x03\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x04\x32\xc2\x02\n\x0eRequestService\x12S\n\x0cListRequests\x12 .stockade.v1.ListRequestsRequest\x1a!.stockade.v1.ListRequestsResponse\x12\x44\n\x07\x41pprove\x12\x1b.stockade.v1.ApproveRequest\x1a\x1c.stockade.v1.ApproveResponse\x12;\n\x04\x44\x65ny\x12\x18.stockade.v1.DenyRequest\x1a\x19.stockade.v1.DenyResponse\x12X\n\rWatchRequests\x12!.stockade.v1.WatchRequestsRequest\x1a\".stockade.v1.WatchRequestsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astockade/v1/requests.proto\x12\x0bstockade.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stockade/v1/grants.proto\"\xdd\x02\n\x0cScopeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\r\n\x05scope\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.stockade.v1.RequestState\x12,\n\x08\x61sked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndecided_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ndecided_by\x18\t \x01(\t\x12\x10\n\x08grant_id\x18\n \x01(\t\x12\x0e\n\x06\x64igest\x18\x0b \x01(\t\x12\x13\n\x0b\x61pproved_by\x18\x0c \x03(\t\x12\x11\n\tapprovers\x18\r \x01(\r\x12\x0e\n\x06\x61nswer\x18\x0e \x01(\t\"d\n\x13ListRequestsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x17\n\x0finclude_decided\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x14ListRequestsResponse\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.stockade.v1.ScopeRequest\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x81\x02\n\x0e\x41pproveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08max_uses\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x16\n\tmax_bytes\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x0cmax_cost_usd\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0e\n\x06ticket\x18\t \x01(\tB\x0b\n\t_max_usesB\x0c\n\n_max_bytesB\x0f\n\r_max_cost_usd\"e\n\x0f\x41pproveResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\x12&\n\x05grant\x18\x02 \x01(\x0b\x32\x17.stockade.v1.ScopeGrant\"1\n\x0b\x44\x65nyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\x0c\x44\x65nyResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\",\n\x14WatchRequestsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\"Y\n\x15WatchRequestsResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.stockade.v1.ScopeRequest\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\x99\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REQUEST_STATE_PENDING\x10\x01\x12\x1a\n\x16REQUEST_STATE_APPROVED\x10\x02\x12\x18\n\x14REQUEST_STATE_DENIED\x10\x03\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x04\x32\xc2\x02\n\x0eRequestService\x12S\n\x0cListRequests\x12 .stockade.v1.ListRequestsRequest\x1a!.stockade.v1.ListRequestsResponse\x12\x44\n\x07\x41pprove\x12\x1b.stockade.v1.ApproveRequest\x1a\x1c.stockade.v1.ApproveResponse\x12;\n\x04\x44\x65ny\x12\x18.stockade.v1.DenyRequest\x1a\x19.stockade.v1.DenyResponse\x12X\n\rWatchRequests\x12!.stockade.v1.WatchRequestsRequest\x1a\".stockade.v1.WatchRequestsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stockade.v1.requests_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTSTATE']._serialized_start=1108
-  _globals['_REQUESTSTATE']._serialized_end=1261
+  _globals['_REQUESTSTATE']._serialized_start=1294
+  _globals['_REQUESTSTATE']._serialized_end=1447
   _globals['_SCOPEREQUEST']._serialized_start=135
-  _globals['_SCOPEREQUEST']._serialized_end=412
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=414
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=514
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=516
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=608
-  _globals['_APPROVEREQUEST']._serialized_start=611
-  _globals['_APPROVEREQUEST']._serialized_end=754
-  _globals['_APPROVERESPONSE']._serialized_start=756
-  _globals['_APPROVERESPONSE']._serialized_end=857
-  _globals['_DENYREQUEST']._serialized_start=859
-  _globals['_DENYREQUEST']._serialized_end=908
-  _globals['_DENYRESPONSE']._serialized_start=910
-  _globals['_DENYRESPONSE']._serialized_end=968
-  _globals['_WATCHREQUESTSREQUEST']._serialized_start=970
-  _globals['_WATCHREQUESTSREQUEST']._serialized_end=1014
-  _globals['_WATCHREQUESTSRESPONSE']._serialized_start=1016
-  _globals['_WATCHREQUESTSRESPONSE']._serialized_end=1105
-  _globals['_REQUESTSERVICE']._serialized_start=1264
-  _globals['_REQUESTSERVICE']._serialized_end=1586
+  _globals['_SCOPEREQUEST']._serialized_end=484
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=486
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=586
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=588
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=680
+  _globals['_APPROVEREQUEST']._serialized_start=683
+  _globals['_APPROVEREQUEST']._serialized_end=940
+  _globals['_APPROVERESPONSE']._serialized_start=942
+  _globals['_APPROVERESPONSE']._serialized_end=1043
+  _globals['_DENYREQUEST']._serialized_start=1045
+  _globals['_DENYREQUEST']._serialized_end=1094
+  _globals['_DENYRESPONSE']._serialized_start=1096
+  _globals['_DENYRESPONSE']._serialized_end=1154
+  _globals['_WATCHREQUESTSREQUEST']._serialized_start=1156
+  _globals['_WATCHREQUESTSREQUEST']._serialized_end=1200
+  _globals['_WATCHREQUESTSRESPONSE']._serialized_start=1202
+  _globals['_WATCHREQUESTSRESPONSE']._serialized_end=1291
+  _globals['_REQUESTSERVICE']._serialized_start=1450
+  _globals['_REQUESTSERVICE']._serialized_end=1772
 # @@protoc_insertion_point(module_scope)

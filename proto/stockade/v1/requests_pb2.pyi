@@ -27,7 +27,7 @@ REQUEST_STATE_DENIED: RequestState
 REQUEST_STATE_EXPIRED: RequestState
 
 class ScopeRequest(_message.Message):
-    __slots__ = ("request_id", "agent_id", "agent_name", "scope", "reason", "state", "asked_at", "decided_at", "decided_by", "grant_id")
+    __slots__ = ("request_id", "agent_id", "agent_name", "scope", "reason", "state", "asked_at", "decided_at", "decided_by", "grant_id", "digest", "approved_by", "approvers", "answer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,10 @@ class ScopeRequest(_message.Message):
     DECIDED_AT_FIELD_NUMBER: _ClassVar[int]
     DECIDED_BY_FIELD_NUMBER: _ClassVar[int]
     GRANT_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    APPROVED_BY_FIELD_NUMBER: _ClassVar[int]
+    APPROVERS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     agent_id: str
     agent_name: str
@@ -48,7 +52,11 @@ class ScopeRequest(_message.Message):
     decided_at: _timestamp_pb2.Timestamp
     decided_by: str
     grant_id: str
-    def __init__(self, request_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., agent_name: _Optional[str] = ..., scope: _Optional[str] = ..., reason: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., asked_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., decided_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., decided_by: _Optional[str] = ..., grant_id: _Optional[str] = ...) -> None: ...
+    digest: str
+    approved_by: _containers.RepeatedScalarFieldContainer[str]
+    approvers: int
+    answer: str
+    def __init__(self, request_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., agent_name: _Optional[str] = ..., scope: _Optional[str] = ..., reason: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., asked_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., decided_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., decided_by: _Optional[str] = ..., grant_id: _Optional[str] = ..., digest: _Optional[str] = ..., approved_by: _Optional[_Iterable[str]] = ..., approvers: _Optional[int] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class ListRequestsRequest(_message.Message):
     __slots__ = ("agent", "include_decided", "page_size", "page_token")
@@ -71,18 +79,26 @@ class ListRequestsResponse(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[ScopeRequest, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ApproveRequest(_message.Message):
-    __slots__ = ("request_id", "scope", "ttl", "max_uses", "reason")
+    __slots__ = ("request_id", "scope", "ttl", "max_uses", "reason", "digest", "max_bytes", "max_cost_usd", "ticket")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
     MAX_USES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_USD_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     scope: str
     ttl: _duration_pb2.Duration
     max_uses: int
     reason: str
-    def __init__(self, request_id: _Optional[str] = ..., scope: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_uses: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    digest: str
+    max_bytes: int
+    max_cost_usd: float
+    ticket: str
+    def __init__(self, request_id: _Optional[str] = ..., scope: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_uses: _Optional[int] = ..., reason: _Optional[str] = ..., digest: _Optional[str] = ..., max_bytes: _Optional[int] = ..., max_cost_usd: _Optional[float] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class ApproveResponse(_message.Message):
     __slots__ = ("request", "grant")

@@ -79,7 +79,7 @@ class RequestServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRequests(self, request, context):
-        """Sends the pending ones, then each new or decided one.
+        """Sends the pending ones, then each that is new or changed; from a resume token on, what changed since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

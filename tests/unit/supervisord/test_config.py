@@ -241,8 +241,14 @@ def test_every_key_arrives() -> None:
         ('[control]\ntcp_listen = "7443"', "control.tcp_listen: '7443' is not IP:PORT"),
         ('[control.roles]\n"ci" = "admin"', "control.roles.ci: is neither cn:NAME"),
         ('[control.roles]\n"cn:ci" = "root"', "control.roles.cn:ci: 'root' is none of reader, operator, admin"),
-        ('[users]\negress = "root"', "users: egress, dialer, gateway and images must be four users other than root"),
-        ('[users]\negress = "a"\ndialer = "a"', "users: egress, dialer, gateway and images must be four users"),
+        (
+            '[users]\negress = "root"',
+            "users: egress, dialer, gateway, images and webhook must be five users other than root",
+        ),
+        (
+            '[users]\negress = "a"\ndialer = "a"',
+            "users: egress, dialer, gateway, images and webhook must be five users",
+        ),
         ("[agents]\nuid_range = [0, 4294967295]", "agents.uid_range"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_FIRST + 65534}]", "is not 65536 or more ids"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_LAST + 1}]", "agents.uid_range"),

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from gateway_client.egress.scope import parse_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.errors import Conflict
-from supervisord.requests import DECIDED_PER_AGENT_MAX, PENDING_PER_AGENT_MAX, Requests, RequestState
+from supervisord.policy import GrantRules, Policy
+from supervisord.question import RequestState
+from supervisord.requests import DECIDED_PER_AGENT_MAX, PENDING_PER_AGENT_MAX, Requests
 
 if TYPE_CHECKING:
     from supervisord.agents import Agent
@@ -35,10 +38,16 @@ class Asker:
         self.agent_id, self.name, self.live = f"ag_{name}", name, True
 
 
-def made() -> tuple[Requests, Log]:
+def made(*, asks_per_minute: int = 600) -> tuple[Requests, Log]:
     numbers, log = itertools.count(), Log()
     requests = Requests(
-        agents=cast("Any", None), actions=cast("Any", log), new_id=lambda: f"rq_{next(numbers)}", now_ns=lambda: 1
+        agents=cast("Any", None),
+        actions=cast("Any", log),
+        new_id=lambda: f"rq_{next(numbers)}",
+        now_ns=lambda: 1,
+        now=lambda: 1.0,
+        policy_of=lambda _: Policy("p", grants=GrantRules(asks_per_minute=asks_per_minute)),
+        check=lambda _scope, _policy: None,
     )
     return requests, log
 
@@ -100,3 +109,36 @@ async def test_pending_ones_of_others_are_never_forgotten_for_one_who_asks_a_lot
     assert len(requests.all()) <= 20 + DECIDED_PER_AGENT_MAX + 1
     with pytest.raises(Conflict):
         await requests.deny(requests.all()[-1].request_id, actor="uid:0(root)", reason="")
+
+
+async def test_a_held_question_ends_with_its_time_unless_the_agent_asked_by_itself_too() -> None:
+    requests, _ = made()
+    mine = cast("Agent", Asker("mine"))
+    held = await requests._ask(mine, parse_scope("llm:a"), "held", held_seconds=0.02)
+    both = await requests._ask(mine, parse_scope("llm:b"), "held", held_seconds=0.02)
+    assert await requests._ask(mine, parse_scope("llm:b"), "by itself") is both
+    async with asyncio.timeout(5):
+        await held.decided.wait()
+    assert (held.state, both.state) == (RequestState.EXPIRED, RequestState.PENDING)
+
+
+async def test_more_questions_than_a_minute_takes_are_turned_away() -> None:
+    requests, _ = made(asks_per_minute=2)
+    mine = Asker("mine")
+    assert [await ask(requests, mine, f"m{n}") for n in range(3)] == ["202", "202", "429"]
+    assert await ask(requests, mine, "m1") == "202"  # the same question again is none
+    assert await ask(requests, Asker("theirs"), "m") == "202"
+
+
+async def test_a_client_that_goes_ends_its_hold_alone() -> None:
+    requests, _ = made()
+    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    hold = asyncio.ensure_future(requests.hold(cast("Agent", Asker("mine")), "llm:a", "a call", gone=gone))
+    asked = asyncio.Event()
+    requests.on_change.append(lambda _: asked.set())
+    async with asyncio.timeout(5):
+        await asked.wait()
+        gone.set_result(None)
+        held = await hold
+    assert (held.granted, held.said) == (False, "the client has gone")
+    assert [request.state for request in requests.all()] == [RequestState.PENDING]

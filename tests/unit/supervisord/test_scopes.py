@@ -17,13 +17,13 @@ from supervisord.ids import AgentId, GrantId
 from supervisord.policy import Policy
 from supervisord.scopes import (
     GRANTS_PER_AGENT_MAX,
-    TTL_SECONDS_MAX,
     Ended,
     Grant,
     GrantBook,
     check_scopes_reachable,
     read_scope,
 )
+from supervisord.terms import TTL_SECONDS_MAX
 
 AGENT = AgentId("ag_" + "a" * 26)
 OTHER = AgentId("ag_" + "b" * 26)
@@ -327,3 +327,41 @@ def test_explaining_a_policy_and_its_ceiling() -> None:
     unreachable = explain(Policy(name="p"), (), SITE, gateway=GatewayConfig(kind=GatewayKind.OPENAI))
     assert not unreachable.allowed
     assert "forward_proxy" in unreachable.remedy
+
+
+def test_bytes_and_cost_end_a_grant_when_they_are_reached(book: GrantBook) -> None:
+    by_bytes = book.add(AGENT, LLM, by="x", max_bytes=100)
+    book.settle(by_bytes.grant_id, used=True, bytes_used=60)
+    assert book.get(by_bytes.grant_id).bytes_left == 40
+    book.use(by_bytes.grant_id)
+    book.settle(by_bytes.grant_id, used=True, bytes_used=60)
+    ended = book.get(by_bytes.grant_id)
+    assert (ended.ended, ended.bytes_used) == (Ended.SPENT, 100)
+    by_cost = book.add(AGENT, LLM, by="x", max_cost_microusd=10)
+    assert book.view(AGENT)[-1].cost_usd_left == 0.00001
+    book.settle(by_cost.grant_id, used=True, cost_microusd=9)
+    assert book.get(by_cost.grant_id).ended is None
+    book.settle(by_cost.grant_id, used=True, cost_microusd=9)
+    assert book.get(by_cost.grant_id).ended is Ended.SPENT
+    with pytest.raises(Conflict):
+        book.use(by_cost.grant_id)
+
+
+def test_a_worker_that_met_the_end_of_the_bytes_ends_the_grant(book: GrantBook) -> None:
+    grant = book.add(AGENT, LLM, by="x", max_bytes=100)
+    other = book.add(AGENT, LLM, by="x")
+    for each in (grant, other):
+        book.settle(each.grant_id, used=True, bytes_used=70, spent=True)
+    assert book.get(grant.grant_id).ended is Ended.SPENT
+    assert book.get(other.grant_id).ended is None  # it has no bound that could be met
+
+
+def test_bounds_and_what_was_used_survive_the_store(book: GrantBook) -> None:
+    grant = book.add(AGENT, LLM, by="x", max_bytes=100, max_cost_microusd=50, ticket="T-1")
+    kept = book.settle(grant.grant_id, used=True, bytes_used=10, cost_microusd=5)
+    assert kept is not None
+    assert Grant.from_json(kept.to_json()) == kept
+    older = {key: value for key, value in kept.to_json().items() if "bytes" not in key and "cost" not in key}
+    older.pop("ticket")
+    read = Grant.from_json(older)
+    assert (read.max_bytes, read.max_cost_microusd, read.ticket) == (None, None, "")
