@@ -73,6 +73,8 @@ class Description:
     budget: dict[str, int | None]
     grants: tuple[LaunchGrant, ...]
     launched_at_ns: int
+    authority: str = ""
+    """The name of its certificate authority; empty where it has none."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -26,6 +26,7 @@ from supervisord.actions.types import Action, CannotReadLog
 from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
+from supervisord.authorities import Authorities, read_or_make_secret
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -144,7 +145,14 @@ class Daemon:
             dialer=dialer_configuration(config),
             workers=config.egress_workers,
             records=config.run_dir / "processes",
+            ca_file=config.gateway.ca_file,
         )
+        self._authorities = Authorities(
+            read_or_make_secret(config.run_dir / "private" / "authority.secret", os.urandom),
+            entropy=os.urandom,
+            now_ns=time.time_ns,
+        )
+        self._authorities.fill()
         self._requests = Requests(
             agents=self._agents,
             actions=self._actions,
@@ -223,6 +231,7 @@ class Daemon:
             homes=Homes(config.scratch_dir / "homes"),
             images=self._images,
             killswitch=self._killswitch,
+            authorities=self._authorities,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,

@@ -55,6 +55,7 @@ class Served:
     listener: int
     place: str
     frozen: bool = False
+    authority: messages.Authority | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +87,7 @@ class EgressPlane:
         dialer: messages.ConfigureDialer,
         workers: int,
         records: Path,
+        ca_file: Path | None = None,
     ) -> None:
         self.judge: Judge
         self._users = users
@@ -93,6 +95,7 @@ class EgressPlane:
         self._dialer_configure = dialer
         self._shared = workers
         self._records = records
+        self._ca = () if ca_file is None else ("--ca-file", str(ca_file))
         self._numbers = itertools.count(1)
         self._starts = itertools.count(1)
         self._workers: dict[str, Worker] = {}
@@ -156,10 +159,11 @@ class EgressPlane:
         listener: int,
         dedicated: bool,
         frozen: bool = False,
+        authority: messages.Authority | None = None,
     ) -> None:
         """Serve an agent's listener (the descriptor is duplicated); raises Unavailable where no worker runs."""
         worker = self._choose(dedicated=dedicated)
-        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen)
+        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen, authority)
         self._served[agent_id] = served
         self._give(worker, served)
         self._tell_dialer(messages.Listener(agent_id), (served.listener,))
@@ -273,7 +277,7 @@ class EgressPlane:
         with theirs, to_dialer:
             child = spawn(
                 f"egress worker {worker_id}",
-                python("gateway_client.egress.server", "--user", self._users.egress),
+                python("gateway_client.egress.server", "--user", self._users.egress, *self._ca),
                 fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
                 on_exit=lambda _code: self._worker_exited(worker_id),
                 new_session=True,
@@ -332,7 +336,8 @@ class EgressPlane:
             self._give(worker, served)
 
     def _give(self, worker: Worker, served: Served) -> None:
-        self._tell(worker, messages.Listen(served.agent_id, served.name, served.labels), (served.listener,))
+        order = messages.Listen(served.agent_id, served.name, served.labels, served.authority)
+        self._tell(worker, order, (served.listener,))
         if served.frozen:
             self._tell(worker, messages.Freeze(served.agent_id))
 

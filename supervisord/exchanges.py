@@ -249,7 +249,7 @@ class Exchanges:
             if isinstance(verdict, messages.Refuse):
                 self._pace.denied(ask.agent_id, self._now())
             # No await from the last look at grant and agent to the order to dial: a cut comes before or after both.
-            if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
+            if isinstance(verdict, messages.Allow) and verdict.upstream.opens:
                 assert agent is not None  # noqa: S101 - only an agent is allowed anything
                 told = self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
                 if not told:  # the outcome of the refusal gives back what was set aside
@@ -389,7 +389,7 @@ class Exchanges:
             match upstream:
                 case messages.Upstream.FORWARD:
                     allow = f"http://{request.authority}"
-                case messages.Upstream.TUNNEL:
+                case messages.Upstream.TUNNEL | messages.Upstream.SEALED:
                     allow = f"tcp:{request.authority}"
                 case _:
                     allow = "api"

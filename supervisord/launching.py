@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
@@ -16,6 +17,7 @@ import structlog
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
+from supervisord.authorities import read_ca_file
 from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
@@ -30,11 +32,13 @@ from supervisord.sharing import check_no_sockets, check_not_shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from gateway_client.egress import messages
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON, Entry
     from supervisord.agents import Agents
     from supervisord.budgets import Amounts
+    from supervisord.authorities import Authorities
     from supervisord.callers import Caller
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
@@ -78,6 +82,7 @@ class Launching:
         homes: Homes,
         images: Images,
         killswitch: KillSwitch,
+        authorities: Authorities,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -100,6 +105,8 @@ class Launching:
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
+        self._authorities = authorities
+        self._more_authorities = read_ca_file(config.gateway.ca_file)
         self._keys: dict[tuple[str, str], AgentId] = {}
 
     def describe(self, order: LaunchOrder, *, caller: Caller) -> str:
@@ -184,6 +191,7 @@ class Launching:
     ) -> tuple[Agent, SandboxPlan]:
         """Plan the launch, and have the agent in the table with a slot of its own; raises StockadeError."""
         slot = self._slots.claim()
+        named = self._authorities.take()
         try:
             plan = build(
                 order,
@@ -196,6 +204,7 @@ class Launching:
                 files=files,
                 filter_digest=self._filters[policy.seccomp],
                 root=root,
+                ca_certificate=named.authority.certificate + self._more_authorities,
             )
             what = self._description(
                 order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
@@ -203,6 +212,7 @@ class Launching:
             if not policy.shared_workspace:
                 others = (other.what for other in self._agents.live())
                 check_not_shared(wanted_files(order, policy), others, self._book.for_agent)
+            what = replace(what, authority=named.name)
             agent = Agent(what)
             self._agents.add(agent)
         except BaseException:
@@ -383,7 +393,13 @@ class Launching:
                 listener=agent.listener,
                 dedicated=agent.what.dedicated_worker,
                 frozen=frozen,
+                authority=self._authority(agent),
             )
+
+    def _authority(self, agent: Agent) -> messages.Authority | None:
+        """What its TLS is answered with; an agent of an older version has none."""
+        name = agent.what.authority
+        return self._authorities.again(name, since_ns=agent.what.launched_at_ns) if name else None
 
     async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:
         """Leave nothing of a launch; where that cannot be proven the agent stays, KILLING, and is tried again."""

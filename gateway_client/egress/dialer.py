@@ -245,7 +245,7 @@ class Dialer:
 
     async def _connected(self, order: messages.Dial) -> socket.socket:
         destination = self._gateway if order.upstream is Upstream.API or order.preface is not None else self._proxy
-        if destination is None or order.upstream is Upstream.INSPECT:
+        if destination is None or not order.upstream.opens:
             raise CannotDial("cannot connect: no forward proxy is configured")
         if order.worker_id not in self._workers:
             raise CannotDial("cannot connect: the worker is gone")

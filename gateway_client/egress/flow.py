@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol, assert_never
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
 
+from gateway_client.egress import websocket
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
@@ -15,20 +16,24 @@ from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
-from gateway_client.egress.passing import Passing, UpstreamError, open_through_proxy, read_status
+from gateway_client.egress.passing import Passing, Switched, UpstreamError, open_through_proxy, read_status
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
+from gateway_client.egress.terminate import open_inside, seal
 from gateway_client.egress.tunnel import client_hello, relay
 from gateway_client.egress.upstream import GatewayAdapter, Identity, forward_head, model_head
 from gateway_client.egress.wire import Head, Reject, WireError
 from gateway_client.gateways.usage import UsageMeter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import ssl
+    from collections.abc import AsyncIterator, Awaitable
 
     from gateway_client.egress.exchange import Exchange
+    from gateway_client.egress.leaves import Leaves
     from gateway_client.egress.messages import Configure, Usage, Verdict
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
     from gateway_client.egress.wire import Headers
@@ -38,6 +43,8 @@ self_body_bytes_max: Final = 4 * 1024
 connects_nested_max: Final = 2
 linger_bytes_max: Final = 1024 * 1024
 linger_seconds_max: Final = 2.0
+
+Result = TypeVar("Result")
 
 _OPENED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
@@ -49,6 +56,8 @@ class Agent:
     identity: Identity
     share: Share
     frozen: bool = False
+    leaves: Leaves | None = None
+    """None: its TLS cannot be looked into."""
     buffered: Buffered = field(default_factory=Buffered)
     connections: set[Connection] = field(default_factory=set)
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -61,12 +70,14 @@ class Desk(Protocol):
     configuration: Configure
     adapter: GatewayAdapter
     prices: PriceTable
+    tls: ssl.SSLContext
+    """What hosts are verified with."""
 
     async def ask(self, agent_id: str, request: EgressRequest) -> tuple[Exchange, Verdict]: ...
 
     async def upstream(self, exchange: Exchange) -> Stream: ...
 
-    def finish(self, exchange: Exchange, upstream: Stream | None) -> None: ...
+    def finish(self, exchange: Exchange, upstream: Stream | Sealed | None) -> None: ...
 
     def rejected(self, agent_id: str, reject: Reject) -> None: ...
 
@@ -85,9 +96,10 @@ class Connection:
 
     def __init__(self, desk: Desk, agent: Agent, stream: Stream) -> None:
         self.agent = agent
-        self.stream = stream
+        self.stream: Stream | Sealed = stream
         self.exchange: Exchange | None = None
-        self.upstream: Stream | None = None
+        self.upstream: Stream | Sealed | None = None
+        self.bare = stream
         self._desk = desk
         self._limits = desk.configuration.limits
         self._intake = Intake(stream, self._limits, agent.buffered, agent.share)
@@ -98,7 +110,7 @@ class Connection:
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.get_running_loop().create_task(metered(self.run(), self.agent.share))
-        self.stream.on_lost = self._cancel
+        self.bare.on_lost = self._cancel
         return self._task
 
     def cut(self) -> None:
@@ -266,13 +278,14 @@ class Connection:
         async with self._asked(_request(head)) as verdict:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
-            upstream = await self._connect(_request(head))
+            bare, secure = await self._connect(_request(head)), head.scheme == "https"
             mode = self._desk.configuration.forward_mode
-            if mode is ForwardMode.PREFACE:
-                await self._upstream_step(read_status(upstream, self._limits.dial_seconds_max))
+            if secure or mode is ForwardMode.PREFACE:
+                await self._open_way(bare, head)
+            upstream = await self._seal(bare, head) if secure else bare
             if head.expects_continue and head.content_length is not None:
                 self._intake.tell_to_go_on()
-            target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY)
+            target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY and not secure)
             passing = Passing(
                 self.stream,
                 upstream,
@@ -281,10 +294,14 @@ class Connection:
                 self.agent.share,
                 method=head.method,
                 http11=head.http11,
-                keep_alive=_keeps(head),
+                keep_alive=_keeps(head) and not head.upgrade,
                 credential="",
             )
-            return await self._pass(passing, target, headers, body)
+            try:
+                return await self._pass(passing, target, headers, body)
+            except Switched as switched:
+                await self._relay_websocket(head, upstream, switched.headers)
+                return False
 
     async def _pass(
         self, passing: Passing, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes | AsyncIterator[bytes]
@@ -317,9 +334,11 @@ class Connection:
         async with self._asked(request) as verdict:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
-            if verdict.upstream is not Upstream.INSPECT:
+            if verdict.upstream.opens:
                 await self._tunnel(head, request)
                 return False
+        if verdict.upstream is Upstream.TERMINATE:
+            return await self._go_inside_tls(head.authority)
         return await self._go_inside(head.authority)
 
     async def _go_inside(self, authority: Authority) -> bool:
@@ -330,29 +349,76 @@ class Connection:
         self._intake.enter(authority)
         return True
 
-    async def _tunnel(self, head: Head, request: EgressRequest) -> None:
-        exchange, limits = self._open_exchange, self._limits
-        upstream = await self._connect(request)
-        if self._desk.configuration.forward_mode is ForwardMode.PREFACE:
-            await self._upstream_step(read_status(upstream, limits.dial_seconds_max))
-        else:
-            await self._upstream_step(open_through_proxy(upstream, str(head.authority), limits.dial_seconds_max))
+    async def _go_inside_tls(self, authority: Authority) -> bool:
+        """Answer the CONNECT here, end TLS, and parse what is inside of it."""
+        if self.agent.leaves is None:
+            raise _Answered(Refuse(503, Reason.TLS_UNAVAILABLE, "the agent has no authority that could answer TLS"))
         await self._write(_OPENED)
-        exchange.status = 200
+        self._nested = connects_nested_max  # inside of it there is no CONNECT
+        self._inside = authority
         try:
-            hello = await client_hello(self.stream, self._intake.take_rest(), head.authority.host, limits)
+            sealed = await open_inside(
+                self.bare, self._intake.take_rest(), authority.host, self.agent.leaves, self._limits
+            )
         except WireError as error:  # 200 was said: no answer can follow
-            exchange.error = error.reject.reason_code
             self._desk.rejected(self.agent.identity.agent_id, error.reject)
             self.stream.reset()
             raise Reset from error
-        upstream.put(hello)
-        up_before, down_before = self.stream.received_bytes - len(hello), upstream.received_bytes
+        self.stream = sealed
+        self._intake.enter_sealed(authority, sealed)
+        return True
+
+    async def _open_way(self, upstream: Stream, head: Head) -> None:
+        """Have a raw connection opened to a host, by the preface that was sent or by a CONNECT."""
+        seconds = self._limits.dial_seconds_max
+        if self._desk.configuration.forward_mode is ForwardMode.PREFACE:
+            await self._upstream_step(read_status(upstream, seconds))
+        else:
+            await self._upstream_step(open_through_proxy(upstream, str(head.authority), seconds))
+
+    async def _seal(self, upstream: Stream, head: Head) -> Sealed:
+        """Speak TLS with the host over the way that was opened to it."""
+        seconds = self._limits.dial_seconds_max
+        sealed = await self._upstream_step(seal(upstream, self._desk.tls, head.authority.host, seconds))
+        self.upstream = sealed
+        return sealed
+
+    async def _tunnel(self, head: Head, request: EgressRequest) -> None:
+        exchange, limits, stream = self._open_exchange, self._limits, self.bare
+        upstream = await self._connect(request)
+        await self._open_way(upstream, head)
+        await self._write(_OPENED)
+        exchange.status = 200
         try:
-            await relay(self.stream, upstream, limits)
+            hello = await client_hello(stream, self._intake.take_rest(), head.authority.host, limits)
+        except WireError as error:  # 200 was said: no answer can follow
+            exchange.error = error.reject.reason_code
+            self._desk.rejected(self.agent.identity.agent_id, error.reject)
+            stream.reset()
+            raise Reset from error
+        upstream.put(hello)
+        up_before, down_before = stream.received_bytes - len(hello), upstream.received_bytes
+        try:
+            await relay(stream, upstream, limits)
         finally:
-            exchange.bytes_up = self.stream.received_bytes - up_before
+            exchange.bytes_up = stream.received_bytes - up_before
             exchange.bytes_down = upstream.received_bytes - down_before
+
+    async def _relay_websocket(self, head: Head, upstream: Stream | Sealed, answered: Headers) -> None:
+        exchange = self._open_exchange
+        if not websocket.agreed(head.headers, answered):
+            exchange.error = "the host agreed to another upgrade than was asked for"
+            raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error))
+        exchange.status = 101
+        await self._write(websocket.answer(answered))
+        passed = websocket.Relay(self.stream, upstream, self._limits, self.agent.share)
+        # Frames may have come with the request already; they belong to the host now.
+        passed.begun = self._intake.take_rest()
+        try:
+            await passed.run()
+        finally:
+            exchange.bytes_up += passed.bytes_up
+            exchange.bytes_down += passed.bytes_down
 
     # --- the exchange
 
@@ -387,18 +453,18 @@ class Connection:
         exchange = self._open_exchange
         exchange.advance(Event.ALLOWED)
         try:
-            self.upstream = await self._desk.upstream(exchange)
+            upstream = self.upstream = await self._desk.upstream(exchange)
         except (UpstreamError, TimeoutError) as error:
             exchange.error = str(error) or "the gateway could not be reached in time"
             raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error), request=request.object) from error
         exchange.advance(Event.CONNECTED)
         if self.agent.frozen:
-            self.upstream.freeze(frozen=True)
-        return self.upstream
+            upstream.freeze(frozen=True)
+        return upstream
 
-    async def _upstream_step(self, step: object) -> None:
+    async def _upstream_step(self, step: Awaitable[Result]) -> Result:
         try:
-            await step  # type: ignore[misc]
+            return await step
         except (UpstreamError, Reset, TimeoutError) as error:
             detail = str(error) or "the gateway closed the connection"
             self._open_exchange.error = detail

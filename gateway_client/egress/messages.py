@@ -26,6 +26,7 @@ __all__ = [
     "Answer",
     "Ask",
     "AttachWorker",
+    "Authority",
     "BadFrame",
     "Configure",
     "ConfigureDialer",
@@ -126,12 +127,22 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True)
+class Authority:
+    """What certificates for one agent are signed with, both PEM. That agent trusts it, and nobody else does."""
+
+    certificate: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Listen:
     """Serve the listening socket that comes with it: whoever connects there is this agent."""
 
     agent_id: str
     name: str
     labels: dict[str, str] = field(default_factory=dict)
+    authority: Authority | None = None
+    """None: TLS of this agent cannot be looked into."""
 
 
 @dataclass(frozen=True, slots=True)

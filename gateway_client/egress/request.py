@@ -19,7 +19,7 @@ class Form(StrEnum):
     MODEL = "model"
     """Origin-form to gateway.internal: the gateway's own model API."""
     FORWARD = "forward"
-    """A plain http:// URL elsewhere, in absolute form or inside a CONNECT."""
+    """A URL elsewhere: of http:// in absolute form or inside a CONNECT, of https:// inside one whose TLS ends here."""
     CONNECT = "connect"
     """A tunnel to host:port."""
     SELF = "self"
@@ -46,7 +46,7 @@ class EgressRequest:
     form: Form
     method: str
     scheme: str
-    """`http` or, for a tunnel, `tls`."""
+    """`http`, `https` or, for a tunnel, `tls`."""
     host: str
     port: int
     path: str

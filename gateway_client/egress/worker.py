@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import errno
 import logging
 import os
@@ -17,6 +18,7 @@ from gateway_client.egress.codec import BadFrame
 from gateway_client.egress.decide import Reason, Refuse
 from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
+from gateway_client.egress.leaves import Leaves
 from gateway_client.egress.link import Link
 from gateway_client.egress.passing import UpstreamError
 from gateway_client.egress.share import Share, Thread, metered
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
     from gateway_client.egress.request import EgressRequest
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.upstream import GatewayAdapter
     from gateway_client.egress.wire import Reject
     from gateway_client.gateways.prices import PriceTable
@@ -60,7 +63,7 @@ class Worker:
         descriptors_max: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tls = tls
+        self.tls = tls
         self._adapters = adapters
         self.prices = prices
         self.adapter: GatewayAdapter = next(iter(adapters.values()))
@@ -176,7 +179,9 @@ class Worker:
         listener = socket.socket(fileno=fd)
         listener.setblocking(False)
         identity = Identity(agent_id=message.agent_id, name=message.name, labels=message.labels)
-        self._agents[message.agent_id] = Agent(identity, Share(self._loop, self._thread))
+        authority = message.authority
+        leaves = None if authority is None else Leaves(authority, now=_utc_now)
+        self._agents[message.agent_id] = Agent(identity, Share(self._loop, self._thread), leaves=leaves)
         self._listeners[message.agent_id] = listener
         self._loop.add_reader(fd, self._accept, message.agent_id, listener)
 
@@ -234,7 +239,7 @@ class Worker:
             self._loop.add_reader(listener.fileno(), self._accept, agent_id, listener)
 
     async def _adopt(self, agent: Agent, connection: Connection, accepted: socket.socket) -> None:
-        stream = connection.stream
+        stream = connection.bare
         accepted.setblocking(False)
         try:
             await self._loop.connect_accepted_socket(lambda: stream, accepted)
@@ -321,7 +326,7 @@ class Worker:
         name = self.configuration.tls_server_name
         try:
             await self._loop.create_connection(
-                lambda: stream, sock=endpoint, ssl=self._tls if name else None, server_hostname=name
+                lambda: stream, sock=endpoint, ssl=self.tls if name else None, server_hostname=name
             )
         except OSError as error:
             endpoint.close()
@@ -330,7 +335,7 @@ class Worker:
             ) from error
         return stream
 
-    def finish(self, exchange: Exchange, upstream: Stream | None) -> None:
+    def finish(self, exchange: Exchange, upstream: Stream | Sealed | None) -> None:
         """Close the upstream side, let the dialer drop its duplicate, tell the daemon the outcome."""
         if upstream is not None:
             if exchange.error:
@@ -364,6 +369,10 @@ class Worker:
                 count=count,
             )
         )
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 def _give_up(waiter: asyncio.Future[messages.Verdict]) -> None:
