@@ -36,6 +36,9 @@ OWN: Final = frozenset({"passwd", "group", "hosts", "hostname", "nsswitch.conf",
 CA_BUNDLE: Final = "/etc/ssl/certs/ca-certificates.crt"
 CA_BUNDLE_INSIDE: Final = "stockade/ca-bundle.pem"
 CA_INSIDE: Final = "stockade/ca.pem"
+# The same for Java, where Debian keeps it and what the agent gets.
+JAVA_STORE: Final = "/etc/ssl/certs/java/cacerts"
+JAVA_STORE_INSIDE: Final = "stockade/ca.jks"
 
 
 def wanted(name: str) -> bool:

@@ -283,12 +283,22 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str, path: str
     }
     own |= dict.fromkeys(_BUNDLE_VARIABLES, CA_BUNDLE)
     own["NODE_EXTRA_CA_CERTS"] = CA_CERTIFICATE  # beside those it has built in
+    own["JAVA_TOOL_OPTIONS"] = _JAVA_OPTIONS
     if order.tty is not None:
         own["TERM"] = "xterm-256color"
     fixed = {"STOCKADE_AGENT_ID": agent_id, "STOCKADE_GATEWAY_URL": gateway}
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
 
 
+# Java knows none of these variables, neither for proxies nor for authorities.
+_JAVA_OPTIONS: Final = " ".join(
+    (
+        "-Djavax.net.ssl.trustStore=/etc/stockade/ca.jks",
+        "-Djavax.net.ssl.trustStoreType=JKS",
+        *(f"-D{scheme}.proxyHost={GATEWAY_NAME} -D{scheme}.proxyPort=3128" for scheme in ("http", "https")),
+        f"-Dhttp.nonProxyHosts={GATEWAY_NAME}|localhost|127.*",
+    )
+)
 # Which authorities to trust, as OpenSSL and with it Python and Go, requests, curl and git, Cargo and Deno read it.
 _BUNDLE_VARIABLES: Final = (
     "SSL_CERT_FILE",

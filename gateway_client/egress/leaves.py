@@ -104,7 +104,7 @@ class Leaves:
         return context
 
 
-def _choose(_: SSL.Connection, offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:  # noqa: SLF001 - the type of the constant returned
+def _choose(_: SSL.Connection, offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
     """Choose HTTP/1.1, also for clients that would rather speak HTTP/2; for those that speak nothing else, nothing."""
     return ALPN if ALPN in offered else SSL.NO_OVERLAPPING_PROTOCOLS
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import ssl
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass
@@ -29,8 +31,10 @@ class SiteAuthority:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority of sites")])
         usage = x509.KeyUsage(
             **dict.fromkeys(
-                ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-                + ("crl_sign", "encipher_only", "decipher_only"),
+                (
+                    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+                    *("key_agreement", "crl_sign", "encipher_only", "decipher_only"),
+                ),
                 False,
             ),
             key_cert_sign=True,

@@ -1,0 +1,47 @@
+"""A Java trust store with one certificate more: Java reads no PEM, and one store alone. Pure; standard library only.
+
+JKS is the oldest format and the one every Java still reads (sun.security.provider.JavaKeyStore): magic, version, count;
+for each certificate its kind, alias, time, type and DER; then SHA-1 of the password, a constant and all before it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+from typing import Final
+
+_MAGIC: Final = 0xFEEDFEED
+_VERSION: Final = 2
+_CERTIFICATE: Final = 2
+_DIGEST_BYTES: Final = 20
+_HEAD: Final = struct.Struct(">III")
+# The password that everybody knows: it protects nothing, and tools ask for it.
+_SEASONING: Final = "changeit".encode("utf-16-be") + b"Mighty Aphrodite"
+_PEM: Final = re.compile(r"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
+
+
+def with_certificates(store: bytes, pem: str) -> bytes:
+    """Give the store with the certificates of a PEM text added; one of another format than JKS counts as empty."""
+    body, count = b"", 0
+    if len(store) >= _HEAD.size + _DIGEST_BYTES:
+        magic, version, there = _HEAD.unpack_from(store)
+        if (magic, version) == (_MAGIC, _VERSION):
+            body, count = store[_HEAD.size : -_DIGEST_BYTES], there
+    added = [base64.b64decode(text) for text in _PEM.findall(pem)]
+    body += b"".join(_entry(f"stockade-{number}", der) for number, der in enumerate(added))
+    whole = _HEAD.pack(_MAGIC, _VERSION, count + len(added)) + body
+    return whole + hashlib.sha1(_SEASONING + whole).digest()  # noqa: S324 - the format's own
+
+
+def _entry(alias: str, der: bytes) -> bytes:
+    name = alias.encode("ascii")
+    return (
+        struct.pack(">IH", _CERTIFICATE, len(name))
+        + name
+        + struct.pack(">QH", 0, len(b"X.509"))
+        + b"X.509"
+        + struct.pack(">I", len(der))
+        + der
+    )
