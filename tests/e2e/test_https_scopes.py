@@ -30,10 +30,9 @@ const url = new URL('@'), proxy = new URL(process.env.HTTPS_PROXY), path = url.h
 const options = {host: proxy.hostname, port: proxy.port, method: 'CONNECT', path, headers: {host: path}};
 require('http').request(options).on('connect', (answer, socket) => {
   if (answer.statusCode !== 200) { console.log(answer.statusCode); process.exit(); }
-  const createConnection = () => require('tls').connect({socket, servername: url.hostname});
-  require('https').get(url, {agent: false, createConnection}, (inner) => {
-    console.log(inner.statusCode);
-    process.exit();
+  const inner = require('tls').connect({socket, servername: url.hostname}, () => {
+    inner.write('GET ' + url.pathname + ' HTTP/1.1\\r\\nHost: ' + url.hostname + '\\r\\nConnection: close\\r\\n\\r\\n');
+    inner.once('data', (data) => { console.log(data.toString().split(' ')[1]); process.exit(); });
   });
 }).end();
 E
