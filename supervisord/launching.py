@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON, Entry
     from supervisord.agents import Agents
-    from supervisord.budgets import Amounts
     from supervisord.authorities import Authorities
+    from supervisord.budgets import Amounts
     from supervisord.callers import Caller
     from supervisord.config import Config
     from supervisord.egress_plane import EgressPlane
