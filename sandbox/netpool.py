@@ -144,7 +144,7 @@ class Pool:
         return len(self._stock)
 
     def take(self, *, transparent: bool = False) -> Net:
-        """A network of one's own, ready-made or made now; the caller closes it. Transparent ones are always made now."""
+        """A network of one's own, ready-made or made now (transparent ones always are); the caller closes it."""
         if self._stock and not transparent:
             return self._stock.pop()
         net = self._make(transparent=transparent)

@@ -191,9 +191,8 @@ class Network:
         return f"{self.gate_address}/32 dev {self.device}"
 
     def describe(self) -> str:
-        if self.transparent:
-            return f"{self.device} {self.agent_address}, one route: {self.route}, proxy at port {self.proxy_port}, names at 53"
-        return f"{self.device} {self.agent_address}, one route: {self.gate_address}, proxy at port {self.proxy_port}"
+        route = f"{self.route}, names at port 53" if self.transparent else self.gate_address
+        return f"{self.device} {self.agent_address}, one route: {route}, proxy at port {self.proxy_port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@
     drop     agent_id                      -> ok; the layer of an agent that has ended is no more
     counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
-    gate     agent_id, ports               -> ok + [name server's socket, a listener for each port] of a transparent network
+    gate     agent_id, ports               -> ok + [name server's socket, a listener a port] of a transparent network
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
     show     agent_id, bind + [source]     -> when it is there: place, degraded + [group of the guard]
     take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]

@@ -1,8 +1,8 @@
 """Transparent networks: an agent that knows of no proxy finds a name server and addresses that all end in its gate.
 
-The agent's one route leads to 198.18.0.0/15 by the gate; there 198.19.0.0/16 is local as a whole (AnyIP: a route of type
-local in the table of that name), so a listener on any address accepts for all of it, and getsockname(2) says which was
-meant. No address translation, no connection tracking, nothing is forwarded. Standard library only.
+The agent's one route leads to 198.18.0.0/15 by the gate; there 198.19.0.0/16 is local as a whole (AnyIP: a route of
+type local in the table of that name), so a listener on any address accepts for all of it, and getsockname(2) says which
+was meant. No address translation, no connection tracking, nothing is forwarded. Standard library only.
 """
 
 from __future__ import annotations

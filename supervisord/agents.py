@@ -75,6 +75,7 @@ class Description:
     launched_at_ns: int
     authority: str = ""
     """The name of its certificate authority; empty where it has none."""
+    transparent: bool = False
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -382,7 +382,7 @@ class Daemon:
             await self._actions.record(
                 Action(agent_id, "daemon", "agent.adopt", "agent", "done", "its launch is not in the action log")
             )
-        self._recovery.open_gates()
+        await self._recovery.open_gates()
 
     async def _without_launch(self) -> list[str]:
         try:
@@ -483,7 +483,7 @@ class Daemon:
                 continue
             self._settle_lost()
             await self._files.reconcile(self._listed, known=known)
-            self._recovery.open_gates()
+            await self._recovery.open_gates()
             await self._thaw_unordered()
             await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return

@@ -22,7 +22,7 @@ from supervisord.errors import StockadeError, Unavailable
 from supervisord.processes import Child, end_leftover, python, spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from supervisord.config import UsersConfig
@@ -56,6 +56,8 @@ class Served:
     place: str
     frozen: bool = False
     authority: messages.Authority | None = None
+    gate: dict[int, int] = field(default_factory=dict)
+    """Of a transparent network: descriptors by port, 0 is the name server's."""
 
 
 @dataclass(slots=True)
@@ -168,6 +170,25 @@ class EgressPlane:
         self._give(worker, served)
         self._tell_dialer(messages.Listener(agent_id), (served.listener,))
 
+    def has_gate(self, agent_id: str) -> bool:
+        """Tell whether the sockets of an agent's transparent network are served."""
+        served = self._served.get(agent_id)
+        return served is not None and bool(served.gate)
+
+    def open_gate(self, agent_id: str, sockets: Mapping[int, int]) -> bool:
+        """Serve the sockets of a transparent network too (they are taken); False where the agent is not served."""
+        served = self._served.get(agent_id)
+        if served is None:
+            return False
+        served.gate |= sockets
+        worker = self._at.get(served.place)
+        for port, fd in sockets.items():
+            if worker is not None:
+                self._tell(worker, messages.Gate(agent_id, port), (fd,))
+            if port:
+                self._tell_dialer(messages.Listener(agent_id), (fd,))
+        return True
+
     def unlisten(self, agent_id: str) -> None:
         """Forget an agent: what it has open is reset, and its listener closed."""
         served = self._served.pop(agent_id, None)
@@ -179,7 +200,7 @@ class EgressPlane:
             if worker.dedicated:
                 self._end_worker(worker)
         self._tell_dialer(messages.Forget(agent_id))
-        os.close(served.listener)
+        close_all([served.listener, *served.gate.values()])
 
     async def cut(self, agent_id: str) -> messages.CutDone | None:
         """Close the gate: listener and every upstream socket are shut down, then the worker is told.
@@ -190,7 +211,8 @@ class EgressPlane:
         served = self._served.get(agent_id)
         if served is None:
             return None
-        shut_listener(served.listener)
+        for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
+            shut_listener(fd)
         future = self._cuts.get(agent_id)
         if future is None:
             future = asyncio.get_running_loop().create_future()
@@ -338,6 +360,8 @@ class EgressPlane:
     def _give(self, worker: Worker, served: Served) -> None:
         order = messages.Listen(served.agent_id, served.name, served.labels, served.authority)
         self._tell(worker, order, (served.listener,))
+        for port, fd in served.gate.items():
+            self._tell(worker, messages.Gate(served.agent_id, port), (fd,))
         if served.frozen:
             self._tell(worker, messages.Freeze(served.agent_id))
 
@@ -400,7 +424,8 @@ class EgressPlane:
         for worker in self._workers.values():
             self._tell_dialer(messages.AttachWorker(worker.worker_id), (worker.dialer_end.fileno(),))
         for served in self._served.values():
-            self._tell_dialer(messages.Listener(served.agent_id), (served.listener,))
+            for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
+                self._tell_dialer(messages.Listener(served.agent_id), (fd,))
 
     def _dialer_silent(self) -> None:
         if self._dialer_child is not None:

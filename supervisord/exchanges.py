@@ -270,7 +270,9 @@ class Exchanges:
         if request.form is Form.SELF and self._requests.mine(request):
             return await self._requests.answer(agent, request)
         verdict = decide(request, self.view(agent), now=self._now())
-        if isinstance(verdict, messages.Refuse) and verdict.scope and self._on_deny(agent) is OnDeny.ASK:
+        # Not for a look-up, which nobody waits for so long, and which would ask for a whole host.
+        may_ask = request.form is not Form.NAME
+        if isinstance(verdict, messages.Refuse) and verdict.scope and may_ask and self._on_deny(agent) is OnDeny.ASK:
             granted = await self._requests.hold(agent, verdict.scope, request.object)
             if granted and opened.outcome is None:
                 verdict = decide(request, self.view(agent), now=self._now())

@@ -26,7 +26,7 @@ from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_i
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
-from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope
+from supervisord.scopes import check_ceiling, check_scopes_reachable, read_scope, transparent_ports
 from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Launching:
             if not policy.shared_workspace:
                 others = (other.what for other in self._agents.live())
                 check_not_shared(wanted_files(order, policy), others, self._book.for_agent)
-            what = replace(what, authority=named.name)
+            what = replace(what, authority=named.name, transparent=policy.egress.transparent)
             agent = Agent(what)
             self._agents.add(agent)
         except BaseException:
@@ -241,13 +241,6 @@ class Launching:
         """The policy of an order that may be launched at all; raises StockadeError."""
         check_order(order)
         policy = self._policies.get(order.policy)
-        unmet = _unmet(policy)
-        if unmet:
-            raise CannotLaunch(
-                f"cannot launch with policy {policy.name}: {unmet} is not in this version",
-                remedy="use a policy without it; nothing is left out silently",
-                step="policy",
-            )
         if policy.seccomp not in self._filters:
             raise CannotLaunch(
                 f"cannot launch with policy {policy.name}: there is no seccomp profile {policy.seccomp}",
@@ -329,6 +322,7 @@ class Launching:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
             self.give_scopes(agent)
             self.open_gate(agent)
+            await self.open_transparent(agent)
             _check_wanted(agent)
             await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
         except BaseException as error:
@@ -396,6 +390,15 @@ class Launching:
                 authority=self._authority(agent),
             )
 
+    async def open_transparent(self, agent: Agent) -> None:
+        """Serve look-ups and direct connections of an agent whose network is transparent; raises StockadeError."""
+        if not agent.what.transparent or self._plane.has_gate(agent.agent_id):
+            return
+        ports = transparent_ports(grant.scope for grant in self._book.for_agent(agent.agent_id))
+        reply = await self._launcher.call("gate", agent_id=agent.agent_id, ports=list(ports))
+        if not self._plane.open_gate(agent.agent_id, dict(zip((0, *ports), reply.fds, strict=True))):
+            close_all(reply.fds)
+
     def _authority(self, agent: Agent) -> messages.Authority | None:
         """What its TLS is answered with; an agent of an older version has none."""
         name = agent.what.authority
@@ -443,13 +446,6 @@ async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) 
                 close_all(results[1].fds)
             raise result
     return intent.result(), building.result()
-
-
-def _unmet(policy: Policy) -> str:
-    """Name what the policy asks for and this version has not, or nothing."""
-    if policy.egress.transparent:
-        return "egress.transparent"
-    return ""
 
 
 def confirmed(agent: Agent, built: Mapping[str, object]) -> dict[str, object]:

@@ -241,6 +241,7 @@ def build(
         scratch=_scratch(limits, required=_needs_disk(policy, files)),
         home=name if policy.home is Home.PERSISTENT else None,
         ca_certificate=ca_certificate,
+        network=sandbox_plan.Network(transparent=policy.egress.transparent),
         etc=tuple(EtcFile(name, text) for name, text in policy.etc.items()),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,

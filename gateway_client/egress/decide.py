@@ -29,13 +29,15 @@ class Upstream(StrEnum):
     """Nothing yet: the worker parses the plain HTTP inside the CONNECT, and asks about each request of it."""
     TERMINATE = "terminate"
     """Nothing yet: the worker ends TLS inside the CONNECT, and asks about each request of it."""
+    NAME = "name"
+    """Nothing at all: a name is told."""
     SEALED = "sealed"
     """A tunnel in which the worker speaks TLS itself, for one request that was inside of TLS."""
 
     @property
     def opens(self) -> bool:
         """Whether anything is dialled for it."""
-        return self not in (Upstream.INSPECT, Upstream.TERMINATE)
+        return self not in (Upstream.INSPECT, Upstream.TERMINATE, Upstream.NAME)
 
 
 class Reason(StrEnum):
@@ -138,8 +140,20 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
             return _decide_elsewhere(request, view, now=now, upstream=Upstream.SEALED if secure else Upstream.FORWARD)
         case Form.CONNECT:
             return _decide_elsewhere(request, view, now=now, upstream=Upstream.TUNNEL)
+        case Form.NAME:
+            return _decide_name(request, view, now=now)
         case _:
             assert_never(request.form)
+
+
+def _decide_name(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    """Judge a look-up: names of hosts in scopes that are in force are told, no others, and none is looked up."""
+    if any(
+        isinstance(grant.scope, HttpScope | TlsScope) and grant.scope.host == request.host and _live(grant, now)
+        for grant in view.grants
+    ):
+        return Allow(grant_id="", upstream=Upstream.NAME)
+    return Refuse(403, Reason.SCOPE_MISSING, f"the agent has no grant for {request.host}", scope=missing_scope(request))
 
 
 def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DAEMON_FD: Final = 3
 duplicates_max: Final = 16384
-listeners_per_agent_max: Final = 8
+listeners_per_agent_max: Final = 16
 connect_retry_seconds: Final = 0.01
 
 

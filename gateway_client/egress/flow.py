@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.leaves import Leaves
     from gateway_client.egress.messages import Configure, Usage, Verdict
+    from gateway_client.egress.resolver import Resolver
     from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
@@ -46,6 +47,9 @@ linger_seconds_max: Final = 2.0
 
 Result = TypeVar("Result")
 
+_TLS: Final = b"\x16"  # the type of a handshake record (RFC 8446 section 5.1)
+_ACCESS_DENIED: Final = b"\x15\x03\x03\x00\x02\x02\x31"
+"""A fatal alert of TLS: a valid request that access control does not let pass (RFC 8446 section 6.2)."""
 _OPENED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
@@ -56,6 +60,8 @@ class Agent:
     identity: Identity
     share: Share
     frozen: bool = False
+    resolver: Resolver | None = None
+    """None: its network is not transparent."""
     leaves: Leaves | None = None
     """None: its TLS cannot be looked into."""
     buffered: Buffered = field(default_factory=Buffered)
@@ -94,7 +100,7 @@ class _Answered(Exception):  # noqa: N818 - control flow inside this module
 class Connection:
     """One accepted connection; `run` ends when it is closed."""
 
-    def __init__(self, desk: Desk, agent: Agent, stream: Stream) -> None:
+    def __init__(self, desk: Desk, agent: Agent, stream: Stream, *, meant: Authority | None = None) -> None:
         self.agent = agent
         self.stream: Stream | Sealed = stream
         self.exchange: Exchange | None = None
@@ -103,6 +109,8 @@ class Connection:
         self._desk = desk
         self._limits = desk.configuration.limits
         self._intake = Intake(stream, self._limits, agent.buffered, agent.share)
+        self._meant = meant
+        """Where a connection of transparent mode was meant to go; None: it came to the proxy."""
         self._inside: Authority | None = None
         self._nested = 0
         self._task: asyncio.Task[None] | None = None
@@ -136,6 +144,8 @@ class Connection:
             self.stream.reset()
             return
         try:
+            if self._meant is not None and not await self._begin_at(self._meant):
+                return
             while (head := await self._intake.next_head()) is not None:
                 keep = await self._serve(head)
                 self._intake.release()
@@ -152,6 +162,35 @@ class Connection:
             self._intake.release()
             self.stream.close()
 
+    async def _begin_at(self, meant: Authority) -> bool:
+        """Begin a connection that was not made to the proxy: TLS as if by CONNECT, plain HTTP as if inside of one.
+
+        Gives whether requests are to be read from it.
+        """
+        first = await self.bare.read(self._limits.head_seconds_max)
+        self.bare.unread(first)
+        self._nested = connects_nested_max
+        if not first.startswith(_TLS):
+            self._inside = meant
+            self._intake.enter(meant)
+            return bool(first)
+        if self.agent.frozen:
+            self.stream.reset()
+            return False
+        request = EgressRequest(Form.CONNECT, "CONNECT", "tls", meant.host, meant.port, "")
+        try:
+            async with self._asked(request) as verdict:
+                if isinstance(verdict, Allow) and verdict.upstream is Upstream.TUNNEL:
+                    await self._tunnel(meant, request, opened=b"")
+                    return False
+        except _Answered:  # in HTTP, which nobody would read there
+            await self._write(_ACCESS_DENIED)
+            return False
+        if not isinstance(verdict, Allow) or verdict.upstream is not Upstream.TERMINATE or self.agent.leaves is None:
+            await self._write(_ACCESS_DENIED)
+            return False
+        return await self._go_inside_tls(meant, opened=b"")
+
     # --- serving
 
     async def _serve(self, head: Head) -> bool:
@@ -167,6 +206,8 @@ class Connection:
                 return await self._serve_forward(head)
             case Form.CONNECT:
                 return await self._serve_connect(head)
+            case Form.NAME:
+                raise RuntimeError("no head is a look-up")
             case _:
                 assert_never(head.form)
 
@@ -281,7 +322,7 @@ class Connection:
             bare, secure = await self._connect(_request(head)), head.scheme == "https"
             mode = self._desk.configuration.forward_mode
             if secure or mode is ForwardMode.PREFACE:
-                await self._open_way(bare, head)
+                await self._open_way(bare, head.authority)
             upstream = await self._seal(bare, head) if secure else bare
             if head.expects_continue and head.content_length is not None:
                 self._intake.tell_to_go_on()
@@ -335,7 +376,7 @@ class Connection:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
             if verdict.upstream.opens:
-                await self._tunnel(head, request)
+                await self._tunnel(head.authority, request)
                 return False
         if verdict.upstream is Upstream.TERMINATE:
             return await self._go_inside_tls(head.authority)
@@ -349,11 +390,11 @@ class Connection:
         self._intake.enter(authority)
         return True
 
-    async def _go_inside_tls(self, authority: Authority) -> bool:
+    async def _go_inside_tls(self, authority: Authority, *, opened: bytes = _OPENED) -> bool:
         """Answer the CONNECT here, end TLS, and parse what is inside of it."""
         if self.agent.leaves is None:
             raise _Answered(Refuse(503, Reason.TLS_UNAVAILABLE, "the agent has no authority that could answer TLS"))
-        await self._write(_OPENED)
+        await self._write(opened)
         self._nested = connects_nested_max  # inside of it there is no CONNECT
         self._inside = authority
         try:
@@ -368,13 +409,13 @@ class Connection:
         self._intake.enter_sealed(authority, sealed)
         return True
 
-    async def _open_way(self, upstream: Stream, head: Head) -> None:
+    async def _open_way(self, upstream: Stream, authority: Authority) -> None:
         """Have a raw connection opened to a host, by the preface that was sent or by a CONNECT."""
         seconds = self._limits.dial_seconds_max
         if self._desk.configuration.forward_mode is ForwardMode.PREFACE:
             await self._upstream_step(read_status(upstream, seconds))
         else:
-            await self._upstream_step(open_through_proxy(upstream, str(head.authority), seconds))
+            await self._upstream_step(open_through_proxy(upstream, str(authority), seconds))
 
     async def _seal(self, upstream: Stream, head: Head) -> Sealed:
         """Speak TLS with the host over the way that was opened to it."""
@@ -383,14 +424,14 @@ class Connection:
         self.upstream = sealed
         return sealed
 
-    async def _tunnel(self, head: Head, request: EgressRequest) -> None:
+    async def _tunnel(self, authority: Authority, request: EgressRequest, *, opened: bytes = _OPENED) -> None:
         exchange, limits, stream = self._open_exchange, self._limits, self.bare
         upstream = await self._connect(request)
-        await self._open_way(upstream, head)
-        await self._write(_OPENED)
+        await self._open_way(upstream, authority)
+        await self._write(opened)
         exchange.status = 200
         try:
-            hello = await client_hello(stream, self._intake.take_rest(), head.authority.host, limits)
+            hello = await client_hello(stream, self._intake.take_rest(), authority.host, limits)
         except WireError as error:  # 200 was said: no answer can follow
             exchange.error = error.reject.reason_code
             self._desk.rejected(self.agent.identity.agent_id, error.reject)

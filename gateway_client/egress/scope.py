@@ -228,6 +228,8 @@ def missing_scope(request: EgressRequest) -> str:
             return f"http:{request.method}:{request.scheme}://{authority.url_form(request.scheme)}{path}"
         case Form.CONNECT:
             return f"tls:{authority}"
+        case Form.NAME:
+            return f"tls:{request.host}:443"
         case Form.SELF:
             return ""
         case _:

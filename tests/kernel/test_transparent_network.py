@@ -110,9 +110,7 @@ def test_the_proxy_still_answers(net: Net) -> None:
         ("198.20.0.1", 443, "ENETUNREACH"),
     ],
 )
-def test_nothing_else_is_reachable(
-    net: Net, gate: list[socket.socket], address: str, port: int, answer: str
-) -> None:
+def test_nothing_else_is_reachable(net: Net, gate: list[socket.socket], address: str, port: int, answer: str) -> None:
     assert len(gate) == 3
     assert dial(net, address, port) == answer
 
