@@ -134,6 +134,22 @@ def test_what_is_inside_of_tls_is_covered_by_the_narrower_scope_first() -> None:
     assert reason(decide(replace(inside, scheme="http"), view(narrow, whole), now=NOW)) == Reason.SCOPE_MISSING
 
 
+def test_a_name_is_told_only_where_a_grant_for_its_host_is_in_force() -> None:
+    look_up = EgressRequest(Form.NAME, "LOOKUP", "dns", "example.com", 0, "")
+    told = Allow("", Upstream.NAME)
+    for scope in ("tls:example.com:8443", "http:GET:https://example.com/a", "http:GET:http://example.com/a"):
+        assert decide(look_up, view(scope), now=NOW) == told
+        assert decide(look_up, view(scope), now=NOW).upstream.opens is False  # type: ignore[union-attr]
+    for scope in ("tls:other.example:443", "llm:*", "tls:a.example.com:443", "tls:com:443"):
+        assert reason(decide(look_up, view(scope), now=NOW)) == Reason.SCOPE_MISSING
+    refused = decide(look_up, view(), now=NOW)
+    assert isinstance(refused, Refuse)
+    assert refused.scope == "tls:example.com:443"
+    ended = GrantView("old", parse_scope("tls:example.com:443"), expires_at=NOW)
+    assert reason(decide(look_up, view(grants=(ended,)), now=NOW)) == Reason.SCOPE_MISSING
+    assert reason(decide(look_up, view("tls:example.com:443", state="FROZEN"), now=NOW)) == Reason.AGENT_NOT_RUNNING
+
+
 def test_budgets_are_checked_before_and_reserved() -> None:
     assert reason(decide(CALL, view("llm:*", budget=BudgetView(llm_tokens_left=0)), now=NOW)) == Reason.BUDGET_EXHAUSTED
     assert reason(decide(CALL, view("llm:*", budget=BudgetView(cost_usd_left=0.0)), now=NOW)) == Reason.BUDGET_EXHAUSTED
