@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 _MAGIC: Final = 0xFEEDFEED
@@ -22,17 +23,32 @@ _SEASONING: Final = "changeit".encode("utf-16-be") + b"Mighty Aphrodite"
 _PEM: Final = re.compile(r"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
 
 
-def with_certificates(store: bytes, pem: str) -> bytes:
-    """Give the store with the certificates of a PEM text added; one of another format than JKS counts as empty."""
-    body, count = b"", 0
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a store becomes the new one: `head` at its beginning, `tail` from byte `at` on, and nothing after it.
+
+    What is between stays where it is: a launch waits for this, and a host's store has some hundred certificates.
+    """
+
+    head: bytes
+    at: int
+    tail: bytes
+
+
+def with_certificates(store: bytes, pem: str) -> Change:
+    """Give how to add the certificates of a PEM text; a store of another format than JKS counts as empty."""
+    at, count = _HEAD.size, 0
     if len(store) >= _HEAD.size + _DIGEST_BYTES:
         magic, version, there = _HEAD.unpack_from(store)
         if (magic, version) == (_MAGIC, _VERSION):
-            body, count = store[_HEAD.size : -_DIGEST_BYTES], there
+            at, count = len(store) - _DIGEST_BYTES, there
     added = [base64.b64decode(text) for text in _PEM.findall(pem)]
-    body += b"".join(_entry(f"stockade-{number}", der) for number, der in enumerate(added))
-    whole = _HEAD.pack(_MAGIC, _VERSION, count + len(added)) + body
-    return whole + hashlib.sha1(_SEASONING + whole).digest()  # noqa: S324 - the format's own
+    entries = b"".join(_entry(f"stockade-{number}", der) for number, der in enumerate(added))
+    head = _HEAD.pack(_MAGIC, _VERSION, count + len(added))
+    digest = hashlib.sha1(_SEASONING + head)  # noqa: S324 - the format's own
+    digest.update(memoryview(store)[_HEAD.size : at])
+    digest.update(entries)
+    return Change(head, at, entries + digest.digest())
 
 
 def _entry(alias: str, der: bytes) -> bytes:

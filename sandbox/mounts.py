@@ -237,10 +237,13 @@ def _write_etc(plan: SandboxPlan) -> None:
             os.write(fd, plan.ca_certificate.encode())
         finally:
             os.close(fd)
-        with open(f"etc/{etc.JAVA_STORE_INSIDE}", "r+b", opener=_no_link) as store:
-            whole = javatrust.with_certificates(store.read(), plan.ca_certificate)
+        with open(f"etc/{etc.JAVA_STORE_INSIDE}", "r+b", buffering=0, opener=_no_link) as store:
+            change = javatrust.with_certificates(store.read(), plan.ca_certificate)
             store.seek(0)
-            store.write(whole)
+            store.write(change.head)
+            store.seek(change.at)
+            store.write(change.tail)
+            store.truncate()
 
 
 def _no_link(path: str, flags: int) -> int:

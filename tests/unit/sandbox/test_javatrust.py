@@ -12,6 +12,11 @@ DER = b"0\x82certificate"
 PEM = "-----BEGIN CERTIFICATE-----\n" + base64.b64encode(DER).decode() + "\n-----END CERTIFICATE-----\n"
 
 
+def added(store: bytes, pem: str) -> bytes:
+    change = with_certificates(store, pem)
+    return change.head + store[len(change.head) : change.at] + change.tail
+
+
 def entries(store: bytes) -> list[tuple[str, bytes]]:
     magic, version, count = struct.unpack_from(">III", store)
     assert (magic, version) == (0xFEEDFEED, 2)
@@ -31,9 +36,9 @@ def entries(store: bytes) -> list[tuple[str, bytes]]:
 
 
 def test_certificates_are_added_to_those_that_are_there() -> None:
-    first = with_certificates(b"", PEM)
+    first = added(b"", PEM)
     assert entries(first) == [("stockade-0", DER)]
-    assert entries(with_certificates(first, PEM + PEM)) == [
+    assert entries(added(first, PEM + PEM)) == [
         ("stockade-0", DER),
         ("stockade-0", DER),
         ("stockade-1", DER),
@@ -42,4 +47,4 @@ def test_certificates_are_added_to_those_that_are_there() -> None:
 
 def test_another_format_counts_as_empty() -> None:
     for other in (b"0\x82" + b"x" * 100, b"\xfe\xed\xfe\xed\0\0\0\1" + b"\0" * 40, b"\xfe\xed"):
-        assert entries(with_certificates(other, PEM)) == [("stockade-0", DER)]
+        assert entries(added(other, PEM)) == [("stockade-0", DER)]
