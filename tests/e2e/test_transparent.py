@@ -174,7 +174,10 @@ def test_a_name_goes_with_its_grant(stage: tuple[Instance, Site, Site]) -> None:
         "-c",
         f"while :; do getent ahostsv4 {HOST} >/dev/null && echo yes || echo no; sleep 0.1; done",
     )
-    last = lambda: stockade.ctl("logs", agent["agent_id"]).out.split()[-1:]  # noqa: E731
+
+    def last() -> list[str]:
+        return stockade.ctl("logs", agent["agent_id"]).out.split()[-1:]
+
     stockade.wait(lambda: last() == ["no"])
     assert last() == ["no"]
     grant = stockade.json("grant", agent["agent_id"], f"tls:{HOST}:443")
