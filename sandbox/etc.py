@@ -36,6 +36,9 @@ OWN: Final = frozenset({"passwd", "group", "hosts", "hostname", "nsswitch.conf",
 CA_BUNDLE: Final = "/etc/ssl/certs/ca-certificates.crt"
 CA_BUNDLE_INSIDE: Final = "stockade/ca-bundle.pem"
 CA_INSIDE: Final = "stockade/ca.pem"
+# The same for Java, where Debian keeps it and what the agent gets.
+JAVA_STORE: Final = "/etc/ssl/certs/java/cacerts"
+JAVA_STORE_INSIDE: Final = "stockade/ca.jks"
 
 
 def wanted(name: str) -> bool:
@@ -56,11 +59,16 @@ def files(plan: SandboxPlan) -> dict[str, str]:
         "group": f"root:x:0:\ntty:x:5:\nagent:x:{AGENT_INSIDE}:\ninit:x:{INIT_INSIDE}:\nnogroup:x:65534:\n",
         "hosts": hosts,
         "hostname": plan.hostname + "\n",
-        "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
+        "nsswitch.conf": (
+            f"passwd: files\ngroup: files\nhosts: files{' dns' if plan.network.transparent else ''}\n"
+            "services: files\nprotocols: files\n"
+        ),
         "host.conf": "multi on\n",
         # The workspace may be owned by somebody else on disk; git refuses such a repository otherwise (CVE-2022-24765).
         "gitconfig": "[safe]\n\tdirectory = *\n",
     }
+    if plan.network.transparent:
+        defaults["resolv.conf"] = f"nameserver {plan.network.gate_address}\noptions timeout:5 attempts:2\n"
     if plan.ca_certificate is not None:
         defaults[CA_INSIDE] = plan.ca_certificate
     return defaults | {file.name: file.text for file in plan.etc}

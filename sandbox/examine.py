@@ -232,7 +232,7 @@ def _drift_of_network(plan: SandboxPlan, seen: Mapping[str, Any]) -> list[str]:
     if "network" in plan.weaken:
         return []
     found = []
-    route = f"{plan.network.gate_address}/32 dev {plan.network.device}"
+    route = plan.network.route
     if seen["routes"] != [route]:
         found.append(f"network: routes are {seen['routes']}, not {route}")
     if set(seen["addresses"]) != {"127.0.0.1", plan.network.agent_address}:

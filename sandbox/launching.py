@@ -142,7 +142,7 @@ def begin(
         agent.group, agent.group_name = starter.group, starter.name
         clock.mark("starter")
         try:
-            agent.net = workshop.pool.take()
+            agent.net = workshop.pool.take(transparent=plan.network.transparent)
         except (CannotMakeNetwork, OSError) as error:
             raise StepError("make network", getattr(error, "errno", 0) or 0, str(error)) from error
         undo.callback(agent.net.close)

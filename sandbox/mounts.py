@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from sandbox import etc, scratch, syscalls
+from sandbox import etc, javatrust, scratch, syscalls
 from sandbox.controls import BY_NAME
 from sandbox.plan import Bind, SandboxPlan
 from sandbox.sync import StepError, step
@@ -210,7 +210,8 @@ def _show_etc(plan: SandboxPlan, rootfs: int) -> None:
     """Show what is shown of the /etc of the root file system."""
     os.symlink("/proc/self/mounts", "etc/mtab")
     os.mkdir("etc/stockade", 0o755)
-    _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _bundle(rootfs))
+    _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _file_of(rootfs, etc.CA_BUNDLE) + b"\n")
+    _write(f"etc/{etc.JAVA_STORE_INSIDE}", _file_of(rootfs, etc.JAVA_STORE))
     try:
         source = os.open("etc", _DIRECTORY, dir_fd=rootfs)
     except (FileNotFoundError, NotADirectoryError):
@@ -236,6 +237,17 @@ def _write_etc(plan: SandboxPlan) -> None:
             os.write(fd, plan.ca_certificate.encode())
         finally:
             os.close(fd)
+        with open(f"etc/{etc.JAVA_STORE_INSIDE}", "r+b", buffering=0, opener=_no_link) as store:
+            change = javatrust.with_certificates(store.read(), plan.ca_certificate)
+            store.seek(0)
+            store.write(change.head)
+            store.seek(change.at)
+            store.write(change.tail)
+            store.truncate()
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _uncover(path: str) -> None:
@@ -250,10 +262,10 @@ def _uncover(path: str) -> None:
         os.unlink(path)
 
 
-def _bundle(rootfs: int) -> bytes:
-    """Return the certificate bundle of the root file system; links stay below it, and nothing but a file is opened."""
+def _file_of(rootfs: int, path: str) -> bytes:
+    """Return a file of the root file system, at most 4 MiB, or nothing; links stay below it, no device is opened."""
     try:
-        place = syscalls.openat2(rootfs, etc.CA_BUNDLE, os.O_PATH, resolve=syscalls.RESOLVE_IN_ROOT)
+        place = syscalls.openat2(rootfs, path, os.O_PATH, resolve=syscalls.RESOLVE_IN_ROOT)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
             return b""
@@ -265,7 +277,7 @@ def _bundle(rootfs: int) -> bytes:
     finally:
         os.close(place)
     with open(fd, "rb") as file:
-        return file.read(4 << 20) + b"\n"
+        return file.read(4 << 20)
 
 
 def _write(path: str, content: bytes) -> None:

@@ -53,6 +53,12 @@ RT_TABLE_MAIN: Final = 254
 RTPROT_STATIC: Final = 4
 RT_SCOPE_LINK: Final = 253
 RTN_UNICAST: Final = 1
+RTN_LOCAL: Final = 2
+RTA_GATEWAY: Final = 5
+RT_TABLE_LOCAL: Final = 255
+RT_SCOPE_UNIVERSE: Final = 0
+RT_SCOPE_HOST: Final = 254
+RTNH_F_ONLINK: Final = 4
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
@@ -137,6 +143,27 @@ def host_route(destination: str, *, index: int, source: str) -> bytes:
         attribute(RTA_OIF, struct.pack("=I", index)),
         attribute(RTA_PREFSRC, socket.inet_aton(source)),
     )
+    return message(RTM_NEWROUTE, body + b"".join(attributes), flags=NLM_F_CREATE | NLM_F_EXCL)
+
+
+def gateway_route(destination: str, *, prefix: int, gateway: str, index: int, source: str) -> bytes:
+    """A route to a network by a gateway that needs no other route to be reached (RTNH_F_ONLINK)."""
+    body = _RTMSG.pack(
+        socket.AF_INET, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, RTNH_F_ONLINK
+    )
+    attributes = (
+        attribute(RTA_DST, socket.inet_aton(destination)),
+        attribute(RTA_OIF, struct.pack("=I", index)),
+        attribute(RTA_GATEWAY, socket.inet_aton(gateway)),
+        attribute(RTA_PREFSRC, socket.inet_aton(source)),
+    )
+    return message(RTM_NEWROUTE, body + b"".join(attributes), flags=NLM_F_CREATE | NLM_F_EXCL)
+
+
+def local_route(destination: str, *, prefix: int, index: int) -> bytes:
+    """Make a whole network local to the namespace: packets to any address of it are received."""
+    body = _RTMSG.pack(socket.AF_INET, prefix, 0, 0, RT_TABLE_LOCAL, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL, 0)
+    attributes = (attribute(RTA_DST, socket.inet_aton(destination)), attribute(RTA_OIF, struct.pack("=I", index)))
     return message(RTM_NEWROUTE, body + b"".join(attributes), flags=NLM_F_CREATE | NLM_F_EXCL)
 
 

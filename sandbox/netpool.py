@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sandbox import netlink, nftables
+from sandbox import netlink, nftables, transparent
 from sandbox.netlink import Netlink
 from sandbox.syscalls import CLONE_NEWNET, setns, unshare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 AGENT_ADDRESS: Final = "198.18.0.2"
 GATE_ADDRESS: Final = "198.18.0.1"
@@ -45,11 +45,17 @@ _FORWARD: Final = ("ipv4/ip_forward", "0")
 _GATE_ONLY: Final = ("ipv4/icmp_echo_ignore_all", "1")
 _AGENT_ONLY: Final = ("ipv4/ip_unprivileged_port_start", "0")  # ports below 1024 are the agent's own to bind
 
+_AGENT_UP: Final = (netlink.link_up(_LOOPBACK_INDEX), netlink.address(AGENT_ADDRESS, prefix=32, index=_INDEX))
+_AGENT_NEIGHBOUR: Final = netlink.permanent_neighbour(GATE_ADDRESS, mac=_GATE_MAC, index=_INDEX)
 _AGENT_MESSAGES: Final = (
-    netlink.link_up(_LOOPBACK_INDEX),
-    netlink.address(AGENT_ADDRESS, prefix=32, index=_INDEX),
+    *_AGENT_UP,
     netlink.host_route(GATE_ADDRESS, index=_INDEX, source=AGENT_ADDRESS),
-    netlink.permanent_neighbour(GATE_ADDRESS, mac=_GATE_MAC, index=_INDEX),
+    _AGENT_NEIGHBOUR,
+)
+_AGENT_TRANSPARENT: Final = (
+    *_AGENT_UP,
+    transparent.agent_route(GATE_ADDRESS, index=_INDEX, source=AGENT_ADDRESS),
+    _AGENT_NEIGHBOUR,
 )
 _GATE_MESSAGES: Final = (
     netlink.address(GATE_ADDRESS, prefix=32, index=_INDEX),
@@ -77,13 +83,18 @@ class Net:
     proxy_port: int
     ipv6: str
     firewall: str
+    transparent: bool = False
 
     def facts(self) -> dict[str, object]:
         """What posture says about the network; every value is one that was set, not one that was hoped for."""
+        route = f"{GATE_ADDRESS} dev {AGENT_INTERFACE} scope link src {AGENT_ADDRESS}"
+        if self.transparent:
+            network = f"{transparent.NETWORK}/{transparent.NETWORK_PREFIX}"
+            route = f"{network} via {GATE_ADDRESS} dev {AGENT_INTERFACE} src {AGENT_ADDRESS} onlink"
         return {
             "interface": AGENT_INTERFACE,
             "address": f"{AGENT_ADDRESS}/32",
-            "routes": [f"{GATE_ADDRESS} dev {AGENT_INTERFACE} scope link src {AGENT_ADDRESS}"],
+            "routes": [route],
             "gate_interface": GATE_INTERFACE,
             "gate_address": f"{GATE_ADDRESS}/32",
             "proxy": f"{GATE_ADDRESS}:{self.proxy_port}",
@@ -121,17 +132,22 @@ class Pool:
         with contextlib.suppress(OSError):
             socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
         self._ipv6_present = Path(_SYSCTL, "ipv6/conf/all/disable_ipv6").exists()
-        self._gate_rules = nftables.gate_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)
-        self._agent_rules = nftables.agent_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port)
+        self._rules = {
+            see_through: (
+                nftables.agent_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port, transparent=see_through),
+                nftables.gate_rules(agent=AGENT_ADDRESS, gate=GATE_ADDRESS, port=proxy_port, transparent=see_through),
+            )
+            for see_through in (False, True)
+        }
 
     def __len__(self) -> int:
         return len(self._stock)
 
-    def take(self) -> Net:
-        """A network of one's own, ready-made or made now; the caller closes it."""
-        if self._stock:
+    def take(self, *, transparent: bool = False) -> Net:
+        """A network of one's own, ready-made or made now (transparent ones always are); the caller closes it."""
+        if self._stock and not transparent:
             return self._stock.pop()
-        net = self._make()
+        net = self._make(transparent=transparent)
         self._broken = False
         return net
 
@@ -151,6 +167,10 @@ class Pool:
             made += 1
         return made
 
+    def open_gate(self, listener: int, ports: Sequence[int]) -> list[int]:
+        """Make the sockets of a transparent network that `listener` is in; raises OSError."""
+        return transparent.open_sockets(self._home, listener, GATE_ADDRESS, ports)
+
     def close(self) -> None:
         while self._stock:
             self._stock.pop().close()
@@ -158,11 +178,11 @@ class Pool:
             os.close(self._home)
             self._home = -1
 
-    def _make(self) -> Net:
+    def _make(self, *, transparent: bool = False) -> Net:
         with contextlib.ExitStack() as undo:
             try:
                 with self._back_home():
-                    return self._build(undo)
+                    return self._build(undo, see_through=transparent)
             except OSError as error:
                 raise CannotMakeNetwork(
                     f"cannot make an agent's network: {error}; see `stockadectl doctor` for what this host lacks"
@@ -176,7 +196,7 @@ class Pool:
             # Not caught by anyone: a launcher that cannot leave an agent's namespace must not go on.
             setns(self._home, CLONE_NEWNET)
 
-    def _build(self, undo: contextlib.ExitStack) -> Net:
+    def _build(self, undo: contextlib.ExitStack, *, see_through: bool) -> Net:
         """In the gate, then in the agent's namespace. Sockets stay in the namespace they were made in."""
         with contextlib.ExitStack() as done:
             gate_ns = self._enter_new(undo, _GATE_ONLY)
@@ -198,14 +218,15 @@ class Pool:
                 peer_namespace=gate_ns,
             )
             # The second layer before the link exists, so that there is no moment without it.
-            firewall = _load(agent_filter, self._agent_rules) or _load(gate_filter, self._gate_rules) or "nftables"
-            messages = (pair, *_AGENT_MESSAGES)
+            agent_rules, gate_rules = self._rules[see_through]
+            firewall = _load(agent_filter, agent_rules) or _load(gate_filter, gate_rules) or "nftables"
+            messages: tuple[bytes, ...] = (pair, *(_AGENT_TRANSPARENT if see_through else _AGENT_MESSAGES))
             agent_route.perform(netlink.numbered(messages), last=len(messages), what="the agent's namespace")
-            last = len(self._gate_messages)
-            gate_route.perform(netlink.numbered(self._gate_messages), last=last, what="the gate")
+            messages = (*self._gate_messages, *(transparent.gate_messages() if see_through else ()))
+            gate_route.perform(netlink.numbered(messages), last=len(messages), what="the gate")
         undo.pop_all()
         ipv6 = "disabled" if self._ipv6_present else "not in this kernel"
-        return Net(agent_ns, gate_ns, listener.detach(), self._port, ipv6, firewall)
+        return Net(agent_ns, gate_ns, listener.detach(), self._port, ipv6, firewall, see_through)
 
     def _enter_new(self, undo: contextlib.ExitStack, extra: tuple[str, str]) -> int:
         unshare(CLONE_NEWNET)

@@ -31,6 +31,7 @@ _REJECT_TCP_RST: Final = 1
 _LOOPBACK_INDEX: Final = 1
 
 TABLE: Final = "stockade"
+_NAMES: Final = bytes((198, 19))  # 198.19.0.0/16
 
 
 def _u32(kind: int, value: int) -> bytes:
@@ -101,8 +102,34 @@ def _transaction(*messages: bytes) -> tuple[bytes, int]:
     return inner + _batch(_BATCH_END), len(messages) + 1
 
 
-def gate_rules(*, agent: str, gate: str, port: int) -> tuple[bytes, int]:
+def _between(address: str, network: bytes, protocol: int, *, out: bool, port: int = 0) -> bytes:
+    """Packets of a protocol between the agent's address and a network, given by its first bytes.
+
+    `out` is as the agent sees it; `port` is the far one, 0 for any.
+    """
+    mine, theirs = (12, 16) if out else (16, 12)
+    far = _payload(_TRANSPORT_HEADER, 2 if out else 0, struct.pack(">H", port)) if port else b""
+    return (
+        _meta(_META_NFPROTO, bytes([socket.AF_INET]))
+        + _meta(_META_L4PROTO, bytes([protocol]))
+        + _payload(_NETWORK_HEADER, mine, socket.inet_aton(address))
+        + _payload(_NETWORK_HEADER, theirs, network)
+        + far
+    )
+
+
+def _transparent(chain: str, *, agent: str, gate: str, out: bool) -> tuple[bytes, ...]:
+    """What a transparent network has besides: look-ups at the gate, and TCP to the addresses that it makes up."""
+    return (
+        _rule(chain, _between(agent, socket.inet_aton(gate), socket.IPPROTO_UDP, out=out, port=53), _accept()),
+        _rule(chain, _between(agent, _NAMES, socket.IPPROTO_TCP, out=out), _accept()),
+    )
+
+
+def gate_rules(*, agent: str, gate: str, port: int, transparent: bool = False) -> tuple[bytes, int]:
     """In the gate: TCP from the agent to the proxy's port and its answers; nothing else in, out or through."""
+    more_in = _transparent("input", agent=agent, gate=gate, out=True) if transparent else ()
+    more_out = _transparent("output", agent=agent, gate=gate, out=False) if transparent else ()
     return _transaction(
         _table(),
         _chain("input", _HOOK_INPUT),
@@ -110,10 +137,12 @@ def gate_rules(*, agent: str, gate: str, port: int) -> tuple[bytes, int]:
         _chain("output", _HOOK_OUTPUT),
         _rule("input", _tcp(agent, gate, port_offset=2, port=port), _accept()),
         _rule("output", _tcp(gate, agent, port_offset=0, port=port), _accept()),
+        *more_in,
+        *more_out,
     )
 
 
-def agent_rules(*, agent: str, gate: str, port: int) -> tuple[bytes, int]:
+def agent_rules(*, agent: str, gate: str, port: int, transparent: bool = False) -> tuple[bytes, int]:
     """In the agent's namespace: loopback and the proxy's port go out; other TCP is refused at once, the rest dropped.
 
     A reset instead of silence: a program that tries a wrong port must fail now and not in two minutes.
@@ -123,6 +152,7 @@ def agent_rules(*, agent: str, gate: str, port: int) -> tuple[bytes, int]:
         _chain("output", _HOOK_OUTPUT),
         _rule("output", _meta(_META_OIF, struct.pack("=I", _LOOPBACK_INDEX)), _accept()),
         _rule("output", _tcp(agent, gate, port_offset=2, port=port), _accept()),
+        *(_transparent("output", agent=agent, gate=gate, out=True) if transparent else ()),
         _rule(
             "output",
             _meta(_META_L4PROTO, bytes([socket.IPPROTO_TCP])),

@@ -181,9 +181,18 @@ class Network:
     gate_address: str = "198.18.0.1"
     proxy_port: int = 3128
     device: str = "eth0"
+    transparent: bool = False  # a name server at the gate, and addresses for the names that are granted
+
+    @property
+    def route(self) -> str:
+        """The one route, as /proc/net/route has it."""
+        if self.transparent:
+            return f"198.18.0.0/15 via {self.gate_address} dev {self.device}"
+        return f"{self.gate_address}/32 dev {self.device}"
 
     def describe(self) -> str:
-        return f"{self.device} {self.agent_address}, one route: {self.gate_address}, proxy at port {self.proxy_port}"
+        route = f"{self.route}, names at port 53" if self.transparent else self.gate_address
+        return f"{self.device} {self.agent_address}, one route: {route}, proxy at port {self.proxy_port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@
     drop     agent_id                      -> ok; the layer of an agent that has ended is no more
     counters agent_id                      -> counters
     examine  agent_id                      -> effective: what the kernel says is in force now, and its drift
+    gate     agent_id, ports               -> ok + [name server's socket, a listener a port] of a transparent network
     adopt    agent_id + [listener]         -> ok; a restarted launcher gets the door back
     show     agent_id, bind + [source]     -> when it is there: place, degraded + [group of the guard]
     take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]
@@ -178,6 +179,7 @@ class Server:
             "counters": self._counters,
             "examine": self._examine,
             "adopt": self._adopt,
+            "gate": self._gate,
             "show": self._show,
             "take": self._take,
             "layer": self._layer,
@@ -599,6 +601,19 @@ class Server:
             agent.listener = os.dup(fds[-1])
             self._notify(agent, "built")
         answer()
+
+    def _gate(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        if not agent.plan.network.transparent or agent.listener < 0:
+            raise StepError("open gate", errno.EINVAL, "the agent's network is not transparent, or it has ended")
+        try:
+            made = self.workshop.pool.open_gate(agent.listener, [int(port) for port in message["ports"]])
+        except (OSError, ValueError) as error:
+            raise StepError("open gate", getattr(error, "errno", 0) or 0, str(error)) from error
+        try:
+            answer(fds=tuple(made))
+        finally:
+            sync.close_all(made)
 
     def _met_limit(self, agent: Agent, kind: Kind, details: dict[str, Any]) -> None:
         limits = agent.plan.limits

@@ -73,6 +73,9 @@ class Description:
     budget: dict[str, int | None]
     grants: tuple[LaunchGrant, ...]
     launched_at_ns: int
+    authority: str = ""
+    """The name of its certificate authority; empty where it has none."""
+    transparent: bool = False
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

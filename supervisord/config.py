@@ -73,7 +73,10 @@ class ModelRoute:
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """`hosts` pins names to `ip` or `ip:port`; `allow_networks` opens private destinations to granted names."""
+    """`hosts` pins names to `ip` or `ip:port`; `allow_networks` opens private destinations to granted names.
+
+    `ca_file` has authorities beside the host's that the gateway and hosts of https scopes are verified with.
+    """
 
     kind: GatewayKind = GatewayKind.EMBEDDED
     url: str = "http://127.0.0.1:4000"
@@ -82,6 +85,7 @@ class GatewayConfig:
     models: tuple[ModelRoute, ...] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
     allow_networks: tuple[Network, ...] = ()
+    ca_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def missing_files(config: Config) -> tuple[str, ...]:
     named: list[tuple[str, Path | None]] = []
     if gateway.kind is not GatewayKind.EMBEDDED:
         named.append(("gateway.credential_file", gateway.credential_file))
+    named.append(("gateway.ca_file", gateway.ca_file))
     for index, route in enumerate(gateway.models):
         named.append((f"gateway.models[{index}].key_file", route.key_file))
         named.append((f"gateway.models[{index}].script", route.script))
@@ -182,6 +183,7 @@ def _gateway(table: Table) -> GatewayConfig:
         models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
         hosts=_hosts(table.table("hosts")),
         allow_networks=_networks(table),
+        ca_file=table.path("ca_file", None),
     )
     if kind is not GatewayKind.EMBEDDED:
         if not gateway.url:

@@ -26,6 +26,7 @@ from supervisord.actions.types import Action, CannotReadLog
 from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
+from supervisord.authorities import Authorities, read_or_make_secret
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -149,7 +150,14 @@ class Daemon:
             dialer=dialer_configuration(config),
             workers=config.egress_workers,
             records=config.run_dir / "processes",
+            ca_file=config.gateway.ca_file,
         )
+        self._authorities = Authorities(
+            read_or_make_secret(config.run_dir / "private" / "authority.secret", os.urandom),
+            entropy=os.urandom,
+            now_ns=time.time_ns,
+        )
+        self._authorities.fill()
         self._requests = Requests(
             agents=self._agents,
             actions=self._actions,
@@ -232,6 +240,7 @@ class Daemon:
             homes=Homes(config.scratch_dir / "homes"),
             images=self._images,
             killswitch=self._killswitch,
+            authorities=self._authorities,
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,
@@ -384,7 +393,7 @@ class Daemon:
             await self._actions.record(
                 Action(agent_id, "daemon", "agent.adopt", "agent", "done", "its launch is not in the action log")
             )
-        self._recovery.open_gates()
+        await self._recovery.open_gates()
 
     async def _without_launch(self) -> list[str]:
         try:
@@ -485,7 +494,7 @@ class Daemon:
                 continue
             self._settle_lost()
             await self._files.reconcile(self._listed, known=known)
-            self._recovery.open_gates()
+            await self._recovery.open_gates()
             await self._thaw_unordered()
             await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return

@@ -22,7 +22,7 @@ from supervisord.errors import StockadeError, Unavailable
 from supervisord.processes import Child, end_leftover, python, spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from supervisord.config import UsersConfig
@@ -55,6 +55,9 @@ class Served:
     listener: int
     place: str
     frozen: bool = False
+    authority: messages.Authority | None = None
+    gate: dict[int, int] = field(default_factory=dict)
+    """Of a transparent network: descriptors by port, 0 is the name server's."""
 
 
 @dataclass(slots=True)
@@ -86,6 +89,7 @@ class EgressPlane:
         dialer: messages.ConfigureDialer,
         workers: int,
         records: Path,
+        ca_file: Path | None = None,
     ) -> None:
         self.judge: Judge
         self._users = users
@@ -93,6 +97,7 @@ class EgressPlane:
         self._dialer_configure = dialer
         self._shared = workers
         self._records = records
+        self._ca = () if ca_file is None else ("--ca-file", str(ca_file))
         self._numbers = itertools.count(1)
         self._starts = itertools.count(1)
         self._workers: dict[str, Worker] = {}
@@ -156,13 +161,33 @@ class EgressPlane:
         listener: int,
         dedicated: bool,
         frozen: bool = False,
+        authority: messages.Authority | None = None,
     ) -> None:
         """Serve an agent's listener (the descriptor is duplicated); raises Unavailable where no worker runs."""
         worker = self._choose(dedicated=dedicated)
-        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen)
+        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen, authority)
         self._served[agent_id] = served
         self._give(worker, served)
         self._tell_dialer(messages.Listener(agent_id), (served.listener,))
+
+    def has_gate(self, agent_id: str) -> bool:
+        """Tell whether the sockets of an agent's transparent network are served."""
+        served = self._served.get(agent_id)
+        return served is not None and bool(served.gate)
+
+    def open_gate(self, agent_id: str, sockets: Mapping[int, int]) -> bool:
+        """Serve the sockets of a transparent network too (they are taken); False where the agent is not served."""
+        served = self._served.get(agent_id)
+        if served is None:
+            return False
+        served.gate |= sockets
+        worker = self._at.get(served.place)
+        for port, fd in sockets.items():
+            if worker is not None:
+                self._tell(worker, messages.Gate(agent_id, port), (fd,))
+            if port:
+                self._tell_dialer(messages.Listener(agent_id), (fd,))
+        return True
 
     def unlisten(self, agent_id: str) -> None:
         """Forget an agent: what it has open is reset, and its listener closed."""
@@ -175,7 +200,7 @@ class EgressPlane:
             if worker.dedicated:
                 self._end_worker(worker)
         self._tell_dialer(messages.Forget(agent_id))
-        os.close(served.listener)
+        close_all([served.listener, *served.gate.values()])
 
     async def cut(self, agent_id: str) -> messages.CutDone | None:
         """Close the gate: listener and every upstream socket are shut down, then the worker is told.
@@ -186,7 +211,8 @@ class EgressPlane:
         served = self._served.get(agent_id)
         if served is None:
             return None
-        shut_listener(served.listener)
+        for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
+            shut_listener(fd)
         future = self._cuts.get(agent_id)
         if future is None:
             future = asyncio.get_running_loop().create_future()
@@ -273,7 +299,7 @@ class EgressPlane:
         with theirs, to_dialer:
             child = spawn(
                 f"egress worker {worker_id}",
-                python("gateway_client.egress.server", "--user", self._users.egress),
+                python("gateway_client.egress.server", "--user", self._users.egress, *self._ca),
                 fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
                 on_exit=lambda _code: self._worker_exited(worker_id),
                 new_session=True,
@@ -332,7 +358,10 @@ class EgressPlane:
             self._give(worker, served)
 
     def _give(self, worker: Worker, served: Served) -> None:
-        self._tell(worker, messages.Listen(served.agent_id, served.name, served.labels), (served.listener,))
+        order = messages.Listen(served.agent_id, served.name, served.labels, served.authority)
+        self._tell(worker, order, (served.listener,))
+        for port, fd in served.gate.items():
+            self._tell(worker, messages.Gate(served.agent_id, port), (fd,))
         if served.frozen:
             self._tell(worker, messages.Freeze(served.agent_id))
 
@@ -395,7 +424,8 @@ class EgressPlane:
         for worker in self._workers.values():
             self._tell_dialer(messages.AttachWorker(worker.worker_id), (worker.dialer_end.fileno(),))
         for served in self._served.values():
-            self._tell_dialer(messages.Listener(served.agent_id), (served.listener,))
+            for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
+                self._tell_dialer(messages.Listener(served.agent_id), (fd,))
 
     def _dialer_silent(self) -> None:
         if self._dialer_child is not None:

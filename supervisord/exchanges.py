@@ -255,7 +255,7 @@ class Exchanges:
             if isinstance(verdict, messages.Refuse):
                 self._pace.denied(ask.agent_id, self._now())
             # No await from the last look at grant and agent to the order to dial: a cut comes before or after both.
-            if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
+            if isinstance(verdict, messages.Allow) and verdict.upstream.opens:
                 assert agent is not None  # noqa: S101 - only an agent is allowed anything
                 told = self._plane.dial(self._dial(worker_id, agent, ask, verdict.upstream))
                 if not told:  # the outcome of the refusal gives back what was set aside
@@ -276,7 +276,9 @@ class Exchanges:
         if request.form is Form.SELF and self._requests.mine(request):
             return await self._requests.answer(agent, request, gone=_gone(opened))
         verdict = decide(request, self.view(agent), now=self._now())
-        if isinstance(verdict, messages.Refuse) and verdict.scope and self._on_deny(agent) is OnDeny.ASK:
+        # Not for a look-up, which nobody waits for so long, and which would ask for a whole host.
+        may_ask = request.form is not Form.NAME
+        if isinstance(verdict, messages.Refuse) and verdict.scope and may_ask and self._on_deny(agent) is OnDeny.ASK:
             held = await self._requests.hold(agent, verdict.scope, request.object, gone=_gone(opened))
             if held.granted and opened.outcome is None:
                 verdict = decide(request, self.view(agent), now=self._now())
@@ -434,7 +436,7 @@ class Exchanges:
             match upstream:
                 case messages.Upstream.FORWARD:
                     allow = f"http://{request.authority}"
-                case messages.Upstream.TUNNEL:
+                case messages.Upstream.TUNNEL | messages.Upstream.SEALED:
                     allow = f"tcp:{request.authority}"
                 case _:
                     allow = "api"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
@@ -16,6 +17,7 @@ import structlog
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
+from supervisord.authorities import read_ca_file
 from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
@@ -25,16 +27,18 @@ from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_i
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
-from supervisord.scopes import check_scopes_reachable, read_scope
+from supervisord.scopes import check_scopes_reachable, read_scope, transparent_ports
 from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from gateway_client.egress import messages
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON, Entry
     from supervisord.agents import Agents
+    from supervisord.authorities import Authorities
     from supervisord.budgets import Amounts
     from supervisord.callers import Caller
     from supervisord.config import Config
@@ -79,6 +83,7 @@ class Launching:
         homes: Homes,
         images: Images,
         killswitch: KillSwitch,
+        authorities: Authorities,
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -101,6 +106,8 @@ class Launching:
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
+        self._authorities = authorities
+        self._more_authorities = read_ca_file(config.gateway.ca_file)
         self._keys: dict[tuple[str, str], AgentId] = {}
 
     def describe(self, order: LaunchOrder, *, caller: Caller) -> str:
@@ -185,6 +192,7 @@ class Launching:
     ) -> tuple[Agent, SandboxPlan]:
         """Plan the launch, and have the agent in the table with a slot of its own; raises StockadeError."""
         slot = self._slots.claim()
+        named = self._authorities.take()
         try:
             plan = build(
                 order,
@@ -197,6 +205,7 @@ class Launching:
                 files=files,
                 filter_digest=self._filters[policy.seccomp],
                 root=root,
+                ca_certificate=named.authority.certificate + self._more_authorities,
             )
             what = self._description(
                 order, policy, plan, name=name, slot=slot, caller=caller, idempotency_key=idempotency_key
@@ -204,6 +213,7 @@ class Launching:
             if not policy.shared_workspace:
                 others = (other.what for other in self._agents.live())
                 check_not_shared(wanted_files(order, policy), others, self._book.for_agent)
+            what = replace(what, authority=named.name, transparent=policy.egress.transparent)
             agent = Agent(what)
             self._agents.add(agent)
         except BaseException:
@@ -232,13 +242,6 @@ class Launching:
         """The policy of an order that may be launched at all; raises StockadeError."""
         check_order(order)
         policy = self._policies.get(order.policy)
-        unmet = _unmet(policy)
-        if unmet:
-            raise CannotLaunch(
-                f"cannot launch with policy {policy.name}: {unmet} is not in this version",
-                remedy="use a policy without it; nothing is left out silently",
-                step="policy",
-            )
         if policy.seccomp not in self._filters:
             raise CannotLaunch(
                 f"cannot launch with policy {policy.name}: there is no seccomp profile {policy.seccomp}",
@@ -320,6 +323,7 @@ class Launching:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
             self.give_scopes(agent)
             self.open_gate(agent)
+            await self.open_transparent(agent)
             _check_wanted(agent)
             await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
         except BaseException as error:
@@ -384,7 +388,22 @@ class Launching:
                 listener=agent.listener,
                 dedicated=agent.what.dedicated_worker,
                 frozen=frozen,
+                authority=self._authority(agent),
             )
+
+    async def open_transparent(self, agent: Agent) -> None:
+        """Serve look-ups and direct connections of an agent whose network is transparent; raises StockadeError."""
+        if not agent.what.transparent or self._plane.has_gate(agent.agent_id):
+            return
+        ports = transparent_ports(grant.scope for grant in self._book.for_agent(agent.agent_id))
+        reply = await self._launcher.call("gate", agent_id=agent.agent_id, ports=list(ports))
+        if not self._plane.open_gate(agent.agent_id, dict(zip((0, *ports), reply.fds, strict=True))):
+            close_all(reply.fds)
+
+    def _authority(self, agent: Agent) -> messages.Authority | None:
+        """What its TLS is answered with; an agent of an older version has none."""
+        name = agent.what.authority
+        return self._authorities.again(name, since_ns=agent.what.launched_at_ns) if name else None
 
     async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:
         """Leave nothing of a launch; where that cannot be proven the agent stays, KILLING, and is tried again."""
@@ -428,13 +447,6 @@ async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) 
                 close_all(results[1].fds)
             raise result
     return intent.result(), building.result()
-
-
-def _unmet(policy: Policy) -> str:
-    """Name what the policy asks for and this version has not, or nothing."""
-    if policy.egress.transparent:
-        return "egress.transparent"
-    return ""
 
 
 def confirmed(agent: Agent, built: Mapping[str, object]) -> dict[str, object]:

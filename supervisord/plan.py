@@ -34,6 +34,8 @@ PLACEHOLDER_KEY: Final = "stockade-placeholder-the-gateway-has-the-key"
 COMMAND_BYTES_MAX: Final = 256 << 10
 ENVIRONMENT_BYTES_MAX: Final = 256 << 10
 SCOPES_MAX: Final = 256
+CA_BUNDLE: Final = "/etc/stockade/ca-bundle.pem"
+CA_CERTIFICATE: Final = "/etc/stockade/ca.pem"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What the sandbox says of itself; a caller may set anything else.
@@ -219,6 +221,7 @@ def build(
     files: Sequence[OpenedFile],
     filter_digest: str,
     root: Root | None = None,
+    ca_certificate: str | None = None,
 ) -> SandboxPlan:
     """Gives the plan of the launch; raises PermissionDenied or InvalidInput with the remedy."""
     limits = effective_limits(policy, order.limits)
@@ -237,6 +240,8 @@ def build(
         hide=tuple(str(path) for path in policy.hide),
         scratch=_scratch(limits, required=_needs_disk(policy, files)),
         home=name if policy.home is Home.PERSISTENT else None,
+        ca_certificate=ca_certificate,
+        network=sandbox_plan.Network(transparent=policy.egress.transparent),
         etc=tuple(EtcFile(name, text) for name, text in policy.etc.items()),
         limits=sandbox_plan.Limits(**{key: getattr(limits, key) for key in Limits.__slots__}),
         filter_digest=filter_digest,
@@ -277,10 +282,33 @@ def _environment(order: LaunchOrder, policy: Policy, *, agent_id: str, path: str
         "OPENAI_API_KEY": PLACEHOLDER_KEY,
         "ANTHROPIC_API_KEY": PLACEHOLDER_KEY,
     }
+    own |= dict.fromkeys(_BUNDLE_VARIABLES, CA_BUNDLE)
+    own["NODE_EXTRA_CA_CERTS"] = CA_CERTIFICATE  # beside those it has built in
+    own["JAVA_TOOL_OPTIONS"] = _JAVA_OPTIONS
     if order.tty is not None:
         own["TERM"] = "xterm-256color"
     fixed = {"STOCKADE_AGENT_ID": agent_id, "STOCKADE_GATEWAY_URL": gateway}
     return tuple((own | dict(policy.env) | dict(order.env) | fixed).items())
+
+
+# Java knows none of these variables, neither for proxies nor for authorities.
+_JAVA_OPTIONS: Final = " ".join(
+    (
+        "-Djavax.net.ssl.trustStore=/etc/stockade/ca.jks",
+        "-Djavax.net.ssl.trustStoreType=JKS",
+        *(f"-D{scheme}.proxyHost={GATEWAY_NAME} -D{scheme}.proxyPort=3128" for scheme in ("http", "https")),
+        f"-Dhttp.nonProxyHosts={GATEWAY_NAME}|localhost|127.*",
+    )
+)
+# Which authorities to trust, as OpenSSL and with it Python and Go, requests, curl and git, Cargo and Deno read it.
+_BUNDLE_VARIABLES: Final = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+    "CARGO_HTTP_CAINFO",
+    "DENO_CERT",
+)
 
 
 def _needs_disk(policy: Policy, files: Sequence[OpenedFile]) -> bool:

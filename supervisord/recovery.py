@@ -170,12 +170,16 @@ class Recovery:
         self.adopted.append(agent_id)
         return agent
 
-    def open_gates(self) -> None:
+    async def open_gates(self) -> None:
         """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force."""
         for agent_id in self.adopted:
             agent = self._agents.get(agent_id)
             if agent is not None and agent.live:
                 self._launching.open_gate(agent, frozen=agent.state is State.FROZEN)
+                try:
+                    await self._launching.open_transparent(agent)
+                except StockadeError as error:
+                    log.error("an agent reaches its proxy alone", agent=agent_id, cause=error.message)
 
     async def without_launch(self) -> list[str]:
         """Which of the agents taken up have no entry of their launch in the log: it was cut, or begun anew."""

@@ -6,7 +6,7 @@ aside before an exchange and settled after it, so `max_uses` holds however many 
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Self
@@ -433,6 +433,16 @@ def check_scopes_reachable(scopes: tuple[Scope, ...], gateway: GatewayConfig) ->
                 f"cannot use scope {format_scope(scope)}: gateway.forward_proxy is empty, so nothing opens other hosts",
                 remedy="set forward_proxy in [gateway] of stockade.toml, or leave the scope out",
             )
+
+
+TRANSPARENT_PORTS: Final = (80, 443)
+TRANSPARENT_PORTS_MAX: Final = 10
+
+
+def transparent_ports(scopes: Iterable[Scope]) -> tuple[int, ...]:
+    """The ports at which a transparent network takes connections: those of the web, and those that scopes name."""
+    named = {scope.port for scope in scopes if isinstance(scope, HttpScope | TlsScope)}
+    return (*TRANSPARENT_PORTS, *sorted(named - set(TRANSPARENT_PORTS)))[:TRANSPARENT_PORTS_MAX]
 
 
 def _number(value: JsonValue) -> float:

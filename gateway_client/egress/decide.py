@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from gateway_client.egress.request import Dialect, EgressRequest, Form
-from gateway_client.egress.scope import HttpScope, Scope, covers, format_scope, missing_scope
+from gateway_client.egress.scope import HttpScope, Scope, TlsScope, covers, format_scope, missing_scope
 from gateway_client.egress.target import address_of, forbidden_address
 
 if TYPE_CHECKING:
@@ -27,6 +27,17 @@ class Upstream(StrEnum):
     TUNNEL = "tunnel"
     INSPECT = "inspect"
     """Nothing yet: the worker parses the plain HTTP inside the CONNECT, and asks about each request of it."""
+    TERMINATE = "terminate"
+    """Nothing yet: the worker ends TLS inside the CONNECT, and asks about each request of it."""
+    NAME = "name"
+    """Nothing at all: a name is told."""
+    SEALED = "sealed"
+    """A tunnel in which the worker speaks TLS itself, for one request that was inside of TLS."""
+
+    @property
+    def opens(self) -> bool:
+        """Whether anything is dialled for it."""
+        return self not in (Upstream.INSPECT, Upstream.TERMINATE, Upstream.NAME)
 
 
 class Reason(StrEnum):
@@ -39,7 +50,7 @@ class Reason(StrEnum):
     ENDPOINT_REFUSED = "endpoint_refused"
     ADDRESS_FORBIDDEN = "address_forbidden"
     FORWARDING_OFF = "forwarding_off"
-    TLS_NOT_TERMINATED = "tls_not_terminated"
+    TLS_UNAVAILABLE = "tls_unavailable"
     AGENT_NOT_RUNNING = "agent_not_running"
     BUDGET_EXHAUSTED = "budget_exhausted"
     SELF_UNKNOWN = "self_unknown"
@@ -140,11 +151,24 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
         case Form.MODEL:
             return _decide_model(request, view, now=now)
         case Form.FORWARD:
-            return _decide_elsewhere(request, view, now=now, upstream=Upstream.FORWARD)
+            secure = request.scheme == "https"
+            return _decide_elsewhere(request, view, now=now, upstream=Upstream.SEALED if secure else Upstream.FORWARD)
         case Form.CONNECT:
             return _decide_elsewhere(request, view, now=now, upstream=Upstream.TUNNEL)
+        case Form.NAME:
+            return _decide_name(request, view, now=now)
         case _:
             assert_never(request.form)
+
+
+def _decide_name(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    """Judge a look-up: names of hosts in scopes that are in force are told, no others, and none is looked up."""
+    if any(
+        isinstance(grant.scope, HttpScope | TlsScope) and grant.scope.host == request.host and _live(grant, now)
+        for grant in view.grants
+    ):
+        return Allow(grant_id="", upstream=Upstream.NAME)
+    return Refuse(403, Reason.SCOPE_MISSING, f"the agent has no grant for {request.host}", scope=missing_scope(request))
 
 
 def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
@@ -194,9 +218,11 @@ def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, up
         if why is not None:
             return Refuse(403, Reason.ADDRESS_FORBIDDEN, f"{request.host} is a {why} address, which no scope opens")
     grant = _best_grant(request, view, now=now)
+    if request.form is Form.CONNECT:
+        looked_into = _look_inside(request, view, now=now, opaque=isinstance(grant, GrantView))
+        if looked_into is not None:
+            return Allow(grant_id="", upstream=looked_into)
     if isinstance(grant, Refuse):
-        if request.form is Form.CONNECT:
-            return _connect_without_tls_scope(request, view, refusal=grant)
         return grant
     if not view.forwarding:
         return Refuse(
@@ -205,27 +231,27 @@ def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, up
     return _allow(grant, upstream)
 
 
-def _connect_without_tls_scope(request: EgressRequest, view: AgentView, *, refusal: Refuse) -> Verdict:
-    """Judge a CONNECT that no tls: scope covers: plain HTTP in it may still be parsed, TLS in it may not pass.
+def _look_inside(request: EgressRequest, view: AgentView, *, now: float, opaque: bool) -> Upstream | None:
+    """Tell how a CONNECT is looked into, None where it is not: it passes as a whole (`opaque`), or not at all.
 
-    Some clients send CONNECT for plain http:// URLs. The worker then answers 200 itself, opens nothing, and asks about
-    each request inside, so this permits nothing that the requests inside would not be permitted on their own.
+    The narrower scope wins: where an http: scope of an https URL is in force TLS ends in the worker, and a tls: scope
+    of the same host then covers what is inside request by request. Some clients send CONNECT for plain http:// URLs
+    too. Either way the worker answers 200 itself, opens nothing and asks about each request inside, so this permits
+    nothing that those would not be permitted on their own. Where nothing passes as a whole, a scope that has ended
+    counts too: the refusal is then one that the client can read.
     """
     schemes = {
         grant.scope.scheme
         for grant in view.grants
-        if isinstance(grant.scope, HttpScope) and (grant.scope.host, grant.scope.port) == (request.host, request.port)
+        if isinstance(grant.scope, HttpScope)
+        and (grant.scope.host, grant.scope.port) == (request.host, request.port)
+        and (not opaque or _live(grant, now))
     }
-    if "http" in schemes or request.port == 80:  # noqa: PLR2004 - the port of http://
-        return Allow(grant_id="", upstream=Upstream.INSPECT)
     if "https" in schemes:
-        return Refuse(
-            403,
-            Reason.TLS_NOT_TERMINATED,
-            "an http: scope for an https URL is not enforced inside TLS yet; a tls: scope passes the host as a whole",
-            scope=missing_scope(request),
-        )
-    return refusal
+        return Upstream.TERMINATE
+    if not opaque and ("http" in schemes or request.port == 80):  # noqa: PLR2004 - the port of http://
+        return Upstream.INSPECT
+    return None
 
 
 def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> GrantView | Refuse:
@@ -236,7 +262,12 @@ def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> Grant
     if usable:
         return min(
             usable,
-            key=lambda grant: (grant.bounded, -(grant.expires_at or float("inf")), grant.grant_id),
+            key=lambda grant: (
+                isinstance(grant.scope, TlsScope),  # the wider one last
+                grant.bounded,
+                -(grant.expires_at or float("inf")),
+                grant.grant_id,
+            ),
         )
     scope = missing_scope(request)
     if live:

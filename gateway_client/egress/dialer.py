@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DAEMON_FD: Final = 3
 duplicates_max: Final = 16384
-listeners_per_agent_max: Final = 8
+listeners_per_agent_max: Final = 16
 connect_retry_seconds: Final = 0.01
 
 
@@ -245,7 +245,7 @@ class Dialer:
 
     async def _connected(self, order: messages.Dial) -> socket.socket:
         destination = self._gateway if order.upstream is Upstream.API or order.preface is not None else self._proxy
-        if destination is None or order.upstream is Upstream.INSPECT:
+        if destination is None or not order.upstream.opens:
             raise CannotDial("cannot connect: no forward proxy is configured")
         if order.worker_id not in self._workers:
             raise CannotDial("cannot connect: the worker is gone")

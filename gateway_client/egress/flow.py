@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Protocol, assert_never
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
 
-from gateway_client.egress import mcp
+from gateway_client.egress import mcp, websocket
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
@@ -16,20 +16,32 @@ from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
-from gateway_client.egress.passing import GrantSpent, Passing, UpstreamError, open_through_proxy, read_status
+from gateway_client.egress.passing import (
+    GrantSpent,
+    Passing,
+    Switched,
+    UpstreamError,
+    open_through_proxy,
+    read_status,
+)
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
+from gateway_client.egress.terminate import open_inside, seal
 from gateway_client.egress.tunnel import client_hello, relay
 from gateway_client.egress.upstream import GatewayAdapter, Identity, forward_head, model_head
 from gateway_client.egress.wire import Head, Reject, WireError
 from gateway_client.gateways.usage import UsageMeter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import ssl
+    from collections.abc import AsyncIterator, Awaitable
 
     from gateway_client.egress.exchange import Exchange
+    from gateway_client.egress.leaves import Leaves
     from gateway_client.egress.messages import Configure, Usage, Verdict
+    from gateway_client.egress.resolver import Resolver
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
     from gateway_client.egress.wire import Headers
@@ -41,6 +53,11 @@ linger_bytes_max: Final = 1024 * 1024
 linger_seconds_max: Final = 2.0
 hung_up_seconds: Final = 1.0
 
+Result = TypeVar("Result")
+
+_TLS: Final = b"\x16"  # the type of a handshake record (RFC 8446 section 5.1)
+_ACCESS_DENIED: Final = b"\x15\x03\x03\x00\x02\x02\x31"
+"""A fatal alert of TLS: a valid request that access control does not let pass (RFC 8446 section 6.2)."""
 _OPENED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
@@ -51,6 +68,10 @@ class Agent:
     identity: Identity
     share: Share
     frozen: bool = False
+    resolver: Resolver | None = None
+    """None: its network is not transparent."""
+    leaves: Leaves | None = None
+    """None: its TLS cannot be looked into."""
     buffered: Buffered = field(default_factory=Buffered)
     connections: set[Connection] = field(default_factory=set)
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -63,12 +84,14 @@ class Desk(Protocol):
     configuration: Configure
     adapter: GatewayAdapter
     prices: PriceTable
+    tls: ssl.SSLContext
+    """What hosts are verified with."""
 
     async def ask(self, agent_id: str, request: EgressRequest) -> tuple[Exchange, Verdict]: ...
 
     async def upstream(self, exchange: Exchange) -> Stream: ...
 
-    def finish(self, exchange: Exchange, upstream: Stream | None) -> None: ...
+    def finish(self, exchange: Exchange, upstream: Stream | Sealed | None) -> None: ...
 
     def rejected(self, agent_id: str, reject: Reject) -> None: ...
 
@@ -85,14 +108,17 @@ class _Answered(Exception):  # noqa: N818 - control flow inside this module
 class Connection:
     """One accepted connection; `run` ends when it is closed."""
 
-    def __init__(self, desk: Desk, agent: Agent, stream: Stream) -> None:
+    def __init__(self, desk: Desk, agent: Agent, stream: Stream, *, meant: Authority | None = None) -> None:
         self.agent = agent
-        self.stream = stream
+        self.stream: Stream | Sealed = stream
         self.exchange: Exchange | None = None
-        self.upstream: Stream | None = None
+        self.upstream: Stream | Sealed | None = None
+        self.bare = stream
         self._desk = desk
         self._limits = desk.configuration.limits
         self._intake = Intake(stream, self._limits, agent.buffered, agent.share)
+        self._meant = meant
+        """Where a connection of transparent mode was meant to go; None: it came to the proxy."""
         self._inside: Authority | None = None
         self._nested = 0
         self._task: asyncio.Task[None] | None = None
@@ -101,7 +127,7 @@ class Connection:
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.get_running_loop().create_task(metered(self.run(), self.agent.share))
-        self.stream.on_lost = self._cancel
+        self.bare.on_lost = self._cancel
         return self._task
 
     def cut(self) -> None:
@@ -127,6 +153,8 @@ class Connection:
             self.stream.reset()
             return
         try:
+            if self._meant is not None and not await self._begin_at(self._meant):
+                return
             while (head := await self._intake.next_head()) is not None:
                 keep = await self._serve(head)
                 self._intake.release()
@@ -143,6 +171,35 @@ class Connection:
             self._intake.release()
             self.stream.close()
 
+    async def _begin_at(self, meant: Authority) -> bool:
+        """Begin a connection that was not made to the proxy: TLS as if by CONNECT, plain HTTP as if inside of one.
+
+        Gives whether requests are to be read from it.
+        """
+        first = await self.bare.read(self._limits.head_seconds_max)
+        self.bare.unread(first)
+        self._nested = connects_nested_max
+        if not first.startswith(_TLS):
+            self._inside = meant
+            self._intake.enter(meant)
+            return bool(first)
+        if self.agent.frozen:
+            self.stream.reset()
+            return False
+        request = EgressRequest(Form.CONNECT, "CONNECT", "tls", meant.host, meant.port, "")
+        try:
+            async with self._asked(request) as verdict:
+                if isinstance(verdict, Allow) and verdict.upstream is Upstream.TUNNEL:
+                    await self._tunnel(meant, request, opened=b"")
+                    return False
+        except _Answered:  # in HTTP, which nobody would read there
+            await self._write(_ACCESS_DENIED)
+            return False
+        if not isinstance(verdict, Allow) or verdict.upstream is not Upstream.TERMINATE or self.agent.leaves is None:
+            await self._write(_ACCESS_DENIED)
+            return False
+        return await self._go_inside_tls(meant, opened=b"")
+
     # --- serving
 
     async def _serve(self, head: Head) -> bool:
@@ -158,6 +215,8 @@ class Connection:
                 return await self._serve_forward(head)
             case Form.CONNECT:
                 return await self._serve_connect(head)
+            case Form.NAME:
+                raise RuntimeError("no head is a look-up")
             case _:
                 assert_never(head.form)
 
@@ -294,13 +353,14 @@ class Connection:
         async with self._asked(_request(head)) as verdict:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
-            upstream = await self._connect(_request(head))
+            bare, secure = await self._connect(_request(head)), head.scheme == "https"
             mode = self._desk.configuration.forward_mode
-            if mode is ForwardMode.PREFACE:
-                await self._upstream_step(read_status(upstream, self._limits.dial_seconds_max))
+            if secure or mode is ForwardMode.PREFACE:
+                await self._open_way(bare, head.authority)
+            upstream = await self._seal(bare, head) if secure else bare
             if head.expects_continue and head.content_length is not None:
                 self._intake.tell_to_go_on()
-            target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY)
+            target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY and not secure)
             passing = Passing(
                 self.stream,
                 upstream,
@@ -309,10 +369,14 @@ class Connection:
                 self.agent.share,
                 method=head.method,
                 http11=head.http11,
-                keep_alive=_keeps(head),
+                keep_alive=_keeps(head) and not head.upgrade,
                 credential="",
             )
-            return await self._pass(passing, target, headers, body)
+            try:
+                return await self._pass(passing, target, headers, body)
+            except Switched as switched:
+                await self._relay_websocket(head, upstream, switched.headers)
+                return False
 
     async def _pass(
         self, passing: Passing, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes | AsyncIterator[bytes]
@@ -347,9 +411,11 @@ class Connection:
         async with self._asked(request) as verdict:
             if not isinstance(verdict, Allow):
                 raise _Answered(_not_possible())
-            if verdict.upstream is not Upstream.INSPECT:
-                await self._tunnel(head, request)
+            if verdict.upstream.opens:
+                await self._tunnel(head.authority, request)
                 return False
+        if verdict.upstream is Upstream.TERMINATE:
+            return await self._go_inside_tls(head.authority)
         return await self._go_inside(head.authority)
 
     async def _go_inside(self, authority: Authority) -> bool:
@@ -360,33 +426,82 @@ class Connection:
         self._intake.enter(authority)
         return True
 
-    async def _tunnel(self, head: Head, request: EgressRequest) -> None:
-        exchange, limits = self._open_exchange, self._limits
-        upstream = await self._connect(request)
-        if self._desk.configuration.forward_mode is ForwardMode.PREFACE:
-            await self._upstream_step(read_status(upstream, limits.dial_seconds_max))
-        else:
-            await self._upstream_step(open_through_proxy(upstream, str(head.authority), limits.dial_seconds_max))
-        await self._write(_OPENED)
-        exchange.status = 200
+    async def _go_inside_tls(self, authority: Authority, *, opened: bytes = _OPENED) -> bool:
+        """Answer the CONNECT here, end TLS, and parse what is inside of it."""
+        if self.agent.leaves is None:
+            raise _Answered(Refuse(503, Reason.TLS_UNAVAILABLE, "the agent has no authority that could answer TLS"))
+        await self._write(opened)
+        self._nested = connects_nested_max  # inside of it there is no CONNECT
+        self._inside = authority
         try:
-            hello = await client_hello(self.stream, self._intake.take_rest(), head.authority.host, limits)
+            sealed = await open_inside(
+                self.bare, self._intake.take_rest(), authority.host, self.agent.leaves, self._limits
+            )
         except WireError as error:  # 200 was said: no answer can follow
-            exchange.error = error.reject.reason_code
             self._desk.rejected(self.agent.identity.agent_id, error.reject)
             self.stream.reset()
             raise Reset from error
+        self.stream = sealed
+        self._intake.enter_sealed(authority, sealed)
+        return True
+
+    async def _open_way(self, upstream: Stream, authority: Authority) -> None:
+        """Have a raw connection opened to a host, by the preface that was sent or by a CONNECT."""
+        seconds = self._limits.dial_seconds_max
+        if self._desk.configuration.forward_mode is ForwardMode.PREFACE:
+            await self._upstream_step(read_status(upstream, seconds))
+        else:
+            await self._upstream_step(open_through_proxy(upstream, str(authority), seconds))
+
+    async def _seal(self, upstream: Stream, head: Head) -> Sealed:
+        """Speak TLS with the host over the way that was opened to it."""
+        seconds = self._limits.dial_seconds_max
+        sealed = await self._upstream_step(seal(upstream, self._desk.tls, head.authority.host, seconds))
+        self.upstream = sealed
+        return sealed
+
+    async def _tunnel(self, authority: Authority, request: EgressRequest, *, opened: bytes = _OPENED) -> None:
+        exchange, limits, stream = self._open_exchange, self._limits, self.bare
+        upstream = await self._connect(request)
+        await self._open_way(upstream, authority)
+        await self._write(opened)
+        exchange.status = 200
+        try:
+            hello = await client_hello(stream, self._intake.take_rest(), authority.host, limits)
+        except WireError as error:  # 200 was said: no answer can follow
+            exchange.error = error.reject.reason_code
+            self._desk.rejected(self.agent.identity.agent_id, error.reject)
+            stream.reset()
+            raise Reset from error
         if not exchange.take(len(hello)):
             exchange.error = str(GrantSpent())
-            self.stream.reset()
+            stream.reset()
             raise Reset
         upstream.put(hello)
-        up_before, down_before = self.stream.received_bytes - len(hello), upstream.received_bytes
+        up_before, down_before = stream.received_bytes - len(hello), upstream.received_bytes
         try:
-            await relay(self.stream, upstream, limits, exchange.allowance)
+            await relay(stream, upstream, limits, exchange.allowance)
         finally:
-            exchange.bytes_up = self.stream.received_bytes - up_before
+            exchange.bytes_up = stream.received_bytes - up_before
             exchange.bytes_down = upstream.received_bytes - down_before
+            if exchange.allowance is not None and exchange.allowance.spent:
+                exchange.error = str(GrantSpent())
+
+    async def _relay_websocket(self, head: Head, upstream: Stream | Sealed, answered: Headers) -> None:
+        exchange = self._open_exchange
+        if not websocket.agreed(head.headers, answered):
+            exchange.error = "the host agreed to another upgrade than was asked for"
+            raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error))
+        exchange.status = 101
+        await self._write(websocket.answer(answered))
+        passed = websocket.Relay(self.stream, upstream, self._limits, self.agent.share, take=exchange.take)
+        # Frames may have come with the request already; they belong to the host now.
+        passed.begun = self._intake.take_rest()
+        try:
+            await passed.run()
+        finally:
+            exchange.bytes_up += passed.bytes_up
+            exchange.bytes_down += passed.bytes_down
             if exchange.allowance is not None and exchange.allowance.spent:
                 exchange.error = str(GrantSpent())
 
@@ -443,18 +558,18 @@ class Connection:
         exchange = self._open_exchange
         exchange.advance(Event.ALLOWED)
         try:
-            self.upstream = await self._desk.upstream(exchange)
+            upstream = self.upstream = await self._desk.upstream(exchange)
         except (UpstreamError, TimeoutError) as error:
             exchange.error = str(error) or "the gateway could not be reached in time"
             raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error), request=request.object) from error
         exchange.advance(Event.CONNECTED)
         if self.agent.frozen:
-            self.upstream.freeze(frozen=True)
-        return self.upstream
+            upstream.freeze(frozen=True)
+        return upstream
 
-    async def _upstream_step(self, step: object) -> None:
+    async def _upstream_step(self, step: Awaitable[Result]) -> Result:
         try:
-            await step  # type: ignore[misc]
+            return await step
         except (UpstreamError, Reset, TimeoutError) as error:
             detail = str(error) or "the gateway closed the connection"
             self._open_exchange.error = detail

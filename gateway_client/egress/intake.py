@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from gateway_client.egress.messages import Limits
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.share import Share
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
@@ -38,12 +39,17 @@ class Intake:
     """The reading half of one connection."""
 
     def __init__(self, stream: Stream, limits: Limits, buffered: Buffered, share: Share) -> None:
-        self._stream = stream
+        self._stream: Stream | Sealed = stream
         self._share = share
         self._limits = limits
         self._buffered = buffered
         self._held = 0
         self._reader = RequestReader(limits)
+
+    def enter_sealed(self, authority: Authority, sealed: Sealed) -> None:
+        """Read on inside TLS for `authority` that ends here; whatever came before it was taken out."""
+        self._stream = sealed
+        self._reader = RequestReader(self._limits, inside=authority, secure=True)
 
     def enter(self, authority: Authority) -> None:
         """Read on inside a tunnel to `authority` that is answered here."""

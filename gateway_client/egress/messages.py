@@ -1,7 +1,8 @@
 """The messages between daemon and egress worker, daemon and dialer, dialer and worker. No I/O.
 
 Every channel is a SOCK_SEQPACKET pair with one frame a packet and at most one descriptor beside it; `encode` and
-`decode` make and read the frames. Descriptors travel with `Listen`, `Listener`, `AttachWorker` and `UpstreamReady`.
+`decode` make and read the frames. Descriptors travel with `Listen`, `Gate`, `Listener`, `AttachWorker` and
+`UpstreamReady`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "Answer",
     "Ask",
     "AttachWorker",
+    "Authority",
     "BadFrame",
     "Configure",
     "ConfigureDialer",
@@ -42,6 +44,7 @@ __all__ = [
     "Forget",
     "ForwardMode",
     "Freeze",
+    "Gate",
     "Limits",
     "Listen",
     "Listener",
@@ -126,12 +129,33 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True)
+class Authority:
+    """What certificates for one agent are signed with, both PEM. That agent trusts it, and nobody else does."""
+
+    certificate: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Listen:
     """Serve the listening socket that comes with it: whoever connects there is this agent."""
 
     agent_id: str
     name: str
     labels: dict[str, str] = field(default_factory=dict)
+    authority: Authority | None = None
+    """None: TLS of this agent cannot be looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Serve one more socket of an agent whose network is transparent, after its `Listen`; the socket comes with it.
+
+    `port` is what its connections are for; 0: it is the datagram socket of the name server.
+    """
+
+    agent_id: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +386,7 @@ class Done:
     x: int
 
 
-FromDaemonToWorker = Configure | Listen | Unlisten | Answer | Cut | Freeze | Thaw
+FromDaemonToWorker = Configure | Listen | Gate | Unlisten | Answer | Cut | Freeze | Thaw
 FromWorkerToDaemon = Ready | Ask | Outcome | Rejected
 FromDaemonToDialer = ConfigureDialer | AttachWorker | Dial | CutUpstreams | CutExchanges | Listener | Forget
 FromDialerToDaemon = DialerReady | Dialed | CutDone | ExchangesCut

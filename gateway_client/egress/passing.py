@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.messages import Limits
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.share import Share
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.wire import Headers
@@ -44,13 +45,21 @@ class GrantSpent(UpstreamError):  # noqa: N818 - named for what it says
         super().__init__("the bytes of the grant are used up")
 
 
+class Switched(Exception):  # noqa: N818 - named for what it says
+    """The host answered 101 to a request that asked for it; what follows is in no HTTP."""
+
+    def __init__(self, headers: Headers) -> None:
+        super().__init__()
+        self.headers = headers
+
+
 class Passing:
     """One request to the gateway and its answer. Nothing of the answer reaches the agent before its head is whole."""
 
     def __init__(
         self,
-        agent: Stream,
-        upstream: Stream,
+        agent: Stream | Sealed,
+        upstream: Stream | Sealed,
         exchange: Exchange,
         limits: Limits,
         share: Share,
@@ -142,6 +151,9 @@ class Passing:
         while True:
             await self._share.breathe()  # while bytes are there nothing below has to wait
             event = self._client.next_event()
+            if isinstance(event, h11.InformationalResponse) and event.status_code == 101:  # noqa: PLR2004 - RFC 9110 15.2.2
+                self._upstream.unread(bytes(self._client.trailing_data[0]))
+                raise Switched(tuple((bytes(name), bytes(value)) for name, value in event.headers))
             if isinstance(event, h11.InformationalResponse):
                 self._informational += 1
                 self._head_seen.clear()

@@ -14,16 +14,18 @@ MODEL_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:/@+-]{{0,{model_chars_
 
 
 class Form(StrEnum):
-    """Which of the four things a request to the proxy is."""
+    """Which of the five things a request to the proxy is."""
 
     MODEL = "model"
     """Origin-form to gateway.internal: the gateway's own model API."""
     FORWARD = "forward"
-    """A plain http:// URL elsewhere, in absolute form or inside a CONNECT."""
+    """A URL elsewhere: of http:// in absolute form or inside a CONNECT, of https:// inside one whose TLS ends here."""
     CONNECT = "connect"
     """A tunnel to host:port."""
     SELF = "self"
     """`/.stockade/v1/*`: the agent's questions about itself, answered by the daemon."""
+    NAME = "name"
+    """A look-up in transparent mode: whether the name may be told at all."""
 
 
 class Dialect(StrEnum):
@@ -46,7 +48,7 @@ class EgressRequest:
     form: Form
     method: str
     scheme: str
-    """`http` or, for a tunnel, `tls`."""
+    """`http`, `https` or, for a tunnel, `tls`."""
     host: str
     port: int
     path: str
@@ -79,4 +81,6 @@ class EgressRequest:
         """The request as one printable line for the log: method and URL without the query."""
         if self.form is Form.CONNECT:
             return f"CONNECT {self.authority}"
+        if self.form is Form.NAME:
+            return f"LOOKUP {self.host}"
         return f"{self.method} {self.scheme}://{self.authority.url_form(self.scheme)}{self.path}"

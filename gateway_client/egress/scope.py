@@ -206,7 +206,9 @@ def covers(scope: Scope, request: EgressRequest) -> bool:
                 and _path_regex(scope.path_glob).fullmatch(request.path) is not None
             )
         case TlsScope():
-            return request.form is Form.CONNECT and (request.host, request.port) == (scope.host, scope.port)
+            # What is in the tunnel too, where it is looked into for the sake of an http: scope of the same host.
+            inside = request.form is Form.FORWARD and request.scheme == "https"
+            return (request.form is Form.CONNECT or inside) and (request.host, request.port) == (scope.host, scope.port)
         case FsScope() | McpScope():
             return False
         case _:
@@ -226,6 +228,8 @@ def missing_scope(request: EgressRequest) -> str:
             return f"http:{request.method}:{request.scheme}://{authority.url_form(request.scheme)}{path}"
         case Form.CONNECT:
             return f"tls:{authority}"
+        case Form.NAME:
+            return f"tls:{request.host}:443"
         case Form.SELF:
             return ""
         case _:

@@ -22,6 +22,7 @@ from typing import Final
 import uvloop
 
 from gateway_client.egress.confine import STEADY, Confinement, confine, forbid_io_uring
+from gateway_client.egress.leaves import warm_up
 from gateway_client.egress.worker import Worker
 from gateway_client.gateways import prices
 from gateway_client.gateways.adapters import ADAPTERS
@@ -33,22 +34,27 @@ open_files_max: Final = 262_144
 CA_FILES: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 
-def tls_context() -> ssl.SSLContext:
-    """Give a verifying context with the host's authorities read in: later no file can be opened."""
+def tls_context(more: Path | None) -> ssl.SSLContext:
+    """Give a verifying context with the host's authorities and `more` read in: later no file can be opened."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
     for name in CA_FILES:
         if Path(name).is_file():
             context.load_verify_locations(cafile=name)
             break
+    if more is not None:
+        context.load_verify_locations(cafile=more)
     return context
 
 
-async def serve(user: str) -> None:
+async def serve(user: str, ca_file: Path | None) -> None:
+    warm_up()
     confinement = Confinement(user=user, system_calls=STEADY, own_network=True, open_files_max=open_files_max)
     worker = Worker(
         socket.socket(fileno=DAEMON_FD),
         socket.socket(fileno=DIALER_FD),
-        tls=tls_context(),
+        tls=tls_context(ca_file),
         adapters=ADAPTERS,
         prices=prices.load(),
         descriptors_max=confinement.open_files_max,
@@ -61,6 +67,7 @@ async def serve(user: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gateway_client.egress.server")
     parser.add_argument("--user", required=True)
+    parser.add_argument("--ca-file", type=Path, help="authorities beside the host's that upstream is verified with")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is the daemon's to act on
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="egress worker: %(message)s")
@@ -69,7 +76,7 @@ def main() -> int:
     os.closerange(DIALER_FD + 1, 1 << 20)
     gc.freeze()
     try:
-        uvloop.run(serve(arguments.user))
+        uvloop.run(serve(arguments.user, arguments.ca_file))
     except OSError as error:
         sys.stderr.write(f"egress worker: {error}\n")
         return 1

@@ -89,9 +89,9 @@ def model_head(
 
 
 def forward_head(head: Head, *, absolute: bool) -> tuple[bytes, HeaderList]:
-    """Give target and headers of a request to another host; `absolute` for a forward proxy behind us."""
+    """Give target and headers of a request to another host; `absolute` for a forward proxy behind us, in plain HTTP."""
     path = head.path + (f"?{head.query}" if head.query else "")
-    authority = head.authority.url_form("http")
+    authority = head.authority.url_form(head.scheme)
     target = f"http://{authority}{path}" if absolute else path
     named = _named_by_connection(head.headers)
     headers: HeaderList = [(b"host", authority.encode("ascii"))]
@@ -107,7 +107,10 @@ def forward_head(head: Head, *, absolute: bool) -> tuple[bytes, HeaderList]:
         headers.append((b"transfer-encoding", b"chunked"))
     elif head.content_length or head.method in ("POST", "PUT", "PATCH"):
         headers.append((b"content-length", b"%d" % head.content_length))
-    headers.append((b"connection", b"close"))
+    if head.upgrade:
+        headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+    else:
+        headers.append((b"connection", b"close"))
     return target.encode("ascii"), headers
 
 

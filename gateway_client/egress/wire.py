@@ -2,7 +2,9 @@
 
 h11 parses heads; what it lets through and two programs could read in two ways is refused before it: bare CR or LF, NUL,
 other controls, folded lines, Content-Length twice or beside Transfer-Encoding, chunk extensions, trailers, versions
-other than 1.1 and 1.0, Upgrade, TRACE. h11 looks at its size limit only between calls, so a head is bounded here, and
+other than 1.1 and 1.0, Upgrade to anything but a WebSocket, TRACE.
+
+h11 looks at its size limit only between calls, so a head is bounded here, and
 h11 gets at most 16 KiB a time.
 """
 
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import h11
 
+from gateway_client.egress import websocket
 from gateway_client.egress.request import Form
 from gateway_client.egress.target import (
     Authority,
@@ -45,7 +48,17 @@ _START_BAD: Final = re.compile(rb"[^A-Z]")
 _LENGTH: Final = re.compile(rb"[0-9]{1,%d}" % content_length_digits_max)
 _CHUNK_LINE: Final = re.compile(rb"[0-9A-Fa-f]{1,%d}" % chunk_size_digits_max)
 _SINGLE: Final = frozenset(
-    {b"host", b"content-length", b"transfer-encoding", b"expect", b"content-type", b"authorization"}
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"expect",
+        b"content-type",
+        b"authorization",
+        b"upgrade",
+        b"sec-websocket-key",
+        b"sec-websocket-version",
+    }
 )
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -86,6 +99,8 @@ class Head:
     """None: chunked."""
     http11: bool
     expects_continue: bool
+    upgrade: bool = False
+    """Whether it asks for a WebSocket."""
 
     @property
     def has_body(self) -> bool:
@@ -99,14 +114,17 @@ class End(Enum):
 
 
 def parse_target(
-    method: bytes, target: bytes, hosts: list[bytes], *, inside: Authority | None
+    method: bytes, target: bytes, hosts: list[bytes], *, inside: Authority | None, secure: bool = False
 ) -> tuple[Form, str, Authority, str, str]:
     """Read the request-target: form, scheme, authority, path and query. Host must name the same place.
 
-    `inside` is the authority of the CONNECT the request came through, None on a bare connection.
+    `inside` is the authority of the CONNECT the request came through, None on a bare connection; `secure` says that it
+    came through TLS, for which that authority was the name.
     """
     text = target.decode("ascii")
     host = hosts[0].decode("ascii") if hosts else None
+    if secure and not text.startswith("/"):
+        raise _refuse("host_mismatch", "inside of TLS the target is a path, and Host says where")
     if method == b"CONNECT":
         authority = parse_authority(text, default=None)
         if host is not None and parse_authority(host, default=authority.port) != authority:
@@ -120,6 +138,8 @@ def parse_target(
         raise _refuse("path_malformed", "the target has a fragment or a backslash in it")
     path, _, query = path_and_query.partition("?")
     path, query = normalise_path(path), check_query(query)
+    if secure:
+        return Form.FORWARD, "https", authority, path, query
     if not authority.is_own:
         return Form.FORWARD, "http", authority, path, query
     form = Form.SELF if path.startswith(SELF_ROOT) else Form.MODEL
@@ -224,9 +244,10 @@ class RequestReader:
     Both give None when they need more and raise WireError for what is refused; after that the reader is of no use.
     """
 
-    def __init__(self, limits: Limits, *, inside: Authority | None = None) -> None:
+    def __init__(self, limits: Limits, *, inside: Authority | None = None, secure: bool = False) -> None:
         self._limits = limits
         self._inside = inside
+        self._secure = secure
         self._buffer = bytearray()
         self._scanned = 0
         self._in_body = False
@@ -292,7 +313,7 @@ class RequestReader:
         headers = tuple(
             (name.lower(), value.strip(b" \t")) for name, _, value in (line.partition(b":") for line in lines[1:])
         )
-        length, expects = _framing(method, headers, http11=version == b"HTTP/1.1")
+        length, expects, upgrade = _framing(method, headers, http11=version == b"HTTP/1.1")
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes_max)
         try:
             for start in range(0, len(raw), h11_feed_bytes_max):
@@ -304,10 +325,14 @@ class RequestReader:
             raise _refuse("head_malformed", "the head is not as RFC 9112 has it")
         hosts = [value for name, value in headers if name == b"host"]
         try:
-            form, scheme, authority, path, query = parse_target(method, target, hosts, inside=self._inside)
+            form, scheme, authority, path, query = parse_target(
+                method, target, hosts, inside=self._inside, secure=self._secure
+            )
         except BadTarget as error:
             raise _refuse(error.reason, str(error)) from error
         self._in_body = True
+        if upgrade and form is not Form.FORWARD:
+            raise _refuse("upgrade_refused", "the connection is not upgraded to another protocol")
         self._left = length or 0
         self._chunks = ChunkScan() if length is None else None
         return Head(
@@ -321,6 +346,7 @@ class RequestReader:
             content_length=length,
             http11=version == b"HTTP/1.1",
             expects_continue=expects,
+            upgrade=upgrade,
         )
 
     def next_body(self) -> bytes | End | None:
@@ -340,9 +366,12 @@ class RequestReader:
         return None if self._in_body else End.OF_BODY
 
 
-def _framing(method: bytes, headers: Headers, *, http11: bool) -> tuple[int | None, bool]:
-    """Give the length of the body (None: chunked) and whether the client waits for 100 Continue."""
+def _framing(method: bytes, headers: Headers, *, http11: bool) -> tuple[int | None, bool, bool]:
+    """Give the length of the body (None: chunked), whether the client waits for 100 Continue, and for a WebSocket."""
     seen = _checked(headers, http11=http11)
+    upgrade = b"upgrade" in seen
+    if upgrade and not (http11 and websocket.asked_for(method, seen)):
+        raise _refuse("upgrade_refused", "the connection is not upgraded to another protocol than WebSocket, by a GET")
     length = seen.get(b"content-length")
     coding = seen.get(b"transfer-encoding")
     if method == b"CONNECT" and (coding is not None or length not in (None, b"0")):
@@ -350,12 +379,12 @@ def _framing(method: bytes, headers: Headers, *, http11: bool) -> tuple[int | No
     if coding is not None:
         if length is not None or not http11 or coding.lower() != b"chunked":
             raise _refuse("framing_ambiguous", "Transfer-Encoding is chunked alone, in HTTP/1.1, without a length")
-        return None, b"expect" in seen
+        return None, b"expect" in seen, False
     if length is None:
-        return 0, False
+        return 0, False, upgrade
     if not _LENGTH.fullmatch(length):
         raise _refuse("framing_ambiguous", "Content-Length is no plain number")
-    return int(length), b"expect" in seen and int(length) > 0
+    return int(length), b"expect" in seen and int(length) > 0, upgrade
 
 
 def _checked(headers: Headers, *, http11: bool) -> dict[bytes, bytes]:
@@ -364,7 +393,7 @@ def _checked(headers: Headers, *, http11: bool) -> dict[bytes, bytes]:
         if name in _SINGLE and name in seen:
             raise _refuse("header_doubled", "a header that stands once is there twice")
         seen[name] = value
-    if b"upgrade" in seen or b"http2-settings" in seen:
+    if b"http2-settings" in seen:
         raise _refuse("upgrade_refused", "the connection is not upgraded to another protocol")
     if http11 and b"host" not in seen:
         raise _refuse("host_missing", "there is no Host header")

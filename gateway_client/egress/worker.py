@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import errno
 import logging
 import os
 import resource
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
@@ -18,19 +20,23 @@ from gateway_client.egress.codec import BadFrame
 from gateway_client.egress.decide import Allow, Reason, Refuse
 from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
+from gateway_client.egress.leaves import Leaves
 from gateway_client.egress.link import Link
 from gateway_client.egress.passing import UpstreamError
+from gateway_client.egress.resolver import Resolver
 from gateway_client.egress.share import Share, Thread, metered
 from gateway_client.egress.stream import Stream
+from gateway_client.egress.target import Authority
 from gateway_client.egress.upstream import Identity
+from gateway_client.egress.wire import Reject
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Coroutine, Mapping
 
     from gateway_client.egress.request import EgressRequest
+    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.upstream import GatewayAdapter
-    from gateway_client.egress.wire import Reject
     from gateway_client.gateways.prices import PriceTable
 
 _log: Final = logging.getLogger(__name__)
@@ -47,6 +53,14 @@ connections_per_agent_min: Final = 4
 _LISTENER_OVER: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSOCK, errno.EOPNOTSUPP})
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where an agent's connections come in: its proxy's port, or one of a transparent network's."""
+
+    agent_id: str
+    port: int = 0
+
+
 class Worker:
     """Serves listeners and speaks with daemon and dialer; everything happens on one event loop."""
 
@@ -61,13 +75,13 @@ class Worker:
         descriptors_max: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tls = tls
+        self.tls = tls
         self._adapters = adapters
         self.prices = prices
         self.adapter: GatewayAdapter = next(iter(adapters.values()))
         self.configuration = messages.Configure(gateway="", host="")
         self._agents: dict[str, Agent] = {}
-        self._listeners: dict[str, socket.socket] = {}
+        self._listeners: dict[Door, socket.socket] = {}
         self._exchanges: dict[int, Exchange] = {}
         self._answers: dict[int, asyncio.Future[messages.Verdict]] = {}
         self._upstreams: dict[int, asyncio.Future[int] | None] = {}
@@ -105,13 +119,15 @@ class Worker:
                     self._listen(message, fds.pop(0))
                 else:
                     _log.error("cannot listen for %s: its socket did not come", message.agent_id)
+            elif isinstance(message, messages.Gate) and fds:
+                self._gate(message, fds.pop(0))
             self._obey(message)
         for fd in fds:
             os.close(fd)
 
     def _obey(self, message: messages.FromDaemonToWorker) -> None:
         match message:
-            case messages.Listen():
+            case messages.Listen() | messages.Gate():
                 pass
             case messages.Configure():
                 self.configuration = message
@@ -178,28 +194,49 @@ class Worker:
         listener = socket.socket(fileno=fd)
         listener.setblocking(False)
         identity = Identity(agent_id=message.agent_id, name=message.name, labels=message.labels)
-        self._agents[message.agent_id] = Agent(identity, Share(self._loop, self._thread))
-        self._listeners[message.agent_id] = listener
-        self._loop.add_reader(fd, self._accept, message.agent_id, listener)
+        authority = message.authority
+        leaves = None if authority is None else Leaves(authority, now=_utc_now)
+        self._agents[message.agent_id] = Agent(identity, Share(self._loop, self._thread), leaves=leaves)
+        self._listen_at(Door(message.agent_id), listener)
+
+    def _listen_at(self, door: Door, listener: socket.socket) -> None:
+        self._listeners[door] = listener
+        self._loop.add_reader(listener.fileno(), self._accept, door, listener)
+
+    def _gate(self, message: messages.Gate, fd: int) -> None:
+        """Serve a socket of a transparent network; one of an agent that has gone meanwhile is closed."""
+        endpoint = socket.socket(fileno=fd)
+        agent = self._agents.get(message.agent_id)
+        door = Door(message.agent_id, message.port)
+        if agent is None or (agent.resolver is not None if not message.port else door in self._listeners):
+            endpoint.close()
+        elif message.port:
+            endpoint.setblocking(False)
+            self._listen_at(door, endpoint)
+        else:
+            agent.resolver = Resolver(self, agent, endpoint)
 
     def _unlisten(self, agent_id: str) -> None:
-        self._close_listener(agent_id)
+        for door in [door for door in self._listeners if door.agent_id == agent_id]:
+            self._close_listener(door)
         agent = self._agents.pop(agent_id, None)
         self._rejects.pop(agent_id, None)
         for key in [key for key in self._allowances if key[0] == agent_id]:
             del self._allowances[key]
         if agent is not None:
+            if agent.resolver is not None:
+                agent.resolver.close()
             for connection in list(agent.connections):
                 connection.cut()
 
-    def _close_listener(self, agent_id: str) -> None:
-        listener = self._listeners.pop(agent_id, None)
+    def _close_listener(self, door: Door) -> None:
+        listener = self._listeners.pop(door, None)
         if listener is not None:
             self._loop.remove_reader(listener.fileno())
             listener.close()
         self._end_if_alone()
 
-    def _accept(self, agent_id: str, listener: socket.socket) -> None:
+    def _accept(self, door: Door, listener: socket.socket) -> None:
         for _ in range(accepts_per_turn_max):
             try:
                 accepted, _ = listener.accept()
@@ -208,37 +245,52 @@ class Worker:
             except OSError as error:
                 if error.errno in _LISTENER_OVER:
                     # Launcher or dialer shut the listener down. Left in the loop it would be readable for ever.
-                    self._close_listener(agent_id)
+                    self._close_listener(door)
                 else:
-                    self._pause(agent_id, listener, error)
+                    self._pause(door, listener, error)
                 return
-            agent = self._agents.get(agent_id)
+            agent = self._agents.get(door.agent_id)
             if agent is None or len(agent.connections) >= self._connections_max():
                 _turn_away(accepted)
                 continue
+            meant = self._meant(agent, accepted) if door.port else None
+            if door.port and meant is None:
+                accepted.close()
+                continue
             # Counted here, not in the task: a burst is accepted before any task runs.
-            connection = Connection(self, agent, Stream())
+            connection = Connection(self, agent, Stream(), meant=meant)
             agent.connections.add(connection)
             self._spawn(metered(self._adopt(agent, connection, accepted), agent.share))
+
+    def _meant(self, agent: Agent, accepted: socket.socket) -> Authority | None:
+        """Tell where a connection to a made-up address was meant to go; None where no name has that address."""
+        address, port = accepted.getsockname()
+        name = None if agent.resolver is None else agent.resolver.names.name(address)
+        if name is None:
+            self.rejected(
+                agent.identity.agent_id, Reject(403, "address_unknown", "the address stands for no name that was told")
+            )
+            return None
+        return Authority(name, port)
 
     def _connections_max(self) -> int:
         """Give how many connections one agent may have: no agent gets at what the others need of the descriptors."""
         free = self._descriptors_max - descriptors_reserved - len(self._listeners)
-        fair = free // (descriptors_per_connection * max(len(self._listeners), 1))
+        fair = free // (descriptors_per_connection * max(len(self._agents), 1))
         return min(self.configuration.limits.connections_per_agent_max, max(fair, connections_per_agent_min))
 
-    def _pause(self, agent_id: str, listener: socket.socket, error: OSError) -> None:
+    def _pause(self, door: Door, listener: socket.socket, error: OSError) -> None:
         """Look away from a listener for a moment: it stays readable, and accepting fails until something is closed."""
-        _log.warning("cannot accept for %s: %s", agent_id, error.strerror)
+        _log.warning("cannot accept for %s: %s", door.agent_id, error.strerror)
         self._loop.remove_reader(listener.fileno())
-        self._loop.call_later(accept_pause_seconds, self._resume, agent_id, listener)
+        self._loop.call_later(accept_pause_seconds, self._resume, door, listener)
 
-    def _resume(self, agent_id: str, listener: socket.socket) -> None:
-        if self._listeners.get(agent_id) is listener:
-            self._loop.add_reader(listener.fileno(), self._accept, agent_id, listener)
+    def _resume(self, door: Door, listener: socket.socket) -> None:
+        if self._listeners.get(door) is listener:
+            self._loop.add_reader(listener.fileno(), self._accept, door, listener)
 
     async def _adopt(self, agent: Agent, connection: Connection, accepted: socket.socket) -> None:
-        stream = connection.stream
+        stream = connection.bare
         accepted.setblocking(False)
         try:
             await self._loop.connect_accepted_socket(lambda: stream, accepted)
@@ -329,7 +381,7 @@ class Worker:
         name = self.configuration.tls_server_name
         try:
             await self._loop.create_connection(
-                lambda: stream, sock=endpoint, ssl=self._tls if name else None, server_hostname=name
+                lambda: stream, sock=endpoint, ssl=self.tls if name else None, server_hostname=name
             )
         except OSError as error:
             endpoint.close()
@@ -338,7 +390,7 @@ class Worker:
             ) from error
         return stream
 
-    def finish(self, exchange: Exchange, upstream: Stream | None) -> None:
+    def finish(self, exchange: Exchange, upstream: Stream | Sealed | None) -> None:
         """Close the upstream side, let the dialer drop its duplicate, tell the daemon the outcome."""
         if upstream is not None:
             if exchange.error:
@@ -372,6 +424,10 @@ class Worker:
                 count=count,
             )
         )
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 def _give_up(waiter: asyncio.Future[messages.Verdict]) -> None:

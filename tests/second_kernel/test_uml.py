@@ -155,7 +155,13 @@ def test_the_attempts_to_break_out_are_refused_on_the_other_kernel(tmp_path: Pat
 def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
     report = guest(
         tmp_path,
-        *("tests/kernel/test_network.py", "tests/kernel/test_doctor.py", "tests/kernel/test_roots.py", LAUNCH),
+        *(
+            "tests/kernel/test_network.py",
+            "tests/kernel/test_transparent_network.py",
+            "tests/kernel/test_doctor.py",
+            "tests/kernel/test_roots.py",
+            LAUNCH,
+        ),
         f"--deselect={LAUNCH}::test_a_hundred_launches_leave_nothing",  # minutes, on one slow processor
         seconds_max=900,
     )

@@ -20,6 +20,7 @@ from gateway_client.egress.scope import parse_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
 AGENT = "ag_test"
 WORKER = "w1"
@@ -34,7 +35,9 @@ async def until(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     return value
 
 
-def spawn(module: str, user: str, *endpoints: socket.socket, files_max: int = 0) -> subprocess.Popen[bytes]:
+def spawn(
+    module: str, user: str, *endpoints: socket.socket, files_max: int = 0, more: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes]:
     """Start a module with the sockets as descriptors 3, 4, ..., and no more than `files_max` in all."""
     high = [fcntl.fcntl(endpoint.fileno(), fcntl.F_DUPFD, 20) for endpoint in endpoints]
     redirections = " ".join(f"{3 + index}<&{fd} {fd}<&-" for index, fd in enumerate(high))
@@ -51,6 +54,7 @@ def spawn(module: str, user: str, *endpoints: socket.socket, files_max: int = 0)
             module,
             "--user",
             user,
+            *more,
         ],
         pass_fds=high,
         stdin=subprocess.DEVNULL,
@@ -79,6 +83,10 @@ class Plane:
     port: int = 0
     files_max: int = 0
     """Descriptors of the worker, where not what it takes by itself."""
+    ca_file: Path | None = None
+    """Authorities that the worker trusts beside the host's."""
+    authority: messages.Authority | None = None
+    """What it answers TLS of agents with."""
     ready: messages.Ready | None = None
     dialer_ready: messages.DialerReady | None = None
 
@@ -88,7 +96,12 @@ class Plane:
         to_dialer, to_worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         dialer_ours, dialer_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.worker_process = spawn(
-            "gateway_client.egress.server", "stockade-egress", theirs, to_dialer, files_max=self.files_max
+            "gateway_client.egress.server",
+            "stockade-egress",
+            theirs,
+            to_dialer,
+            files_max=self.files_max,
+            more=() if self.ca_file is None else ("--ca-file", str(self.ca_file)),
         )
         self.dialer_process = spawn("gateway_client.egress.dialer", "stockade-dialer", dialer_theirs)
         theirs.close()
@@ -107,7 +120,7 @@ class Plane:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(512)
-            self.to_worker(messages.Listen(agent_id, "tester", labels), fd=listener.fileno())
+            self.to_worker(messages.Listen(agent_id, "tester", labels, self.authority), fd=listener.fileno())
             self.to_dialer(messages.Listener(agent_id), fd=listener.fileno())
             return int(listener.getsockname()[1])
 
@@ -147,13 +160,14 @@ class Plane:
         verdict = judge(ask)
         if verdict is None:
             return
-        if isinstance(verdict, messages.Allow) and verdict.upstream is not messages.Upstream.INSPECT:
+        if isinstance(verdict, messages.Allow) and verdict.upstream.opens:
             preface = None
             if self.configuration.forward_mode is messages.ForwardMode.PREFACE:
                 where = {
                     messages.Upstream.API: "api",
                     messages.Upstream.FORWARD: f"http://{ask.request.authority}",
                     messages.Upstream.TUNNEL: f"tcp:{ask.request.authority}",
+                    messages.Upstream.SEALED: f"tcp:{ask.request.authority}",
                 }[verdict.upstream]
                 preface = messages.Preface(agent_id=ask.agent_id, name="tester", x=ask.x, allow=where)
             self.to_dialer(messages.Dial(WORKER, ask.x, ask.agent_id, verdict.upstream, preface))
@@ -220,6 +234,8 @@ async def running(
     limits: messages.Limits | None = None,
     gateway: str = "",
     files_max: int = 0,
+    ca_file: Path | None = None,
+    authority: messages.Authority | None = None,
     **configuration: Any,
 ) -> AsyncIterator[Plane]:
     """A plane in front of an upstream on a TCP port."""
@@ -235,6 +251,8 @@ async def running(
         ),
         dialer_configuration=messages.ConfigureDialer(gateway=gateway or address, forward_proxy=proxy),
         files_max=files_max,
+        ca_file=ca_file,
+        authority=authority,
     )
     try:
         await plane.start()

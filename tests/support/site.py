@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
 import threading
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    import ssl
     from types import TracebackType
 
 PIECE_SECONDS = 0.02
@@ -16,16 +19,20 @@ REQUEST_SECONDS_MAX = 60.0
 class Site:
     """`/slow` sends pieces until the client goes, `/big` eight megabytes; every other path answers `ok`.
 
+    With a context it speaks TLS. A WebSocket's bytes come back as they are.
+
     `seen` has what arrived, as `METHOD path`; `cut` is set when a client of `/slow` has gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.cut = threading.Event()
         self._stopping = threading.Event()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        if tls is not None:  # the handshake at the first read, so in the connection's thread and not in accept
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.port = int(self._server.server_port)
 
     def __enter__(self) -> Self:
@@ -39,7 +46,7 @@ class Site:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
+    def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:  # noqa: C901 - a method a path
         site = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,6 +58,9 @@ class Site:
                 site.headers.append(dict(self.headers))
                 if self.path == "/slow":
                     self._slow()
+                    return
+                if "Sec-WebSocket-Key" in self.headers:
+                    self._echo()
                     return
                 body = b"x" * (8 << 20) if self.path == "/big" else b"ok"
                 self.send_response(200)
@@ -70,6 +80,22 @@ class Site:
                         self.wfile.flush()
                 except OSError:
                     site.cut.set()
+                self.close_connection = True
+
+            def _echo(self) -> None:
+                key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+                self.send_response(101)
+                self.send_header("Upgrade", "websocket")
+                self.send_header("Connection", "Upgrade")
+                proof = hashlib.sha1(key.encode()).digest()  # noqa: S324 - RFC 6455 has it
+                self.send_header("Sec-WebSocket-Accept", base64.b64encode(proof).decode())
+                self.end_headers()
+                try:
+                    while data := self.connection.recv(65536):
+                        self.connection.sendall(data)
+                except OSError:
+                    pass
+                site.cut.set()
                 self.close_connection = True
 
             def log_message(self, *_: object) -> None:

@@ -108,7 +108,46 @@ def test_connect_for_plain_http_is_looked_into_and_opens_nothing() -> None:
     other = replace(TUNNEL, port=8080)
     assert decide(other, view("http:GET:http://example.com:8080/"), now=NOW) == inspect
     assert reason(decide(other, view(), now=NOW)) == Reason.SCOPE_MISSING
-    assert reason(decide(TUNNEL, view("http:GET:https://example.com/**"), now=NOW)) == Reason.TLS_NOT_TERMINATED
+
+
+def test_tls_ends_in_the_worker_where_an_http_scope_of_an_https_url_is_in_force() -> None:
+    terminate, narrow = Allow("", Upstream.TERMINATE), "http:GET:https://example.com/v1/**"
+    assert decide(TUNNEL, view(narrow), now=NOW) == terminate
+    assert decide(TUNNEL, view(narrow, "tls:example.com:443"), now=NOW) == terminate
+    assert reason(decide(TUNNEL, view(narrow.replace("example.com", "other.example")), now=NOW)) == Reason.SCOPE_MISSING
+    assert reason(decide(TUNNEL, view(narrow.replace(".com", ".com:8443")), now=NOW)) == Reason.SCOPE_MISSING
+    ended = GrantView("old", parse_scope(narrow), expires_at=NOW)
+    whole = GrantView("whole", parse_scope("tls:example.com:443"))
+    assert decide(TUNNEL, view(grants=(ended,)), now=NOW) == terminate  # the refusal inside says that it has expired
+    assert decide(TUNNEL, view(grants=(ended, whole)), now=NOW) == Allow(
+        "whole", Upstream.TUNNEL, "tls:example.com:443"
+    )
+
+
+def test_what_is_inside_of_tls_is_covered_by_the_narrower_scope_first() -> None:
+    inside = replace(PAGE, scheme="https", port=443, path="/v1/a")
+    narrow, whole = "http:GET:https://example.com/v1/**", "tls:example.com:443"
+    assert decide(inside, view(whole, narrow), now=NOW) == Allow("gr_1", Upstream.SEALED, narrow)
+    assert decide(replace(inside, path="/"), view(whole, narrow), now=NOW) == Allow("gr_0", Upstream.SEALED, whole)
+    assert reason(decide(replace(inside, path="/"), view(narrow), now=NOW)) == Reason.SCOPE_MISSING
+    assert reason(decide(inside, view("http:GET:http://example.com:443/**"), now=NOW)) == Reason.SCOPE_MISSING
+    assert reason(decide(replace(inside, scheme="http"), view(narrow, whole), now=NOW)) == Reason.SCOPE_MISSING
+
+
+def test_a_name_is_told_only_where_a_grant_for_its_host_is_in_force() -> None:
+    look_up = EgressRequest(Form.NAME, "LOOKUP", "dns", "example.com", 0, "")
+    told = Allow("", Upstream.NAME)
+    for scope in ("tls:example.com:8443", "http:GET:https://example.com/a", "http:GET:http://example.com/a"):
+        assert decide(look_up, view(scope), now=NOW) == told
+        assert decide(look_up, view(scope), now=NOW).upstream.opens is False  # type: ignore[union-attr]
+    for scope in ("tls:other.example:443", "llm:*", "tls:a.example.com:443", "tls:com:443"):
+        assert reason(decide(look_up, view(scope), now=NOW)) == Reason.SCOPE_MISSING
+    refused = decide(look_up, view(), now=NOW)
+    assert isinstance(refused, Refuse)
+    assert refused.scope == "tls:example.com:443"
+    ended = GrantView("old", parse_scope("tls:example.com:443"), expires_at=NOW)
+    assert reason(decide(look_up, view(grants=(ended,)), now=NOW)) == Reason.SCOPE_MISSING
+    assert reason(decide(look_up, view("tls:example.com:443", state="FROZEN"), now=NOW)) == Reason.AGENT_NOT_RUNNING
 
 
 def test_budgets_are_checked_before_and_reserved() -> None:
