@@ -549,7 +549,7 @@ class Connection:
 
         One that merely ends its half (shutdown(2)) looks the same: it has its answer within `hung_up_seconds`, or none.
         """
-        if self.stream.ended:
+        if self.bare.ended:
             self.cut()
             return
         self._watching = asyncio.get_running_loop().call_later(hung_up_seconds, self._watch)
