@@ -33,7 +33,7 @@ from supervisord.endings import Endings
 from supervisord.errors import CannotRecord, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
-from supervisord.gateway_process import GatewayProcess, read_secret, user_id
+from supervisord.gateway_process import GatewayProcess, GuardrailVerdict, read_secret, user_id
 from supervisord.grantable import check_grantable
 from supervisord.holds import Holds
 from supervisord.homes import Homes
@@ -114,7 +114,7 @@ class Daemon:
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
         )
-        self._gateway = GatewayProcess(config) if config.gateway.kind is GatewayKind.EMBEDDED else None
+        self._gateway = GatewayProcess(config, self._guardrail) if config.gateway.kind is GatewayKind.EMBEDDED else None
         if self._gateway is not None:
             await self._gateway.start()
         self._endings = Endings(
@@ -312,6 +312,9 @@ class Daemon:
             ),
             server,
         )
+
+    def _guardrail(self, verdict: GuardrailVerdict) -> None:
+        self._exchanges.guardrail(verdict)
 
     def health(self) -> dict[str, tuple[bool, str]]:
         """Readiness of each part, and a word where it is not."""

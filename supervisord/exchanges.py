@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from supervisord.agents import Agent, Agents
     from supervisord.config import Network
     from supervisord.egress_plane import EgressPlane
+    from supervisord.gateway_process import GuardrailVerdict
     from supervisord.requests import Requests
     from supervisord.scopes import Grant, GrantBook
     from supervisord.store import Store
@@ -71,6 +72,8 @@ class Open:
     metered: bool = False
     phase: Phase = Phase.ASKED
     settled: bool = False
+    guardrails: list[JSON] = field(default_factory=list)
+    """What the gateway's guardrails found, as its outcome tells it."""
     outcome: messages.Outcome | None = None
     gone: asyncio.Future[None] | None = None
     """Done when it has ended, for what waits for people meanwhile."""
@@ -441,6 +444,38 @@ class Exchanges:
             preface = messages.Preface(agent.agent_id, agent.name, ask.x, allow, dict(agent.what.labels))
         return messages.Dial(worker_id, ask.x, agent.agent_id, upstream, preface)
 
+    def guardrail(self, verdict: GuardrailVerdict) -> None:
+        """Record what the gateway found in an exchange, and keep it for the outcome of that exchange."""
+        agent = self._agents.get(verdict.agent_id)
+        if agent is None:
+            log.warning("a verdict on nobody's exchange", agent=verdict.agent_id)
+            return
+        patterns: dict[str, JSON] = dict(verdict.patterns)
+        details: dict[str, JSON] = {
+            "x": verdict.x,
+            "direction": verdict.direction,
+            "action": verdict.action,
+            "patterns": patterns,
+        }
+        for key, opened in self._open.items():
+            if key[1] == verdict.x and opened.agent_id == verdict.agent_id:
+                opened.guardrails.append({"rules": list(verdict.rules), **details})
+        blocked = verdict.action == "block"
+        reason = f"guardrail_blocked: {', '.join(verdict.patterns)}" if blocked else ""
+        self._in_background(
+            self._note(
+                Action(
+                    agent.agent_id,
+                    f"agent:{agent.agent_id}",
+                    "gateway.guardrail",
+                    ", ".join(verdict.rules),
+                    "denied" if blocked else "done",
+                    reason,
+                    details,
+                )
+            )
+        )
+
     async def _end(self, opened: Open, outcome: messages.Outcome, *, begun: bool = True) -> None:
         usage = outcome.usage
         # Nobody said what a call used that went upstream: then it used all that was set aside for it.
@@ -456,6 +491,8 @@ class Exchanges:
             "request_sha256": outcome.request_sha256,
             "response_sha256": outcome.response_sha256,
         }
+        if opened.guardrails:
+            details["guardrails"] = opened.guardrails
         agent = self._agents.get(opened.agent_id)
         if usage is not None and begun:
             tokens_in, tokens_out, cost = _spent(usage)

@@ -99,7 +99,8 @@ class Server:
         try:
             if isinstance(who.allow, ApiAllowed):
                 await Connection(reader, writer, self._limits).serve(
-                    lambda request, respond: self._api.handle(request, respond, agent_id=who.agent_id), malformed
+                    lambda request, respond: self._api.handle(request, respond, agent_id=who.agent_id, x=who.x),
+                    malformed,
                 )
             else:
                 await self._forward(who, reader, writer)
