@@ -168,6 +168,7 @@ class Daemon:
             requests=self._requests,
             store=self._store,
             route=Route(
+                gateway=config.gateway.kind.value,
                 preface=embedded,
                 forwarding=embedded or bool(config.gateway.forward_proxy),
                 allow_networks=config.gateway.allow_networks,

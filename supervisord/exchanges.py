@@ -21,6 +21,7 @@ from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.budgets import COST_MICROUSD_MAX, LLM_TOKENS_MAX, MICROUSD_PER_USD, Amounts
 from supervisord.errors import StockadeError
+from supervisord.exchange_actions import guardrail_action, guardrail_facts, outcome_details
 from supervisord.ids import AgentId, GrantId
 from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
@@ -66,7 +67,7 @@ class Open:
     """
 
     agent_id: str
-    object: str
+    request: EgressRequest
     grant_id: str = ""
     reserved: Amounts = field(default_factory=Amounts)
     metered: bool = False
@@ -91,6 +92,8 @@ class CutOrder:
 class Route:
     """How allowed requests leave: which prefaces the gateway understands, and what its addresses may be."""
 
+    gateway: str
+    """Its kind, for the log."""
     preface: bool
     forwarding: bool
     allow_networks: tuple[Network, ...]
@@ -139,7 +142,7 @@ class Exchanges:
             self._plane.answer(worker_id, ask.x, messages.Refuse(503, Reason.LIMIT, "too many requests at once"))
             return
         # In the table from the question on: an agent that hangs up before it is judged has ended all the same.
-        self._open[key] = opened = Open(ask.agent_id, ask.request.object)
+        self._open[key] = opened = Open(ask.agent_id, ask.request)
         self._open_of[ask.agent_id] = mine + 1
         self._asking[ask.agent_id] = self._asking.get(ask.agent_id, 0) + 1
         self._in_background(self._judge(worker_id, ask, opened))
@@ -450,60 +453,20 @@ class Exchanges:
         if agent is None:
             log.warning("a verdict on nobody's exchange", agent=verdict.agent_id)
             return
-        patterns: dict[str, JSON] = dict(verdict.patterns)
-        details: dict[str, JSON] = {
-            "x": verdict.x,
-            "direction": verdict.direction,
-            "action": verdict.action,
-            "patterns": patterns,
-        }
         for key, opened in self._open.items():
             if key[1] == verdict.x and opened.agent_id == verdict.agent_id:
-                opened.guardrails.append({"rules": list(verdict.rules), **details})
-        blocked = verdict.action == "block"
-        reason = f"guardrail_blocked: {', '.join(verdict.patterns)}" if blocked else ""
-        self._in_background(
-            self._note(
-                Action(
-                    agent.agent_id,
-                    f"agent:{agent.agent_id}",
-                    "gateway.guardrail",
-                    ", ".join(verdict.rules),
-                    "denied" if blocked else "done",
-                    reason,
-                    details,
-                )
-            )
-        )
+                opened.guardrails.append(guardrail_facts(verdict))
+        self._in_background(self._note(guardrail_action(verdict)))
 
     async def _end(self, opened: Open, outcome: messages.Outcome, *, begun: bool = True) -> None:
         usage = outcome.usage
         # Nobody said what a call used that went upstream: then it used all that was set aside for it.
         sent = begun and (outcome.bytes_up > 0 or outcome.error == WORKER_DIED)
         actual = opened.reserved if sent else Amounts(requests=opened.reserved.requests if begun else 0)
-        details: dict[str, JSON] = {
-            "x": outcome.x,
-            "status": outcome.status,
-            "bytes_up": outcome.bytes_up,
-            "bytes_down": outcome.bytes_down,
-            "duration_ms": outcome.duration_ms,
-            "grant_id": opened.grant_id,
-            "request_sha256": outcome.request_sha256,
-            "response_sha256": outcome.response_sha256,
-        }
-        if opened.guardrails:
-            details["guardrails"] = opened.guardrails
         agent = self._agents.get(opened.agent_id)
         if usage is not None and begun:
             tokens_in, tokens_out, cost = _spent(usage)
             actual = Amounts(tokens_in + tokens_out, cost, opened.reserved.requests)
-            details |= {
-                "model": usage.model,
-                "input_tokens": usage.input_tokens,
-                "output_tokens": usage.output_tokens,
-                "cost_usd": usage.cost_usd,
-                "cost_estimated": usage.estimated,
-            }
             if agent is not None:
                 agent.spend.input_tokens += tokens_in
                 agent.spend.output_tokens += tokens_out
@@ -520,10 +483,16 @@ class Exchanges:
                 opened.agent_id,
                 f"agent:{opened.agent_id}",
                 "egress.outcome",
-                opened.object,
+                opened.request.object,
                 "failed" if outcome.error else "done",
                 outcome.error,
-                details,
+                outcome_details(
+                    opened.request,
+                    outcome if begun else replace(outcome, usage=None),
+                    grant_id=opened.grant_id,
+                    gateway=self._route.gateway,
+                    guardrails=opened.guardrails,
+                ),
             )
         )
 

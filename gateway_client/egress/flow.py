@@ -264,7 +264,9 @@ class Connection:
         def on_headers(status: int, returned: Headers) -> None:
             if status < 400:  # noqa: PLR2004 - an error used nothing, if it does not say otherwise
                 meter.output_at_least = output_reserved(call.max_tokens, call.choices)
-            reported[0] = adapter.usage_from([(n.decode("latin-1"), v.decode("latin-1")) for n, v in returned])
+            texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in returned]
+            reported[0] = adapter.usage_from(texts)
+            exchange.guardrails = adapter.guardrails_from(texts)
 
         passing = Passing(
             self.stream,

@@ -1,4 +1,4 @@
-"""Guardrails in the real embedded gateway, and through the whole of Stockade: what an agent gets and what is recorded."""
+"""Guardrails in the real embedded gateway and the whole of Stockade: what an agent gets, and what is recorded."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def post(shim: Shim, path: str, model: str, prompt: str, *, stream: bool, **more
     return answer.status, text
 
 
-def said(path: str, text: str) -> str:
+def said(text: str) -> str:
     """Return the words of a streamed answer, put together as a client does."""
     words = ""
     for line in text.splitlines():
@@ -107,7 +107,7 @@ def test_masked_answers_say_everything_else(shim: Shim, path: str, model: str, s
     assert MAIL not in text
     assert "BADGE-1" not in text
     if stream:
-        assert said(path, text) == "Write to [masked:email] or [masked:badge]."
+        assert said(text) == "Write to [masked:email] or [masked:badge]."
         assert text.rstrip().endswith(("[DONE]", "}")), "the stream has its end"
     else:
         assert "Write to [masked:email] or [masked:badge]." in text
@@ -125,7 +125,7 @@ def test_arguments_of_tools_are_masked_and_stay_json(shim: Shim, path: str) -> N
         tool["type"] = "function"
     status, text = post(shim, path, "guarded", "use the tool", stream=True, tools=[tool])
     assert status == 200
-    assert json.loads(said(path, text)) == {"to": "[masked:email]", "card": 10**15}
+    assert json.loads(said(text)) == {"to": "[masked:email]", "card": 10**15}
     _, whole = post(shim, path, "guarded", "use the tool", stream=False, tools=[tool])
     assert "[masked:email]" in whole
     assert MAIL not in text + whole
@@ -146,7 +146,7 @@ def test_blocked_answers_are_an_error_of_the_dialect(shim: Shim, path: str, mode
     assert status == 200, "its head had left before the words came"
     last = json.loads([line for line in streamed.splitlines() if line.startswith("data: ")][-1].removeprefix("data: "))
     assert "guardrail_blocked" in json.dumps(last)
-    assert said(path, streamed) in ("The key is ", "The key is")
+    assert said(streamed) in ("The key is ", "The key is")
     for start in (SECRET[:12], SECRET):
         assert start not in text + streamed
 
@@ -164,7 +164,7 @@ def test_blocked_and_masked_questions(shim: Shim, path: str) -> None:
 
 def test_a_model_no_rule_names_is_left_alone_and_each_verdict_is_told(shim: Shim) -> None:
     _, text = post(shim, PATHS[0], "free", "mail, please", stream=True)
-    assert said(PATHS[0], text) == f"Write to {MAIL} or BADGE-123456."
+    assert said(text) == f"Write to {MAIL} or BADGE-123456."
     before = len(TOLD)
     post(shim, PATHS[0], "guarded", f"mail {MAIL}", stream=True)
     post(shim, PATHS[0], "guarded", "leak it", stream=True)
@@ -224,7 +224,7 @@ def test_an_agent_is_stopped_and_the_log_says_why_and_not_what() -> None:
         assert json.loads(error)["error"]["code"] == "guardrail_blocked"
 
         def outcomes() -> list[dict[str, Any]]:
-            found = stockade.ctl("actions", "--agent", "leaky", "-o", "json").lines()
+            found = stockade.actions("leaky")
             return found if sum(each["verb"] == "egress.outcome" for each in found) == 2 else []
 
         stockade.wait(outcomes, 5)
@@ -236,6 +236,12 @@ def test_an_agent_is_stopped_and_the_log_says_why_and_not_what() -> None:
         ]
         assert verdicts[0]["details"]["patterns"] == {"email": 1}
         assert verdicts[1]["reason"] == "guardrail_blocked: github_token"
+        outcome = next(each["details"] for each in entries if each["verb"] == "egress.outcome")
+        assert outcome["gen_ai.operation.name"] == "chat"
+        assert outcome["gen_ai.request.model"] == outcome["gen_ai.response.model"] == "stockade-scripted"
+        assert outcome["gen_ai.usage.output_tokens"] == outcome["output_tokens"] > 0
+        assert 0 <= outcome["first_byte_ms"] <= outcome["duration_ms"]
+        assert outcome["gateway"] == "embedded"
         told = [each["details"].get("guardrails") for each in entries if each["verb"] == "egress.outcome"]
         assert [each[0]["action"] for each in told] == ["mask", "block"]
         state = b"".join(path.read_bytes() for path in (stockade.directory / "state").rglob("*") if path.is_file())
