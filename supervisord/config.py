@@ -104,6 +104,7 @@ class GatewayConfig:
     forward_proxy: str = ""
     models: tuple[ModelRoute, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
+    probe_seconds: float = 5.0
     hosts: Mapping[str, str] = field(default_factory=dict)
     allow_networks: tuple[Network, ...] = ()
 

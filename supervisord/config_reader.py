@@ -191,6 +191,7 @@ def _gateway(table: Table) -> GatewayConfig:
         models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
         guardrails=tuple(_guardrail(entry) for entry in table.tables("guardrails", GUARDRAILS_MAX)),
         hosts=_hosts(table.table("hosts")),
+        probe_seconds=table.number("probe_seconds", None, 0.1, 3600) or GatewayConfig().probe_seconds,
         allow_networks=_networks(table),
     )
     if kind is not GatewayKind.EMBEDDED:

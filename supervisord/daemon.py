@@ -33,6 +33,7 @@ from supervisord.endings import Endings
 from supervisord.errors import CannotRecord, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
+from supervisord.gateway_health import GatewayHealth, probe_http
 from supervisord.gateway_process import GatewayProcess, GuardrailVerdict, read_secret, user_id
 from supervisord.grantable import check_grantable
 from supervisord.holds import Holds
@@ -132,6 +133,7 @@ class Daemon:
         await self._recover()
         await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
+        self._in_background(self._gateway_health.watch())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
@@ -177,6 +179,13 @@ class Daemon:
             now=time.monotonic,
         )
         self._plane.judge = self._exchanges
+        self._gateway_health = GatewayHealth(
+            self._gateway.probe if self._gateway is not None else self._probe_gateway,
+            kind=config.gateway.kind.value,
+            seconds=config.gateway.probe_seconds,
+            note=self._exchanges.note,
+        )
+        self._exchanges.gateway = self._gateway_health
         self._webhook = _webhook(config)
         ids = config.agents
         self._slots = Slots(
@@ -314,6 +323,9 @@ class Daemon:
             server,
         )
 
+    async def _probe_gateway(self) -> None:
+        await probe_http(self.config.gateway.url, self.config.gateway.kind.value)
+
     def _guardrail(self, verdict: GuardrailVerdict) -> None:
         self._exchanges.guardrail(verdict)
 
@@ -321,8 +333,7 @@ class Daemon:
         """Readiness of each part, and a word where it is not."""
         parts = {"launcher": (self._launcher.connected, "" if self._launcher.connected else "is being reached")}
         parts |= self._plane.health()
-        if self._gateway is not None:
-            parts["gateway"] = self._gateway.health()
+        parts["gateway"] = self._gateway_health.report()
         if self._webhook is not None:
             parts["webhook"] = self._webhook.health()
         return parts

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from supervisord.agents import Agent, Agents
     from supervisord.config import Network
     from supervisord.egress_plane import EgressPlane
+    from supervisord.gateway_health import GatewayHealth
     from supervisord.gateway_process import GuardrailVerdict
     from supervisord.requests import Requests
     from supervisord.scopes import Grant, GrantBook
@@ -125,6 +126,7 @@ class Exchanges:
         self._on_deny = on_deny
         self._now = now
         self.ledgers = Ledgers(store)
+        self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
         self._asking: dict[str, int] = {}
@@ -176,7 +178,7 @@ class Exchanges:
     def rejected(self, rejected: messages.Rejected) -> None:
         details: dict[str, JSON] = {"status": rejected.status, "count": rejected.count}
         self._in_background(
-            self._note(
+            self.note(
                 Action(
                     rejected.agent_id,
                     f"agent:{rejected.agent_id}",
@@ -189,6 +191,10 @@ class Exchanges:
             )
         )
 
+    def not_connected(self, cause: str) -> None:
+        if self.gateway is not None:
+            self.gateway.cannot_connect(cause)
+
     def worker_lost(self, worker_id: str) -> None:
         """Settle what a dead worker had open: what was allowed may have been used, what was asked is not begun."""
         for key in [key for key in self._open if key[0] == worker_id]:
@@ -200,7 +206,7 @@ class Exchanges:
         self.ledgers.forget(agent_id)
         self._authorities.pop(agent_id, None)
         if count := self._pace.forget(agent_id):
-            self._in_background(self._note(abandoned_action(agent_id, count)))
+            self._in_background(self.note(abandoned_action(agent_id, count)))
 
     def cut_grant(self, grant_id: GrantId) -> CutOrder:
         """Reset every open exchange that stands on this grant, with or without its worker's help; never raises.
@@ -251,7 +257,7 @@ class Exchanges:
                 await asyncio.sleep(wait)
                 if opened.outcome is not None:  # nobody waits for it any more, and nothing was decided
                     if count := self._pace.abandoned(ask.agent_id, self._now()):
-                        await self._note(abandoned_action(ask.agent_id, count))
+                        await self.note(abandoned_action(ask.agent_id, count))
                     return
             agent = self._agents.get(ask.agent_id)
             if agent is None:
@@ -291,6 +297,10 @@ class Exchanges:
         match verdict:
             case messages.Reply():
                 return fitting(verdict, request.query)
+            case messages.Allow() if self._leads_nowhere(verdict):
+                verdict = messages.Refuse(
+                    503, Reason.GATEWAY_DOWN, "the gateway does not answer; try again in a moment"
+                )
             case messages.Allow() if verdict.grant_id:
                 verdict = self._take(agent, verdict, opened)
         try:
@@ -301,6 +311,12 @@ class Exchanges:
             log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
         return await self._begin(agent, opened, verdict) if isinstance(verdict, messages.Allow) else verdict
+
+    def _leads_nowhere(self, verdict: messages.Allow) -> bool:
+        """Tell whether this way out leads to a gateway that does not answer; a forward proxy beside it is another."""
+        if verdict.upstream is messages.Upstream.INSPECT or (self.gateway is None or self.gateway.passes):
+            return False
+        return verdict.upstream is messages.Upstream.API or self._route.preface
 
     async def _begin(self, agent: Agent, opened: Open, verdict: messages.Allow) -> messages.Verdict:
         """Let it go, unless agent, worker or grant have gone while the disk took the record."""
@@ -393,7 +409,7 @@ class Exchanges:
             if grant.max_cost_microusd is not None:
                 details["cost_usd"] = grant.cost_microusd / MICROUSD_PER_USD
             scope = format_scope(grant.scope)
-            await self._note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
+            await self.note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
 
     async def _record(self, agent: Agent, ask: messages.Ask, verdict: messages.Allow | messages.Refuse) -> None:
         request = ask.request
@@ -456,7 +472,7 @@ class Exchanges:
         for key, opened in self._open.items():
             if key[1] == verdict.x and opened.agent_id == verdict.agent_id:
                 opened.guardrails.append(guardrail_facts(verdict))
-        self._in_background(self._note(guardrail_action(verdict)))
+        self._in_background(self.note(guardrail_action(verdict)))
 
     async def _end(self, opened: Open, outcome: messages.Outcome, *, begun: bool = True) -> None:
         usage = outcome.usage
@@ -478,7 +494,7 @@ class Exchanges:
         spent = outcome.grant_spent or (begun and outcome.error == WORKER_DIED)
         moved = max(outcome.bytes_up, 0) + max(outcome.bytes_down, 0) if begun else 0
         self._give_back(opened, used=used, actual=actual, bytes_used=moved, spent=spent)
-        await self._note(
+        await self.note(
             Action(
                 opened.agent_id,
                 f"agent:{opened.agent_id}",
@@ -496,7 +512,7 @@ class Exchanges:
             )
         )
 
-    async def _note(self, action: Action) -> None:
+    async def note(self, action: Action) -> None:
         """Record what has happened already: a full log stops new requests, and cannot undo this."""
         try:
             await self._actions.append(action)

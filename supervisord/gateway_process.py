@@ -31,6 +31,7 @@ ANSWER_BYTES_MAX: Final = 64 * 1024
 SECRET_BYTES_MAX: Final = 16 * 1024
 SCRIPT_BYTES_MAX: Final = 1 << 20
 LIFE_LINE_FD: Final = 3
+PONG: Final = b'{"pong": true}'
 NAMES_MAX: Final = 256
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
@@ -78,6 +79,7 @@ class GatewayProcess:
         self._child: Child | None = None
         self._life_line: socket.socket | None = None
         self._ready = asyncio.Event()
+        self._pong = asyncio.Event()
         self._stopping = False
         self._restart: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -124,8 +126,11 @@ class GatewayProcess:
             while data := await loop.sock_recv(life_line, ANSWER_BYTES_MAX):
                 told += data
                 *lines, rest = told.split(b"\n")
-                for line in lines:
-                    self._on_verdict(read_verdict(bytes(line)))
+                for line in map(bytes, lines):
+                    if line == PONG:
+                        self._pong.set()
+                    else:
+                        self._on_verdict(read_verdict(line))
                 told = rest
                 if len(told) > ANSWER_BYTES_MAX:
                     raise ValueError("a line is too long")
@@ -136,8 +141,13 @@ class GatewayProcess:
         except OSError:
             return  # it has ended, and its exit is seen elsewhere
 
-    def health(self) -> tuple[bool, str]:
-        return self._ready.is_set(), "" if self._ready.is_set() else "is being started"
+    async def probe(self) -> None:
+        """Return when the gateway says that it still turns; raises Unavailable or OSError where it is not there."""
+        if not self._ready.is_set() or self._life_line is None:
+            raise Unavailable("cannot use the embedded gateway: it is being started", remedy="see the daemon's journal")
+        self._pong.clear()
+        await asyncio.get_running_loop().sock_sendall(self._life_line, b"\n")
+        await self._pong.wait()
 
     async def stop(self) -> None:
         self._stopping = True

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     SELF_UNKNOWN = "self_unknown"
     LOG_UNAVAILABLE = "log_unavailable"
     DAEMON_GONE = "daemon_gone"
+    GATEWAY_DOWN = "gateway_down"
     UPSTREAM_FAILED = "upstream_failed"
     FROZEN = "frozen"
     LIMIT = "limit"

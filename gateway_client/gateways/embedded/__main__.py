@@ -7,6 +7,7 @@ descriptor is the life line: when its other end is gone, so is the gateway.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -85,6 +86,10 @@ async def run(config: Config, api: Api, listener: socket.socket, life_line: int,
     def readable() -> None:
         if not os.read(life_line, READ_BYTES):
             ended.set()
+            return
+        # Whatever the daemon writes asks whether we still turn; where it takes nothing just now it will ask again.
+        with contextlib.suppress(BlockingIOError):
+            tell(life_line, {"pong": True})
 
     loop = asyncio.get_running_loop()
     loop.add_reader(life_line, readable)
