@@ -95,6 +95,15 @@ class Guardrail:
 
 
 @dataclass(frozen=True, slots=True)
+class McpServer:
+    """An MCP server behind the embedded gateway, which sends it the key."""
+
+    name: str
+    url: str
+    credential_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """`hosts` pins names to `ip` or `ip:port`; `allow_networks` opens private destinations to granted names."""
 
@@ -104,6 +113,7 @@ class GatewayConfig:
     forward_proxy: str = ""
     models: tuple[ModelRoute, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
+    mcp: tuple[McpServer, ...] = ()
     probe_seconds: float = 5.0
     hosts: Mapping[str, str] = field(default_factory=dict)
     allow_networks: tuple[Network, ...] = ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from gateway_client.egress.mcpcall import SERVER_NAME
 from gateway_client.gateways.guardrails.builtin import BY_NAME, SETS
 from gateway_client.gateways.guardrails.pattern import BadPattern, read_pieces
 from sandbox.images.limits import ImageLimits
@@ -24,6 +25,7 @@ from supervisord.config import (
     GuardrailAction,
     GuardrailDirection,
     LogConfig,
+    McpServer,
     ModelKind,
     ModelRoute,
     Network,
@@ -46,6 +48,7 @@ MODELS_MAX: Final = 256
 HOSTS_MAX: Final = 4096
 GUARDRAILS_MAX: Final = 64
 PATTERNS_MAX: Final = 64
+MCP_SERVERS_MAX: Final = 64
 USD_PER_MTOK_MAX: Final = 1_000_000
 PORT_MAX: Final = 65535
 
@@ -116,6 +119,8 @@ def missing_files(config: Config) -> tuple[str, ...]:
     named: list[tuple[str, Path | None]] = []
     if gateway.kind is not GatewayKind.EMBEDDED:
         named.append(("gateway.credential_file", gateway.credential_file))
+    for index, server in enumerate(gateway.mcp):
+        named.append((f"gateway.mcp[{index}].credential_file", server.credential_file))
     for index, route in enumerate(gateway.models):
         named.append((f"gateway.models[{index}].key_file", route.key_file))
         named.append((f"gateway.models[{index}].script", route.script))
@@ -190,6 +195,7 @@ def _gateway(table: Table) -> GatewayConfig:
         forward_proxy=_url(table, "forward_proxy", ""),
         models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
         guardrails=tuple(_guardrail(entry) for entry in table.tables("guardrails", GUARDRAILS_MAX)),
+        mcp=tuple(_mcp(entry) for entry in table.tables("mcp", MCP_SERVERS_MAX)),
         hosts=_hosts(table.table("hosts")),
         probe_seconds=table.number("probe_seconds", None, 0.1, 3600) or GatewayConfig().probe_seconds,
         allow_networks=_networks(table),
@@ -197,7 +203,7 @@ def _gateway(table: Table) -> GatewayConfig:
     if kind is not GatewayKind.EMBEDDED:
         if not gateway.url:
             table.problem("url", f"is empty, and kind {kind.value} needs it", "say where the gateway listens")
-        for key in ("models", "guardrails", "hosts", "allow_networks"):
+        for key in ("models", "guardrails", "mcp", "hosts", "allow_networks"):
             if table.values.get(key):
                 table.problem(key, f"is for the embedded gateway, and kind is {kind.value}", "remove it")
     table.end()
@@ -258,6 +264,19 @@ def _listed(table: Table) -> tuple[str, ...]:
         table.problem("listed", "is not a list of models' names", 'write listed = ["gpt-x"]')
         return ()
     return tuple(str(name) for name in names)
+
+
+def _mcp(table: Table) -> McpServer:
+    server = McpServer(
+        name=table.matching("name", "", SERVER_NAME, "a name of letters, digits and ._-"),
+        url=_url(table, "url", ""),
+        credential_file=table.path("credential_file", None),
+    )
+    for key in ("name", "url"):
+        if not getattr(server, key):
+            table.problem(key, "is missing", f'add {key} = "…"')
+    table.end()
+    return server
 
 
 def _guardrail(table: Table) -> Guardrail:

@@ -174,6 +174,7 @@ class Daemon:
                 preface=embedded,
                 forwarding=embedded or bool(config.gateway.forward_proxy),
                 allow_networks=config.gateway.allow_networks,
+                mcp_servers=tuple(server.name for server in config.gateway.mcp),
             ),
             on_deny=self._on_deny,
             now=time.monotonic,

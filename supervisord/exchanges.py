@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 import structlog
 
 from gateway_client.egress import messages
-from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide
+from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
@@ -72,6 +72,7 @@ class Open:
     grant_id: str = ""
     reserved: Amounts = field(default_factory=Amounts)
     metered: bool = False
+    counted: bool = True
     phase: Phase = Phase.ASKED
     settled: bool = False
     guardrails: list[JSON] = field(default_factory=list)
@@ -98,6 +99,7 @@ class Route:
     preface: bool
     forwarding: bool
     allow_networks: tuple[Network, ...]
+    mcp_servers: tuple[str, ...] = ()
 
 
 class Exchanges:
@@ -245,6 +247,7 @@ class Exchanges:
             budget=budget,
             forwarding=self._route.forwarding,
             allow_networks=self._route.allow_networks,
+            mcp_servers=self._route.mcp_servers,
         )
 
     # --- one exchange
@@ -335,16 +338,17 @@ class Exchanges:
         amounts = Amounts(llm_tokens=verdict.reserve_tokens, requests=1)
         metered = False
         try:
-            if verdict.upstream is messages.Upstream.API:
+            if verdict.upstream in (messages.Upstream.API, messages.Upstream.MCP) and verdict.counted:
                 metered = self.ledgers.reserve(agent.agent_id, amounts)
-            self._book.use(GrantId(verdict.grant_id))
+            if verdict.counted:
+                self._book.use(GrantId(verdict.grant_id))
         except StockadeError as error:
             if metered:
                 self.ledgers.settle(agent.agent_id, amounts, Amounts())
             exhausted = Reason.BUDGET_EXHAUSTED if "budget" in error.message else Reason.GRANT_USED_UP
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
-        opened.grant_id, opened.metered = verdict.grant_id, metered
+        opened.grant_id, opened.metered, opened.counted = verdict.grant_id, metered, verdict.counted
         if metered:
             opened.reserved = amounts
         return verdict
@@ -379,7 +383,8 @@ class Exchanges:
             return
         opened.settled = True
         cost = actual.cost_microusd if actual else 0
-        self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
+        if opened.counted:
+            self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
         if opened.metered:
             self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
 
@@ -458,6 +463,9 @@ class Exchanges:
                     allow = f"http://{request.authority}"
                 case messages.Upstream.TUNNEL:
                     allow = f"tcp:{request.authority}"
+                case messages.Upstream.MCP:
+                    globs = mcp_globs(request.server, self.view(agent), now=self._now())
+                    allow = f"mcp:{request.server}:{','.join(globs)}"
                 case _:
                     allow = "api"
             preface = messages.Preface(agent.agent_id, agent.name, ask.x, allow, dict(agent.what.labels))

@@ -190,6 +190,14 @@ def gateway_document(config: Config) -> dict[str, object]:
         "models": [_model(route) for route in gateway.models],
         "scripted": scripts,
         "hosts": dict(gateway.hosts),
+        "mcp": [
+            {
+                "name": server.name,
+                "url": server.url,
+                "key": "" if server.credential_file is None else read_secret(server.credential_file),
+            }
+            for server in gateway.mcp
+        ],
         "guardrails": [_guardrail(guardrail) for guardrail in gateway.guardrails],
         "allow_networks": [str(network) for network in gateway.allow_networks],
     }

@@ -14,7 +14,7 @@ MODEL_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:/@+-]{{0,{model_chars_
 
 
 class Form(StrEnum):
-    """Which of the four things a request to the proxy is."""
+    """Which of the five things a request to the proxy is."""
 
     MODEL = "model"
     """Origin-form to gateway.internal: the gateway's own model API."""
@@ -22,6 +22,8 @@ class Form(StrEnum):
     """A plain http:// URL elsewhere, in absolute form or inside a CONNECT."""
     CONNECT = "connect"
     """A tunnel to host:port."""
+    MCP = "mcp"
+    """`/mcp/SERVER` of gateway.internal: a message to a server of the Model Context Protocol behind the gateway."""
     SELF = "self"
     """`/.stockade/v1/*`: the agent's questions about itself, answered by the daemon."""
 
@@ -69,6 +71,11 @@ class EgressRequest:
     """Fields and tools that were taken out of its body, for the log."""
     body: str = ""
     """Only with form SELF."""
+    server: str = ""
+    """Only with form MCP, like the two below."""
+    rpc_method: str = ""
+    tool: str = ""
+    """What a scope is compared with: a tool's name, or `resources/…` and `prompts/…`; empty where none is used."""
 
     @property
     def authority(self) -> Authority:
@@ -79,4 +86,7 @@ class EgressRequest:
         """The request as one printable line for the log: method and URL without the query."""
         if self.form is Form.CONNECT:
             return f"CONNECT {self.authority}"
+        if self.form is Form.MCP:
+            shown = " ".join(word for word in (self.rpc_method, self.tool) if word)
+            return f"{self.method} mcp:{self.server}{' ' if shown else ''}{shown}"
         return f"{self.method} {self.scheme}://{self.authority.url_form(self.scheme)}{self.path}"

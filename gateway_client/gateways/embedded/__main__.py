@@ -21,6 +21,7 @@ from gateway_client.gateways.embedded import config as configs
 from gateway_client.gateways.embedded import forward, http_client, server
 from gateway_client.gateways.embedded.build import build_api
 from gateway_client.gateways.embedded.confinement import give_up_root
+from gateway_client.gateways.embedded.mcp import McpGateway
 from gateway_client.gateways.embedded.models.local import LocalModelError
 from gateway_client.gateways.guardrails.rules import Rules
 
@@ -79,7 +80,7 @@ class Teller:
 async def run(config: Config, api: Api, listener: socket.socket, life_line: int, posture: tuple[str, ...]) -> None:
     """Serve until the life line ends."""
     rules = forward.Rules(config.hosts, config.allow_networks)
-    gateway = server.Server(api, rules, forward.Resolver(), allowed_uid=config.allowed_uid)
+    gateway = server.Server(api, rules, forward.Resolver(), allowed_uid=config.allowed_uid, mcp=McpGateway(config.mcp))
     serving = await gateway.start(listener)
     ended = asyncio.Event()
 

@@ -49,6 +49,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class McpServer:
+    name: str
+    url: Url
+    key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Pin:
     """Where the operator says a name is; port None keeps the one asked for."""
 
@@ -66,9 +73,20 @@ class Config:
     hosts: Mapping[str, Pin]
     allow_networks: tuple[Network, ...]
     guardrails: tuple[Rule, ...] = ()
+    mcp: tuple[McpServer, ...] = ()
 
 
-_KEYS: Final = {"socket_path", "allowed_uid", "user", "models", "scripted", "hosts", "allow_networks", "guardrails"}
+_KEYS: Final = {
+    "socket_path",
+    "allowed_uid",
+    "user",
+    "models",
+    "scripted",
+    "hosts",
+    "allow_networks",
+    "guardrails",
+    "mcp",
+}
 _MODEL_KEYS: Final = {
     "scripted": {"script"},
     "local": {"path", "context_tokens"},
@@ -109,6 +127,7 @@ def parse(text: str | bytes) -> Config:
         allow_networks=tuple(
             _network(item, f"allow_networks[{index}]") for index, item in enumerate(_list(value, "allow_networks"))
         ),
+        mcp=tuple(_mcp(item, f"mcp[{index}]") for index, item in enumerate(_list(value, "mcp"))),
         guardrails=tuple(
             _guardrail(item, f"guardrails[{index}]") for index, item in enumerate(_list(value, "guardrails"))
         ),
@@ -191,6 +210,16 @@ def _model(value: object, where: str, scripted: Mapping[str, Script]) -> ModelCo
         path=str(value.get("path", "")),
         context_tokens=_integer(value, "context_tokens", where) if "context_tokens" in value else 4096,
     )
+
+
+def _mcp(value: object, where: str) -> McpServer:
+    match value:
+        case {"name": str(name), "url": str(url), "key": str(key), **rest} if not rest and key.isascii():
+            try:
+                return McpServer(name, Url.parse(url), key)
+            except ValueError as error:
+                raise ConfigError(f"cannot read {where}: {error}") from error
+    raise ConfigError(f"cannot read {where}: expected name, url and key")
 
 
 def _guardrail(value: object, where: str) -> Rule:
