@@ -58,7 +58,7 @@ forward_proxy = ""                # where absolute-form and CONNECT go; empty: t
 durability = "batched"            # batched | strict (see §7)
 """
 
-EVERYTHING = """
+EVERYTHING = r"""
 instance = "t1"
 state_dir = "/srv/s"
 run_dir = "/srv/r"
