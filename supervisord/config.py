@@ -30,6 +30,17 @@ class ModelKind(Enum):
     ANTHROPIC = "anthropic"
 
 
+class GuardrailAction(Enum):
+    BLOCK = "block"
+    MASK = "mask"
+
+
+class GuardrailDirection(Enum):
+    REQUEST = "request"
+    RESPONSE = "response"
+    BOTH = "both"
+
+
 class Durability(Enum):
     BATCHED = "batched"
     STRICT = "strict"
@@ -72,6 +83,27 @@ class ModelRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class Guardrail:
+    """What the embedded gateway looks for in questions or answers. `own` are an operator's patterns."""
+
+    name: str
+    action: GuardrailAction = GuardrailAction.BLOCK
+    direction: GuardrailDirection = GuardrailDirection.BOTH
+    patterns: tuple[str, ...] = ()
+    own: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class McpServer:
+    """An MCP server behind the embedded gateway, which sends it the key."""
+
+    name: str
+    url: str
+    credential_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """`hosts` pins names to `ip` or `ip:port`; `allow_networks` opens private destinations to granted names.
 
@@ -83,6 +115,9 @@ class GatewayConfig:
     credential_file: Path | None = None
     forward_proxy: str = ""
     models: tuple[ModelRoute, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
+    mcp: tuple[McpServer, ...] = ()
+    probe_seconds: float = 5.0
     hosts: Mapping[str, str] = field(default_factory=dict)
     allow_networks: tuple[Network, ...] = ()
     ca_file: Path | None = None

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from gateway_client.egress.mcpcall import SERVER_NAME
+from gateway_client.gateways.guardrails.builtin import BY_NAME, SETS
+from gateway_client.gateways.guardrails.pattern import BadPattern, read_pieces
 from sandbox.images.limits import ImageLimits
 from supervisord.config import (
     UID_FIRST,
@@ -18,7 +21,11 @@ from supervisord.config import (
     ControlConfig,
     GatewayConfig,
     GatewayKind,
+    Guardrail,
+    GuardrailAction,
+    GuardrailDirection,
     LogConfig,
+    McpServer,
     ModelKind,
     ModelRoute,
     Network,
@@ -39,6 +46,9 @@ M = TypeVar("M", int, float)
 CONFIG_BYTES_MAX: Final = 256 * 1024
 MODELS_MAX: Final = 256
 HOSTS_MAX: Final = 4096
+GUARDRAILS_MAX: Final = 64
+PATTERNS_MAX: Final = 64
+MCP_SERVERS_MAX: Final = 64
 USD_PER_MTOK_MAX: Final = 1_000_000
 PORT_MAX: Final = 65535
 
@@ -51,6 +61,8 @@ _HOST: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][
 _IDENTITY: Final = re.compile(
     r"cn:[^\x00-\x1f\x7f]{1,200}|spiffe://[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,16}"
 )
+_GUARDRAIL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
+_PATTERN_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 _MODEL_KEYS: Final = {
     "url": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
     "model": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
@@ -108,6 +120,8 @@ def missing_files(config: Config) -> tuple[str, ...]:
     if gateway.kind is not GatewayKind.EMBEDDED:
         named.append(("gateway.credential_file", gateway.credential_file))
     named.append(("gateway.ca_file", gateway.ca_file))
+    for index, server in enumerate(gateway.mcp):
+        named.append((f"gateway.mcp[{index}].credential_file", server.credential_file))
     for index, route in enumerate(gateway.models):
         named.append((f"gateway.models[{index}].key_file", route.key_file))
         named.append((f"gateway.models[{index}].script", route.script))
@@ -181,14 +195,17 @@ def _gateway(table: Table) -> GatewayConfig:
         credential_file=table.path("credential_file", None),
         forward_proxy=_url(table, "forward_proxy", ""),
         models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
+        guardrails=tuple(_guardrail(entry) for entry in table.tables("guardrails", GUARDRAILS_MAX)),
+        mcp=tuple(_mcp(entry) for entry in table.tables("mcp", MCP_SERVERS_MAX)),
         hosts=_hosts(table.table("hosts")),
+        probe_seconds=table.number("probe_seconds", None, 0.1, 3600) or GatewayConfig().probe_seconds,
         allow_networks=_networks(table),
         ca_file=table.path("ca_file", None),
     )
     if kind is not GatewayKind.EMBEDDED:
         if not gateway.url:
             table.problem("url", f"is empty, and kind {kind.value} needs it", "say where the gateway listens")
-        for key in ("models", "hosts", "allow_networks"):
+        for key in ("models", "guardrails", "mcp", "hosts", "allow_networks"):
             if table.values.get(key):
                 table.problem(key, f"is for the embedded gateway, and kind is {kind.value}", "remove it")
     table.end()
@@ -249,6 +266,60 @@ def _listed(table: Table) -> tuple[str, ...]:
         table.problem("listed", "is not a list of models' names", 'write listed = ["gpt-x"]')
         return ()
     return tuple(str(name) for name in names)
+
+
+def _mcp(table: Table) -> McpServer:
+    server = McpServer(
+        name=table.matching("name", "", SERVER_NAME, "a name of letters, digits and ._-"),
+        url=_url(table, "url", ""),
+        credential_file=table.path("credential_file", None),
+    )
+    for key in ("name", "url"):
+        if not getattr(server, key):
+            table.problem(key, "is missing", f'add {key} = "…"')
+    table.end()
+    return server
+
+
+def _guardrail(table: Table) -> Guardrail:
+    own_table = table.table("own")
+    own = {name: own_table.text(name, "") for name in list(own_table.values)[:PATTERNS_MAX]}
+    for name, text in own.items():
+        if _PATTERN_NAME.fullmatch(name) is None or name in (*SETS, *BY_NAME):
+            own_table.problem(name, "is no name for a pattern, or one that exists", "write small letters, digits and _")
+        try:
+            read_pieces(text)
+        except BadPattern as error:
+            own_table.problem(name, str(error), "docs/POLICY.md has the language of patterns")
+    patterns = _texts(table, "patterns", _PATTERN_NAME, ())
+    for name in patterns:
+        if name not in SETS and name not in BY_NAME:
+            table.problem("patterns", f"has {name}, which is none", f"known are {', '.join((*SETS, *BY_NAME))}")
+    if not patterns and not own:
+        table.problem("patterns", "and own are empty: nothing would be looked for", 'add patterns = ["secrets"]')
+    guardrail = Guardrail(
+        name=table.matching("name", "", _GUARDRAIL_NAME, "a name of letters, digits, - and _"),
+        action=table.one_of("action", GuardrailAction.BLOCK),
+        direction=table.one_of("direction", GuardrailDirection.BOTH),
+        patterns=patterns,
+        own=own,
+        models=_texts(table, "models", _MODEL_GLOB, ("*",)),
+    )
+    if not guardrail.name:
+        table.problem("name", "is missing", 'add name = "no-secrets"')
+    table.end()
+    return guardrail
+
+
+def _texts(table: Table, key: str, form: re.Pattern[str], default: tuple[str, ...]) -> tuple[str, ...]:
+    value = table.get(key)
+    if value is None:
+        return default
+    items = value if isinstance(value, list) and len(value) <= PATTERNS_MAX else [None]
+    if not all(isinstance(item, str) and form.fullmatch(item) for item in items):
+        table.problem(key, f"is not a list of up to {PATTERNS_MAX} names", f'write {key} = ["…"]')
+        return default
+    return tuple(str(item) for item in items)
 
 
 def _hosts(table: Table) -> Mapping[str, str]:

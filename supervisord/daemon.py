@@ -34,7 +34,8 @@ from supervisord.endings import Endings
 from supervisord.errors import CannotRecord, StockadeError, Unavailable
 from supervisord.exchanges import Exchanges, Route
 from supervisord.filegrants import FileGrants
-from supervisord.gateway_process import GatewayProcess, read_secret, user_id
+from supervisord.gateway_health import GatewayHealth, probe_http
+from supervisord.gateway_process import GatewayProcess, GuardrailVerdict, read_secret, user_id
 from supervisord.grantable import check_grantable
 from supervisord.holds import Holds
 from supervisord.homes import Homes
@@ -115,7 +116,7 @@ class Daemon:
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
         )
-        self._gateway = GatewayProcess(config) if config.gateway.kind is GatewayKind.EMBEDDED else None
+        self._gateway = GatewayProcess(config, self._guardrail) if config.gateway.kind is GatewayKind.EMBEDDED else None
         if self._gateway is not None:
             await self._gateway.start()
         self._endings = Endings(
@@ -133,6 +134,7 @@ class Daemon:
         await self._recover()
         await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
+        self._in_background(self._gateway_health.watch())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
@@ -176,14 +178,23 @@ class Daemon:
             requests=self._requests,
             store=self._store,
             route=Route(
+                gateway=config.gateway.kind.value,
                 preface=embedded,
                 forwarding=embedded or bool(config.gateway.forward_proxy),
                 allow_networks=config.gateway.allow_networks,
+                mcp_servers=tuple(server.name for server in config.gateway.mcp),
             ),
             on_deny=self._on_deny,
             now=time.monotonic,
         )
         self._plane.judge = self._exchanges
+        self._gateway_health = GatewayHealth(
+            self._gateway.probe if self._gateway is not None else self._probe_gateway,
+            kind=config.gateway.kind.value,
+            seconds=config.gateway.probe_seconds,
+            note=self._exchanges.note,
+        )
+        self._exchanges.gateway = self._gateway_health
         self._webhook = _webhook(config)
         ids = config.agents
         self._slots = Slots(
@@ -322,12 +333,17 @@ class Daemon:
             server,
         )
 
+    async def _probe_gateway(self) -> None:
+        await probe_http(self.config.gateway.url, self.config.gateway.kind.value)
+
+    def _guardrail(self, verdict: GuardrailVerdict) -> None:
+        self._exchanges.guardrail(verdict)
+
     def health(self) -> dict[str, tuple[bool, str]]:
         """Readiness of each part, and a word where it is not."""
         parts = {"launcher": (self._launcher.connected, "" if self._launcher.connected else "is being reached")}
         parts |= self._plane.health()
-        if self._gateway is not None:
-            parts["gateway"] = self._gateway.health()
+        parts["gateway"] = self._gateway_health.report()
         if self._webhook is not None:
             parts["webhook"] = self._webhook.health()
         return parts

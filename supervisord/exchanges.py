@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Final, assert_never
 import structlog
 
 from gateway_client.egress import messages
-from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide
+from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.budgets import COST_MICROUSD_MAX, LLM_TOKENS_MAX, MICROUSD_PER_USD, Amounts
 from supervisord.errors import StockadeError
+from supervisord.exchange_actions import guardrail_action, guardrail_facts, outcome_details
 from supervisord.ids import AgentId, GrantId
 from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from supervisord.agents import Agent, Agents
     from supervisord.config import Network
     from supervisord.egress_plane import EgressPlane
+    from supervisord.gateway_health import GatewayHealth
+    from supervisord.gateway_process import GuardrailVerdict
     from supervisord.requests import Requests
     from supervisord.scopes import Grant, GrantBook
     from supervisord.store import Store
@@ -65,12 +68,15 @@ class Open:
     """
 
     agent_id: str
-    object: str
+    request: EgressRequest
     grant_id: str = ""
     reserved: Amounts = field(default_factory=Amounts)
     metered: bool = False
+    counted: bool = True
     phase: Phase = Phase.ASKED
     settled: bool = False
+    guardrails: list[JSON] = field(default_factory=list)
+    """What the gateway's guardrails found, as its outcome tells it."""
     outcome: messages.Outcome | None = None
     gone: asyncio.Future[None] | None = None
     """Done when it has ended, for what waits for people meanwhile."""
@@ -88,9 +94,12 @@ class CutOrder:
 class Route:
     """How allowed requests leave: which prefaces the gateway understands, and what its addresses may be."""
 
+    gateway: str
+    """Its kind, for the log."""
     preface: bool
     forwarding: bool
     allow_networks: tuple[Network, ...]
+    mcp_servers: tuple[str, ...] = ()
 
 
 class Exchanges:
@@ -119,6 +128,7 @@ class Exchanges:
         self._on_deny = on_deny
         self._now = now
         self.ledgers = Ledgers(store)
+        self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
         self._asking: dict[str, int] = {}
@@ -136,7 +146,7 @@ class Exchanges:
             self._plane.answer(worker_id, ask.x, messages.Refuse(503, Reason.LIMIT, "too many requests at once"))
             return
         # In the table from the question on: an agent that hangs up before it is judged has ended all the same.
-        self._open[key] = opened = Open(ask.agent_id, ask.request.object)
+        self._open[key] = opened = Open(ask.agent_id, ask.request)
         self._open_of[ask.agent_id] = mine + 1
         self._asking[ask.agent_id] = self._asking.get(ask.agent_id, 0) + 1
         self._in_background(self._judge(worker_id, ask, opened))
@@ -170,7 +180,7 @@ class Exchanges:
     def rejected(self, rejected: messages.Rejected) -> None:
         details: dict[str, JSON] = {"status": rejected.status, "count": rejected.count}
         self._in_background(
-            self._note(
+            self.note(
                 Action(
                     rejected.agent_id,
                     f"agent:{rejected.agent_id}",
@@ -183,6 +193,10 @@ class Exchanges:
             )
         )
 
+    def not_connected(self, cause: str) -> None:
+        if self.gateway is not None:
+            self.gateway.cannot_connect(cause)
+
     def worker_lost(self, worker_id: str) -> None:
         """Settle what a dead worker had open: what was allowed may have been used, what was asked is not begun."""
         for key in [key for key in self._open if key[0] == worker_id]:
@@ -194,7 +208,7 @@ class Exchanges:
         self.ledgers.forget(agent_id)
         self._authorities.pop(agent_id, None)
         if count := self._pace.forget(agent_id):
-            self._in_background(self._note(abandoned_action(agent_id, count)))
+            self._in_background(self.note(abandoned_action(agent_id, count)))
 
     def cut_grant(self, grant_id: GrantId) -> CutOrder:
         """Reset every open exchange that stands on this grant, with or without its worker's help; never raises.
@@ -233,6 +247,7 @@ class Exchanges:
             budget=budget,
             forwarding=self._route.forwarding,
             allow_networks=self._route.allow_networks,
+            mcp_servers=self._route.mcp_servers,
         )
 
     # --- one exchange
@@ -245,7 +260,7 @@ class Exchanges:
                 await asyncio.sleep(wait)
                 if opened.outcome is not None:  # nobody waits for it any more, and nothing was decided
                     if count := self._pace.abandoned(ask.agent_id, self._now()):
-                        await self._note(abandoned_action(ask.agent_id, count))
+                        await self.note(abandoned_action(ask.agent_id, count))
                     return
             agent = self._agents.get(ask.agent_id)
             if agent is None:
@@ -287,6 +302,10 @@ class Exchanges:
         match verdict:
             case messages.Reply():
                 return fitting(verdict, request.query)
+            case messages.Allow() if self._leads_nowhere(verdict):
+                verdict = messages.Refuse(
+                    503, Reason.GATEWAY_DOWN, "the gateway does not answer; try again in a moment"
+                )
             case messages.Allow() if verdict.grant_id:
                 verdict = self._take(agent, verdict, opened)
         try:
@@ -297,6 +316,12 @@ class Exchanges:
             log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
         return await self._begin(agent, opened, verdict) if isinstance(verdict, messages.Allow) else verdict
+
+    def _leads_nowhere(self, verdict: messages.Allow) -> bool:
+        """Tell whether this way out leads to a gateway that does not answer; a forward proxy beside it is another."""
+        if verdict.upstream is messages.Upstream.INSPECT or (self.gateway is None or self.gateway.passes):
+            return False
+        return verdict.upstream is messages.Upstream.API or self._route.preface
 
     async def _begin(self, agent: Agent, opened: Open, verdict: messages.Allow) -> messages.Verdict:
         """Let it go, unless agent, worker or grant have gone while the disk took the record."""
@@ -315,16 +340,17 @@ class Exchanges:
         amounts = Amounts(llm_tokens=verdict.reserve_tokens, requests=1)
         metered = False
         try:
-            if verdict.upstream is messages.Upstream.API:
+            if verdict.upstream in (messages.Upstream.API, messages.Upstream.MCP) and verdict.counted:
                 metered = self.ledgers.reserve(agent.agent_id, amounts)
-            self._book.use(GrantId(verdict.grant_id))
+            if verdict.counted:
+                self._book.use(GrantId(verdict.grant_id))
         except StockadeError as error:
             if metered:
                 self.ledgers.settle(agent.agent_id, amounts, Amounts())
             exhausted = Reason.BUDGET_EXHAUSTED if "budget" in error.message else Reason.GRANT_USED_UP
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
-        opened.grant_id, opened.metered = verdict.grant_id, metered
+        opened.grant_id, opened.metered, opened.counted = verdict.grant_id, metered, verdict.counted
         if metered:
             opened.reserved = amounts
         return verdict
@@ -359,7 +385,8 @@ class Exchanges:
             return
         opened.settled = True
         cost = actual.cost_microusd if actual else 0
-        self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
+        if opened.counted:
+            self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
         if opened.metered:
             self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
 
@@ -389,7 +416,7 @@ class Exchanges:
             if grant.max_cost_microusd is not None:
                 details["cost_usd"] = grant.cost_microusd / MICROUSD_PER_USD
             scope = format_scope(grant.scope)
-            await self._note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
+            await self.note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
 
     async def _record(self, agent: Agent, ask: messages.Ask, verdict: messages.Allow | messages.Refuse) -> None:
         request = ask.request
@@ -438,37 +465,34 @@ class Exchanges:
                     allow = f"http://{request.authority}"
                 case messages.Upstream.TUNNEL | messages.Upstream.SEALED:
                     allow = f"tcp:{request.authority}"
+                case messages.Upstream.MCP:
+                    globs = mcp_globs(request.server, self.view(agent), now=self._now())
+                    allow = f"mcp:{request.server}:{','.join(globs)}"
                 case _:
                     allow = "api"
             preface = messages.Preface(agent.agent_id, agent.name, ask.x, allow, dict(agent.what.labels))
         return messages.Dial(worker_id, ask.x, agent.agent_id, upstream, preface)
+
+    def guardrail(self, verdict: GuardrailVerdict) -> None:
+        """Record what the gateway found in an exchange, and keep it for the outcome of that exchange."""
+        agent = self._agents.get(verdict.agent_id)
+        if agent is None:
+            log.warning("a verdict on nobody's exchange", agent=verdict.agent_id)
+            return
+        for key, opened in self._open.items():
+            if key[1] == verdict.x and opened.agent_id == verdict.agent_id:
+                opened.guardrails.append(guardrail_facts(verdict))
+        self._in_background(self.note(guardrail_action(verdict)))
 
     async def _end(self, opened: Open, outcome: messages.Outcome, *, begun: bool = True) -> None:
         usage = outcome.usage
         # Nobody said what a call used that went upstream: then it used all that was set aside for it.
         sent = begun and (outcome.bytes_up > 0 or outcome.error == WORKER_DIED)
         actual = opened.reserved if sent else Amounts(requests=opened.reserved.requests if begun else 0)
-        details: dict[str, JSON] = {
-            "x": outcome.x,
-            "status": outcome.status,
-            "bytes_up": outcome.bytes_up,
-            "bytes_down": outcome.bytes_down,
-            "duration_ms": outcome.duration_ms,
-            "grant_id": opened.grant_id,
-            "request_sha256": outcome.request_sha256,
-            "response_sha256": outcome.response_sha256,
-        }
         agent = self._agents.get(opened.agent_id)
         if usage is not None and begun:
             tokens_in, tokens_out, cost = _spent(usage)
             actual = Amounts(tokens_in + tokens_out, cost, opened.reserved.requests)
-            details |= {
-                "model": usage.model,
-                "input_tokens": usage.input_tokens,
-                "output_tokens": usage.output_tokens,
-                "cost_usd": usage.cost_usd,
-                "cost_estimated": usage.estimated,
-            }
             if agent is not None:
                 agent.spend.input_tokens += tokens_in
                 agent.spend.output_tokens += tokens_out
@@ -480,19 +504,25 @@ class Exchanges:
         spent = outcome.grant_spent or (begun and outcome.error == WORKER_DIED)
         moved = max(outcome.bytes_up, 0) + max(outcome.bytes_down, 0) if begun else 0
         self._give_back(opened, used=used, actual=actual, bytes_used=moved, spent=spent)
-        await self._note(
+        await self.note(
             Action(
                 opened.agent_id,
                 f"agent:{opened.agent_id}",
                 "egress.outcome",
-                opened.object,
+                opened.request.object,
                 "failed" if outcome.error else "done",
                 outcome.error,
-                details,
+                outcome_details(
+                    opened.request,
+                    outcome if begun else replace(outcome, usage=None),
+                    grant_id=opened.grant_id,
+                    gateway=self._route.gateway,
+                    guardrails=opened.guardrails,
+                ),
             )
         )
 
-    async def _note(self, action: Action) -> None:
+    async def note(self, action: Action) -> None:
         """Record what has happened already: a full log stops new requests, and cannot undo this."""
         try:
             await self._actions.append(action)

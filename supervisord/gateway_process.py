@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import pwd
+import re
+import signal
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -15,9 +18,10 @@ from supervisord.errors import InvalidInput, Unavailable
 from supervisord.processes import Child, end_leftover, python, spawn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from supervisord.config import Config, ModelRoute
+    from supervisord.config import Config, Guardrail, ModelRoute
 
 log = structlog.get_logger()
 
@@ -27,23 +31,58 @@ ANSWER_BYTES_MAX: Final = 64 * 1024
 SECRET_BYTES_MAX: Final = 16 * 1024
 SCRIPT_BYTES_MAX: Final = 1 << 20
 LIFE_LINE_FD: Final = 3
+PONG: Final = b'{"pong": true}'
+NAMES_MAX: Final = 256
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
 
 
 def socket_path(config: Config) -> Path:
     return config.run_dir / "gateway" / "gateway.sock"
 
 
+@dataclass(frozen=True, slots=True)
+class GuardrailVerdict:
+    """What a guardrail found in one exchange, as the gateway tells it: names and counts, never a text."""
+
+    agent_id: str
+    x: int
+    direction: str
+    action: str
+    rules: tuple[str, ...]
+    patterns: Mapping[str, int]
+
+
+def read_verdict(line: bytes) -> GuardrailVerdict:
+    """Read one line of the gateway's; raises ValueError. It parses what agents write, so it is held to the form."""
+    match json.loads(line):
+        case {
+            "guardrail": {
+                "agent_id": str(agent_id), "x": int(x), "direction": "request" | "response" as direction,
+                "action": "block" | "mask" as action, "rules": list(rules), "patterns": dict(patterns)
+            }
+        }:  # fmt: skip
+            names = [*rules, *patterns]
+            if len(names) <= NAMES_MAX and all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+                counts = {name: count for name, count in patterns.items() if type(count) is int and count > 0}
+                return GuardrailVerdict(agent_id[:64], x, direction, action, tuple(rules), counts)
+    raise ValueError("not of the form")
+
+
 class GatewayProcess:
     """Keeps the embedded gateway running; while it is not there agents get 502."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_verdict: Callable[[GuardrailVerdict], None]) -> None:
         self._config = config
+        self._on_verdict = on_verdict
         self._record = config.run_dir / "processes" / "gateway.json"
         self._child: Child | None = None
         self._life_line: socket.socket | None = None
         self._ready = asyncio.Event()
+        self._pong = asyncio.Event()
         self._stopping = False
         self._restart: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start it and wait until it serves; raises Unavailable with what it said."""
@@ -77,27 +116,60 @@ class GatewayProcess:
                 remedy="correct [gateway] in the configuration; its messages are in the daemon's journal",
             )
         self._ready.set()
+        self._listening = loop.create_task(self._listen(ours))
 
-    def health(self) -> tuple[bool, str]:
-        return self._ready.is_set(), "" if self._ready.is_set() else "is being started"
+    async def _listen(self, life_line: socket.socket) -> None:
+        """Take what the gateway tells; one that tells nonsense, or too much at once, is ended and started anew."""
+        loop = asyncio.get_running_loop()
+        told = bytearray()
+        try:
+            while data := await loop.sock_recv(life_line, ANSWER_BYTES_MAX):
+                told += data
+                *lines, rest = told.split(b"\n")
+                for line in map(bytes, lines):
+                    if line == PONG:
+                        self._pong.set()
+                    else:
+                        self._on_verdict(read_verdict(line))
+                told = rest
+                if len(told) > ANSWER_BYTES_MAX:
+                    raise ValueError("a line is too long")
+        except (ValueError, RecursionError) as error:
+            log.error("the embedded gateway told what is no verdict", cause=str(error))
+            if self._child is not None:
+                self._child.signal(signal.SIGKILL)
+        except OSError:
+            return  # it has ended, and its exit is seen elsewhere
+
+    async def probe(self) -> None:
+        """Return when the gateway says that it still turns; raises Unavailable or OSError where it is not there."""
+        if not self._ready.is_set() or self._life_line is None:
+            raise Unavailable("cannot use the embedded gateway: it is being started", remedy="see the daemon's journal")
+        self._pong.clear()
+        await asyncio.get_running_loop().sock_sendall(self._life_line, b"\n")
+        await self._pong.wait()
 
     async def stop(self) -> None:
         self._stopping = True
         if self._restart is not None:
             self._restart.cancel()
-        if self._life_line is not None:
-            self._life_line.close()
+        self._hang_up()
         if self._child is not None:
             await self._child.end()
         self._record.unlink(missing_ok=True)
 
     def _exited(self, code: int) -> None:
         self._ready.clear()
-        if self._life_line is not None:
-            self._life_line.close()
+        self._hang_up()
         if not self._stopping:
             log.error("the embedded gateway died", code=code)
             self._restart = asyncio.get_running_loop().create_task(self._start_again())
+
+    def _hang_up(self) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
+        if self._life_line is not None:
+            self._life_line.close()
 
     async def _start_again(self) -> None:
         await asyncio.sleep(RESTART_SECONDS)
@@ -118,7 +190,27 @@ def gateway_document(config: Config) -> dict[str, object]:
         "models": [_model(route) for route in gateway.models],
         "scripted": scripts,
         "hosts": dict(gateway.hosts),
+        "mcp": [
+            {
+                "name": server.name,
+                "url": server.url,
+                "key": "" if server.credential_file is None else read_secret(server.credential_file),
+            }
+            for server in gateway.mcp
+        ],
+        "guardrails": [_guardrail(guardrail) for guardrail in gateway.guardrails],
         "allow_networks": [str(network) for network in gateway.allow_networks],
+    }
+
+
+def _guardrail(guardrail: Guardrail) -> dict[str, object]:
+    return {
+        "name": guardrail.name,
+        "direction": guardrail.direction.value,
+        "action": guardrail.action.value,
+        "patterns": list(guardrail.patterns),
+        "own": dict(guardrail.own),
+        "models": list(guardrail.models),
     }
 
 

@@ -10,10 +10,10 @@ from supervisord.scopes import check_ceiling, check_scopes_reachable, within
 
 def check_grantable(scope: Scope, policy: Policy, gateway: GatewayConfig) -> None:
     """Raise InvalidInput or PermissionDenied for a scope that is not served, out of reach, or beyond the ceiling."""
-    if isinstance(scope, McpScope):
+    if isinstance(scope, McpScope) and scope.server not in {server.name for server in gateway.mcp}:
         raise InvalidInput(
-            f"cannot grant {format_scope(scope)}: this version serves no mcp: scopes",
-            remedy="grant an fs:, http:, tls: or llm: scope",
+            f"cannot grant {format_scope(scope)}: there is no MCP server {scope.server} behind the gateway",
+            remedy="add it as [[gateway.mcp]] to stockade.toml",
         )
     if isinstance(scope, FsScope):
         scope = live_scope(scope)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
+from gateway_client.egress.mcpcall import SESSION
 from gateway_client.egress.request import Dialect, EgressRequest, Form
-from gateway_client.egress.scope import HttpScope, Scope, TlsScope, covers, format_scope, missing_scope
+from gateway_client.egress.scope import HttpScope, McpScope, Scope, TlsScope, covers, format_scope, missing_scope
 from gateway_client.egress.target import address_of, forbidden_address
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Upstream(StrEnum):
     """What the dialer opens for an allowed request."""
 
     API = "api"
+    MCP = "mcp"
     FORWARD = "forward"
     TUNNEL = "tunnel"
     INSPECT = "inspect"
@@ -56,6 +58,7 @@ class Reason(StrEnum):
     SELF_UNKNOWN = "self_unknown"
     LOG_UNAVAILABLE = "log_unavailable"
     DAEMON_GONE = "daemon_gone"
+    GATEWAY_DOWN = "gateway_down"
     UPSTREAM_FAILED = "upstream_failed"
     FROZEN = "frozen"
     LIMIT = "limit"
@@ -103,6 +106,8 @@ class AgentView:
     """A lifecycle state; only STARTING (execve done, not yet noted) and RUNNING may send."""
     grants: tuple[GrantView, ...] = ()
     budget: BudgetView = field(default_factory=BudgetView)
+    mcp_servers: tuple[str, ...] = ()
+    """MCP servers that the gateway reaches."""
     forwarding: bool = True
     """Whether the gateway, or a forward proxy beside it, opens other hosts."""
     allow_networks: tuple[IPv4Network | IPv6Network, ...] = ()
@@ -118,6 +123,8 @@ class Allow:
     """Taken off the token budget until the outcome is known."""
     bytes_left: int | None = None
     """What may pass on the grant, by the daemon's last count; the worker goes on from the first it was told."""
+    counted: bool = True
+    """Whether it is a use of the grant; what only keeps a session going is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ class Reply:
 Verdict = Allow | Refuse | Reply
 
 
-def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:  # noqa: PLR0911 - one for each form
     """Judge one request. `now` is monotonic seconds, the clock of `GrantView.expires_at`."""
     if view.state not in ("STARTING", "RUNNING"):
         return Refuse(503, Reason.AGENT_NOT_RUNNING, f"the agent is {view.state} and may send nothing")
@@ -150,6 +157,8 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
             return _answer_self(request, view, now=now)
         case Form.MODEL:
             return _decide_model(request, view, now=now)
+        case Form.MCP:
+            return _decide_mcp(request, view, now=now)
         case Form.FORWARD:
             secure = request.scheme == "https"
             return _decide_elsewhere(request, view, now=now, upstream=Upstream.SEALED if secure else Upstream.FORWARD)
@@ -183,6 +192,34 @@ def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Ver
         return _allow(grant, Upstream.API)
     reserved = _set_aside(request, view.budget)
     return reserved if isinstance(reserved, Refuse) else _allow(grant, Upstream.API, reserve_tokens=reserved)
+
+
+def _decide_mcp(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:
+    if request.server not in view.mcp_servers:
+        return Refuse(404, Reason.ENDPOINT_REFUSED, "there is no such MCP server behind the gateway")
+    session = request.rpc_method in SESSION
+    grant = _best_grant(request, view, now=now, counted=not session)
+    if isinstance(grant, Refuse):
+        return grant
+    left = view.budget.requests_left
+    if left is not None and left <= 0:
+        return Refuse(429, Reason.BUDGET_EXHAUSTED, "the agent's budget of requests is used up")
+    return replace(_allow(grant, Upstream.MCP), counted=not session)
+
+
+def mcp_globs(server: str, view: AgentView, *, now: float) -> tuple[str, ...]:
+    """Give what an agent may use of a server just now, for the gateway to hold it to."""
+    return tuple(
+        sorted(
+            {
+                grant.scope.tool_glob
+                for grant in view.grants
+                if isinstance(grant.scope, McpScope)
+                and grant.scope.server == server
+                and (grant.expires_at is None or now < grant.expires_at)  # uses are counted by the daemon alone
+            }
+        )
+    )
 
 
 def _set_aside(request: EgressRequest, budget: BudgetView) -> int | Refuse:
@@ -254,11 +291,13 @@ def _look_inside(request: EgressRequest, view: AgentView, *, now: float, opaque:
     return None
 
 
-def _best_grant(request: EgressRequest, view: AgentView, *, now: float) -> GrantView | Refuse:
+def _best_grant(request: EgressRequest, view: AgentView, *, now: float, counted: bool = True) -> GrantView | Refuse:
     """Find the grant to use: an unlimited one before one that counts, then the one that lasts longest."""
     covering = [grant for grant in view.grants if covers(grant.scope, request)]
     live = [grant for grant in covering if grant.expires_at is None or now < grant.expires_at]
-    usable = [grant for grant in live if grant.usable]
+    usable = [
+        grant for grant in live if (grant.usable if counted else grant.bytes_left is None or grant.bytes_left > 0)
+    ]
     if usable:
         return min(
             usable,

@@ -38,6 +38,8 @@ DAEMON_FD: Final = 3
 duplicates_max: Final = 16384
 listeners_per_agent_max: Final = 16
 connect_retry_seconds: Final = 0.01
+refused_retry_seconds: Final = 0.05
+refused_seconds_max: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +254,8 @@ class Dialer:
         if len(self._table.by_key) + len(self._dialing) > duplicates_max:
             raise CannotDial("cannot connect: too many connections are open")
         first = preface_bytes(order.preface) if order.preface is not None else b""
-        endpoint = socket.socket(destination.family, socket.SOCK_STREAM)
+        endpoint = await self._connect_patiently(destination)
         try:
-            endpoint.setblocking(False)
-            async with asyncio.timeout(self._configuration.connect_seconds_max):
-                await self._connect(endpoint, destination)
             # A fresh socket takes all of a preface at once; less than all would be a preface cut short.
             if first and endpoint.send(first, socket.MSG_NOSIGNAL) != len(first):
                 raise CannotDial("cannot connect to the gateway: it does not take the preface")
@@ -271,6 +270,34 @@ class Dialer:
             endpoint.close()
             raise
         return endpoint
+
+    async def _connect_patiently(self, destination: Destination) -> socket.socket:
+        """Connect, again where nobody listens just now: a gateway that is started anew is back in a moment.
+
+        Nothing has been sent at that point, so this repeats no call; once a byte has been, nothing is ever repeated.
+        """
+        deadline = self._loop.time() + refused_seconds_max
+        while True:
+            endpoint = socket.socket(destination.family, socket.SOCK_STREAM)
+            try:
+                endpoint.setblocking(False)
+                async with asyncio.timeout(self._configuration.connect_seconds_max):
+                    await self._connect(endpoint, destination)
+            except (ConnectionRefusedError, FileNotFoundError) as error:
+                endpoint.close()
+                if self._loop.time() > deadline:
+                    raise CannotDial(f"cannot connect to the gateway: {error.strerror}") from error
+            except OSError as error:
+                endpoint.close()
+                raise CannotDial(
+                    f"cannot connect to the gateway: {error.strerror or 'it did not answer in time'}"
+                ) from error
+            except BaseException:
+                endpoint.close()
+                raise
+            else:
+                return endpoint
+            await asyncio.sleep(refused_retry_seconds)
 
     async def _connect(self, endpoint: socket.socket, destination: Destination) -> None:
         """Connect without the loop's own helper, which would start a resolver thread."""
@@ -289,7 +316,7 @@ class Dialer:
                 self._loop.remove_writer(endpoint.fileno())
             number = endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
-            raise OSError(number, os.strerror(number))
+            raise OSError(number, os.strerror(number))  # Python picks the subclass by the number
 
     def _to_worker(self, worker_id: str, message: messages.FromDialerToWorker, *, fd: int | None = None) -> None:
         link = self._workers.get(worker_id)

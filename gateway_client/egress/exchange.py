@@ -10,6 +10,7 @@ from gateway_client.egress.messages import Outcome, Usage
 
 if TYPE_CHECKING:
     from gateway_client.egress.allowance import Allowance
+guardrails_chars_max: Final = 500
 
 
 class State(Enum):
@@ -66,6 +67,9 @@ class Exchange:
     response_sha256: str = ""
     error: str = ""
     allowance: Allowance | None = None
+    first_byte: float | None = None
+    """When the first byte of the answer's body came, on the clock of `started`."""
+    guardrails: str = ""
 
     def advance(self, event: Event) -> None:
         self.state = transition(self.state, event)
@@ -87,4 +91,6 @@ class Exchange:
             response_sha256=self.response_sha256,
             error=self.error[:200],
             grant_spent=self.allowance is not None and self.allowance.spent,
+            first_byte_ms=None if self.first_byte is None else max(0, round((self.first_byte - self.started) * 1000)),
+            guardrails=self.guardrails[:guardrails_chars_max],
         )

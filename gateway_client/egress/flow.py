@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
 
-from gateway_client.egress import mcp, websocket
+from gateway_client.egress import mcp, mcpcall, websocket
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
@@ -211,6 +211,8 @@ class Connection:
                 return await self._serve_self(head)
             case Form.MODEL:
                 return await self._serve_model(head)
+            case Form.MCP:
+                return await self._serve_mcp_server(head)
             case Form.FORWARD:
                 return await self._serve_forward(head)
             case Form.CONNECT:
@@ -323,7 +325,9 @@ class Connection:
         def on_headers(status: int, returned: Headers) -> None:
             if status < 400:  # noqa: PLR2004 - an error used nothing, if it does not say otherwise
                 meter.output_at_least = output_reserved(call.max_tokens, call.choices)
-            reported[0] = adapter.usage_from([(n.decode("latin-1"), v.decode("latin-1")) for n, v in returned])
+            texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in returned]
+            reported[0] = adapter.usage_from(texts)
+            exchange.guardrails = adapter.guardrails_from(texts)
 
         passing = Passing(
             self.stream,
@@ -347,6 +351,49 @@ class Connection:
                 exchange.usage = meter.result(
                     cost_usd=said.cost_usd if said else None, cost_estimated=said.estimated if said else False
                 )
+
+    async def _serve_mcp_server(self, head: Head) -> bool:
+        server, message = mcpcall.server_of(head.path), None
+        if server is None or head.query or head.method not in ("GET", "POST", "DELETE"):
+            raise WireError(Reject(400, "mcp_malformed", "a server is reached with GET, POST or DELETE of /mcp/SERVER"))
+        if head.method == "POST":
+            try:
+                check_type(head.headers)
+                body = await self._intake.whole_body(head, mcpcall.mcp_body_bytes_max, scales=Scales())
+                async with self.agent.parsing:
+                    message = mcpcall.read_message(body)
+            except BadCall as error:
+                raise WireError(Reject(error.status, error.reason, str(error))) from error
+        elif head.has_body:
+            raise WireError(Reject(400, "body_refused", f"{head.method} has no body here"))
+        content = message.body if message is not None else b""
+        request = _request(
+            head,
+            server=server,
+            rpc_method=message.method if message is not None else "",
+            tool=message.name if message is not None else "",
+            content_length=len(content),
+        )
+        async with self._asked(request) as verdict:
+            if not isinstance(verdict, Allow):
+                raise _Answered(_not_possible())
+            upstream = await self._connect(request)
+            headers = [(b"host", b"gateway.internal"), *mcpcall.outgoing(head.headers, message)]
+            if message is not None:
+                headers.append((b"content-length", b"%d" % len(content)))
+            passing = Passing(
+                self.stream,
+                upstream,
+                self._open_exchange,
+                self._limits,
+                self.agent.share,
+                method=head.method,
+                http11=head.http11,
+                keep_alive=_keeps(head),
+                credential="",
+                on_headers=_nothing,
+            )
+            return await self._pass(passing, head.path.encode("ascii"), [*headers, (b"connection", b"close")], content)
 
     async def _serve_forward(self, head: Head) -> bool:
         body = await self._intake.checked_body(head)
@@ -616,6 +663,10 @@ def _header(head: Head, wanted: bytes) -> str | None:
     """Give a header's value; doubled ones are joined, so that they are no known value."""
     values = [value for name, value in head.headers if name == wanted]
     return b", ".join(values).decode("latin-1") if values else None
+
+
+def _nothing(_status: int, _headers: Headers) -> None:
+    """Told of the headers; cookies and what is a gateway's own are taken from them as from a model's answer."""
 
 
 def _keeps(head: Head) -> bool:

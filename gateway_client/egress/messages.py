@@ -224,6 +224,8 @@ class Usage:
     output_tokens: int = 0
     cost_usd: float | None = None
     estimated: bool = False
+    answered_model: str = ""
+    """What the answer says it comes from: a gateway may have sent the call elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,10 @@ class Outcome:
     error: str = ""
     grant_spent: bool = False
     """Whether it met the end of the bytes that its grant lets pass."""
+    first_byte_ms: int | None = None
+    """From the question to the first byte of the answer's body."""
+    guardrails: str = ""
+    """What the gateway's headers say its own guardrails did."""
 
 
 @dataclass(frozen=True, slots=True)

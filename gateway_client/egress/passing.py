@@ -224,6 +224,8 @@ class Passing:
             raise UpstreamError("cannot read answer: the gateway spoke another version of HTTP")
 
     async def _data(self, data: bytes) -> None:
+        if self._exchange.first_byte is None:
+            self._exchange.first_byte = asyncio.get_running_loop().time()
         if self._on_body is not None:
             self._on_body(data)
         await self._clean(self._redactor.feed(data))

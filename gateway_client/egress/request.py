@@ -22,6 +22,8 @@ class Form(StrEnum):
     """A URL elsewhere: of http:// in absolute form or inside a CONNECT, of https:// inside one whose TLS ends here."""
     CONNECT = "connect"
     """A tunnel to host:port."""
+    MCP = "mcp"
+    """`/mcp/SERVER` of gateway.internal: a message to a server of the Model Context Protocol behind the gateway."""
     SELF = "self"
     """`/.stockade/v1/*`: the agent's questions about itself, answered by the daemon."""
     NAME = "name"
@@ -71,6 +73,11 @@ class EgressRequest:
     """Fields and tools that were taken out of its body, for the log."""
     body: str = ""
     """Only with form SELF."""
+    server: str = ""
+    """Only with form MCP, like the two below."""
+    rpc_method: str = ""
+    tool: str = ""
+    """What a scope is compared with: a tool's name, or `resources/…` and `prompts/…`; empty where none is used."""
 
     @property
     def authority(self) -> Authority:
@@ -83,4 +90,7 @@ class EgressRequest:
             return f"CONNECT {self.authority}"
         if self.form is Form.NAME:
             return f"LOOKUP {self.host}"
+        if self.form is Form.MCP:
+            shown = " ".join(word for word in (self.rpc_method, self.tool) if word)
+            return f"{self.method} mcp:{self.server}{' ' if shown else ''}{shown}"
         return f"{self.method} {self.scheme}://{self.authority.url_form(self.scheme)}{self.path}"

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Final, assert_never
 
+from gateway_client.egress.mcpcall import SESSION, glob_covers
 from gateway_client.egress.request import Dialect, EgressRequest, Form
 from gateway_client.egress.target import Authority, BadTarget, default_port, normalise_path, parse_authority
 
@@ -189,7 +190,7 @@ def format_scope(scope: Scope) -> str:
 
 
 def covers(scope: Scope, request: EgressRequest) -> bool:
-    """Whether a scope allows a request; fs: and mcp: scopes cover no egress request."""
+    """Whether a scope allows a request; fs: scopes cover no egress request."""
     match scope:
         case LlmScope():
             if request.form is not Form.MODEL or request.dialect is None:
@@ -209,13 +210,21 @@ def covers(scope: Scope, request: EgressRequest) -> bool:
             # What is in the tunnel too, where it is looked into for the sake of an http: scope of the same host.
             inside = request.form is Form.FORWARD and request.scheme == "https"
             return (request.form is Form.CONNECT or inside) and (request.host, request.port) == (scope.host, scope.port)
-        case FsScope() | McpScope():
+        case McpScope():
+            return (
+                request.form is Form.MCP
+                and scope.server == request.server
+                and (
+                    request.rpc_method in SESSION or (bool(request.tool) and glob_covers(scope.tool_glob, request.tool))
+                )
+            )
+        case FsScope():
             return False
         case _:
             assert_never(scope)
 
 
-def missing_scope(request: EgressRequest) -> str:
+def missing_scope(request: EgressRequest) -> str:  # noqa: PLR0911 - one for each form
     """Give the narrowest scope that would allow a request, as text for `grant`; empty where no scope can."""
     authority = request.authority
     match request.form:
@@ -230,10 +239,17 @@ def missing_scope(request: EgressRequest) -> str:
             return f"tls:{authority}"
         case Form.NAME:
             return f"tls:{request.host}:443"
+        case Form.MCP:
+            return f"mcp:{request.server}/{_tool_text(request)}"
         case Form.SELF:
             return ""
         case _:
             assert_never(request.form)
+
+
+def _tool_text(request: EgressRequest) -> str:
+    """Give the narrowest glob that covers a name; characters that no glob has become `*`."""
+    return re.sub(r"[^A-Za-z0-9._/-]+", "*", request.tool)[:200] or "*"
 
 
 def includes(wide: Scope, narrow: Scope) -> bool:
@@ -252,7 +268,15 @@ def includes(wide: Scope, narrow: Scope) -> bool:
         case FsScope(), FsScope():
             return (wide.writable or not narrow.writable) and narrow.host_path.is_relative_to(wide.host_path)
         case McpScope(), McpScope():
-            return wide.server == narrow.server and _glob_includes(wide.tool_glob, narrow.tool_glob)
+            kinds = [
+                next((kind for kind in ("resources/", "prompts/") if scope.tool_glob.startswith(kind)), "")
+                for scope in (wide, narrow)
+            ]
+            return (
+                wide.server == narrow.server
+                and kinds[0] == kinds[1]
+                and _glob_includes(wide.tool_glob, narrow.tool_glob)
+            )
         case _:
             return False
 

@@ -64,6 +64,10 @@ class GatewayAdapter(Protocol):
         """Read model and cost from response headers, if this gateway puts them there."""
         ...
 
+    def guardrails_from(self, headers: Sequence[tuple[str, str]]) -> str:
+        """Read what the gateway's own guardrails did, if it says so in headers."""
+        ...
+
 
 def model_head(
     head: Head, where: Endpoint, *, body: bytes, adapter: GatewayAdapter, identity: Identity, configuration: Configure

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import h11
 
 from gateway_client.egress import websocket
+from gateway_client.egress.mcpcall import MCP_ROOT
 from gateway_client.egress.request import Form
 from gateway_client.egress.target import (
     Authority,
@@ -142,6 +143,8 @@ def parse_target(
         return Form.FORWARD, "https", authority, path, query
     if not authority.is_own:
         return Form.FORWARD, "http", authority, path, query
+    if path.startswith(MCP_ROOT):
+        return Form.MCP, "http", authority, path, query
     form = Form.SELF if path.startswith(SELF_ROOT) else Form.MODEL
     return form, "http", authority, path, query
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TAGS_MAX: Final = 32
 TAG_CHARS_MAX: Final = 128
 COST_HEADER: Final = "x-litellm-response-cost"
+GUARDRAILS_HEADER: Final = "x-litellm-applied-guardrails"  # names of those that ran, joined by commas
 
 # A comma ends a tag and a line end ends a header: an agent's label may hold either.
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._:/@=+-]")
@@ -49,6 +50,9 @@ class LiteLLM:
     def usage_from(self, headers: Sequence[tuple[str, str]]) -> Usage | None:
         return reported_cost(headers, COST_HEADER)
 
+    def guardrails_from(self, headers: Sequence[tuple[str, str]]) -> str:
+        return next((_list(value) for key, value in headers if key.lower() == GUARDRAILS_HEADER), "")
+
 
 def reported_cost(headers: Sequence[tuple[str, str]], name: str, *, estimated: bool = False) -> Usage | None:
     """Return the cost a header names; None where it is absent or no amount."""
@@ -60,6 +64,10 @@ def reported_cost(headers: Sequence[tuple[str, str]], name: str, *, estimated: b
                 return None
             return Usage(cost_usd=cost, estimated=estimated) if math.isfinite(cost) and cost >= 0 else None
     return None
+
+
+def _list(text: str) -> str:
+    return ",".join(_plain(name.strip()) for name in text.split(",") if name.strip())
 
 
 def _plain(text: str) -> str:

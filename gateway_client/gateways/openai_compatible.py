@@ -21,3 +21,6 @@ class OpenAICompatible:
 
     def usage_from(self, headers: Sequence[tuple[str, str]]) -> Usage | None:  # noqa: ARG002 - it puts nothing there
         return None
+
+    def guardrails_from(self, headers: Sequence[tuple[str, str]]) -> str:  # noqa: ARG002 - it puts nothing there
+        return ""

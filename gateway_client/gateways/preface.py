@@ -25,6 +25,7 @@ PORT_MAX: Final = 65535
 _VERSION_2: Final = 0x20
 _COMMAND_PROXY: Final = 0x01
 _FAMILY_UNSPEC: Final = 0x00
+_MCP: Final = re.compile(r"mcp:([A-Za-z0-9._-]{1,100}):([A-Za-z0-9._/*,-]{1,24576})")
 _HOST: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]")
 
 
@@ -50,18 +51,31 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True)
+class Mcp:
+    """Messages to one MCP server, and the tools (as globs) that may be called there."""
+
+    server: str
+    tools: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"mcp:{self.server}:{','.join(self.tools)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Preface:
     agent_id: str
     name: str
     x: int
-    allow: Api | Destination
+    allow: Api | Destination | Mcp
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def parse_allow(text: str) -> Api | Destination:
-    """Parse `api`, `tcp:host:port` or `http://host:port`; the host in lower case, an IPv6 address in brackets."""
+def parse_allow(text: str) -> Api | Destination | Mcp:
+    """Parse `api`, `tcp:host:port`, `http://host:port` or `mcp:SERVER:GLOB,GLOB`; hosts in lower case."""
     if text == "api":
         return Api()
+    if (mcp := _MCP.fullmatch(text)) is not None:
+        return Mcp(mcp[1], tuple(mcp[2].split(",")))
     for scheme, prefix in (("tcp", "tcp:"), ("http", "http://")):
         if text.startswith(prefix):
             host, colon, port = text.removeprefix(prefix).rpartition(":")

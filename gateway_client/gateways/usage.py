@@ -68,6 +68,7 @@ class UsageMeter:
     ) -> None:
         self._dialect = dialect
         self._model = model
+        self._answered = ""
         self._request_bytes = request_bytes
         self._prices = prices
         self._splitter = sse.Splitter(event_bytes_max=BODY_BYTES_MAX) if streaming else None
@@ -111,7 +112,9 @@ class UsageMeter:
         cost, cost_estimated = (self._cost, self._cost_estimated) if cost_usd is None else (cost_usd, cost_estimated)
         if cost is None and self._prices is not None and (price := self._prices.find(self._model)) is not None:
             cost, cost_estimated = price.cost(given, taken), True
-        return Usage(self._model, given, taken, cost, estimated=estimated or cost_estimated)
+        return Usage(
+            self._model, given, taken, cost, estimated=estimated or cost_estimated, answered_model=self._answered
+        )
 
     def _finish(self) -> None:
         if self._splitter is not None:
@@ -147,8 +150,9 @@ class UsageMeter:
     def _take(self, value: dict[str, Any]) -> None:
         inner = next((value[key] for key in ("response", "message") if isinstance(value.get(key), dict)), value)
         model = inner.get("model") or inner.get("modelVersion")
-        if isinstance(model, str) and model and not self._model:
-            self._model = model[:MODEL_CHARS_MAX]
+        if isinstance(model, str) and model:
+            self._answered = model[:MODEL_CHARS_MAX]
+            self._model = self._model or self._answered
         usage = inner.get("usage") or inner.get("usageMetadata") or value.get("usage")
         if not isinstance(usage, dict):
             if inner.get("error") and not self._text_bytes:

@@ -94,8 +94,10 @@ def _explain(stockade: Stockade, options: Namespace) -> int:
 def doctor(stockade: Stockade, options: Namespace) -> int:
     answer = stockade.call(methods.DOCTOR, system_pb2.DoctorRequest())
     found = [convert.finding(message) for message in answer.findings]
+    parts = stockade.call(methods.READY, system_pb2.ReadyRequest()).components
     if options.output == "json":
-        print_json({"ok": answer.ok, "findings": found})
+        shown = [{"name": part.name, "ready": part.ready, "detail": part.detail} for part in parts]
+        print_json({"ok": answer.ok, "findings": found, "components": shown})
     else:
         rows = [
             (
@@ -111,6 +113,7 @@ def doctor(stockade: Stockade, options: Namespace) -> int:
         for item in found:
             if not item.present and item.remedy:
                 say(f"{item.control} protects {item.protects}: {item.remedy}")
+        print_table(("PART", "READY", "STATE"), [(p.name, "yes" if p.ready else "NO", p.detail or "-") for p in parts])
     return OK if answer.ok else FAILED
 
 

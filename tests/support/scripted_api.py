@@ -311,6 +311,11 @@ class System(system_pb2_grpc.SystemServiceServicer):
         )
         return system_pb2.DoctorResponse(ok=False, findings=[finding])
 
+    def Ready(self, request: system_pb2.ReadyRequest, _context: Context) -> system_pb2.ReadyResponse:
+        del request
+        part = system_pb2.Component(name="gateway", ready=False, detail="breaker open: Connection refused")
+        return system_pb2.ReadyResponse(ready=False, components=[part])
+
 
 class Api:
     """What is served, to be looked at and changed by a test."""

@@ -7,8 +7,10 @@ descriptor is the life line: when its other end is gone, so is the gateway.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import stat
 import sys
 from typing import TYPE_CHECKING, Final
@@ -19,16 +21,18 @@ from gateway_client.gateways.embedded import config as configs
 from gateway_client.gateways.embedded import forward, http_client, server
 from gateway_client.gateways.embedded.build import build_api
 from gateway_client.gateways.embedded.confinement import give_up_root
+from gateway_client.gateways.embedded.mcp import McpGateway
 from gateway_client.gateways.embedded.models.local import LocalModelError
+from gateway_client.gateways.guardrails.rules import Rules
 
 if TYPE_CHECKING:
-    import socket
-
     from gateway_client.gateways.embedded.api import Api
     from gateway_client.gateways.embedded.config import Config
+    from gateway_client.gateways.guardrails.rules import Verdict
 
 LIFE_LINE: Final = 3
 READ_BYTES: Final = 64 * 1024
+TELL_SECONDS_MAX: Final = 5.0
 
 
 def read_config(descriptor: int) -> Config:
@@ -50,16 +54,43 @@ def tell(descriptor: int, value: dict[str, object]) -> None:
         os.write(descriptor, json.dumps(value).encode() + b"\n")
 
 
+class Teller:
+    """Tells the daemon of verdicts, on the life line: it records them, and no worker has a say in it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._life_line = socket.socket(fileno=os.dup(descriptor))
+        self._life_line.setblocking(False)
+        self._turn = asyncio.Lock()
+
+    async def tell(self, agent_id: str, x: int, verdict: Verdict) -> None:
+        """Wait until the daemon's end has it; raises OSError or TimeoutError, and then nothing goes on."""
+        told = {
+            "agent_id": agent_id,
+            "x": x,
+            "direction": verdict.direction.value,
+            "action": verdict.action.value,
+            "rules": list(verdict.rules),
+            "patterns": dict(verdict.patterns),
+        }
+        line = json.dumps({"guardrail": told}).encode() + b"\n"
+        async with asyncio.timeout(TELL_SECONDS_MAX), self._turn:
+            await asyncio.get_running_loop().sock_sendall(self._life_line, line)
+
+
 async def run(config: Config, api: Api, listener: socket.socket, life_line: int, posture: tuple[str, ...]) -> None:
     """Serve until the life line ends."""
     rules = forward.Rules(config.hosts, config.allow_networks)
-    gateway = server.Server(api, rules, forward.Resolver(), allowed_uid=config.allowed_uid)
+    gateway = server.Server(api, rules, forward.Resolver(), allowed_uid=config.allowed_uid, mcp=McpGateway(config.mcp))
     serving = await gateway.start(listener)
     ended = asyncio.Event()
 
     def readable() -> None:
         if not os.read(life_line, READ_BYTES):
             ended.set()
+            return
+        # Whatever the daemon writes asks whether we still turn; where it takes nothing just now it will ask again.
+        with contextlib.suppress(BlockingIOError):
+            tell(life_line, {"pong": True})
 
     loop = asyncio.get_running_loop()
     loop.add_reader(life_line, readable)
@@ -84,7 +115,8 @@ def main() -> int:
         config = read_config(LIFE_LINE)
         listener = server.bind(config.socket_path, config.allowed_uid)
         http_client.tls_context()
-        api = build_api(config.models, config.scripts)
+        rules = Rules(config.guardrails)
+        api = build_api(config.models, config.scripts, rules=rules, tell=Teller(LIFE_LINE).tell if rules else None)
         # None only where the caller is not root to begin with, or in a test that looks at something else.
         posture = give_up_root(config.user) if config.user is not None else ()
     except (OSError, ValueError, LocalModelError) as error:

@@ -23,3 +23,6 @@ class Embedded:
     def usage_from(self, headers: Sequence[tuple[str, str]]) -> Usage | None:
         estimated = any(key.lower() == "x-stockade-cost-estimated" and value == "true" for key, value in headers)
         return reported_cost(headers, "x-stockade-cost-usd", estimated=estimated)
+
+    def guardrails_from(self, headers: Sequence[tuple[str, str]]) -> str:  # noqa: ARG002 - told to the daemon itself
+        return ""

@@ -13,15 +13,21 @@ from gateway_client.egress.request import Dialect
 from gateway_client.gateways.embedded.conversation import Begin, Done, RequestError, collect
 from gateway_client.gateways.embedded.dialects import MODULES, messages
 from gateway_client.gateways.embedded.dialects.fields import Json, compact
+from gateway_client.gateways.embedded.guarding import AnswerBlockedError, GuardedResponder, check_request
 from gateway_client.gateways.embedded.models.provider import ProviderModel
 from gateway_client.gateways.embedded.models.scripted import count_tokens
+from gateway_client.gateways.guardrails.rules import Direction, Rules
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from gateway_client.gateways.embedded.conversation import Ask, Delta, Usage
-    from gateway_client.gateways.embedded.http import Headers, Request, Responder
+    from gateway_client.gateways.embedded.guarding import Tell
+    from gateway_client.gateways.embedded.http import Answering, Headers, Request, Responder
     from gateway_client.gateways.embedded.routes import Route, Routes
+    from gateway_client.gateways.guardrails.rules import Verdict
+
+    TellDaemon = Callable[[str, int, Verdict], Awaitable[None]]
 
 DIALECT_OF_PATH: Final = {
     "/v1/chat/completions": Dialect.OPENAI_CHAT,
@@ -41,17 +47,29 @@ SHOWN_CHARS_MAX: Final = 300  # of what an agent sent, in a log line or an error
 _log = structlog.get_logger()
 
 
+async def nobody(_agent_id: str, _x: int, _verdict: Verdict) -> None:
+    """Where there is no daemon to be told: the scripted server of tests."""
+
+
 class Api:
     """Answers requests; knows nothing of sockets."""
 
-    def __init__(self, routes: Routes, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self, routes: Routes, *, now: Callable[[], float], rules: Rules | None = None, tell: TellDaemon | None = None
+    ) -> None:
         self._routes = routes
         self._now = now
+        self._rules = Rules() if rules is None else rules
+        self._tell: TellDaemon = tell or nobody
 
-    async def handle(self, request: Request, respond: Responder, *, agent_id: str = "") -> None:
+    async def handle(self, request: Request, respond: Responder, *, agent_id: str = "", x: int = 0) -> None:
         """Answer one request; every failure becomes an error in the shape of the request's dialect."""
+
+        async def told(verdict: Verdict) -> None:
+            await self._tell(agent_id, x, verdict)
+
         try:
-            await self._dispatch(request, respond)
+            await self._dispatch(request, respond, told)
         except RequestError as failure:
             _log.info(
                 "refused",
@@ -73,7 +91,7 @@ class Api:
                 request, respond, RequestError("cannot answer: a fault in the gateway; see its log", status=500)
             )
 
-    async def _dispatch(self, request: Request, respond: Responder) -> None:
+    async def _dispatch(self, request: Request, respond: Responder, tell: Tell) -> None:
         path = request.path.rstrip("/") or "/"
         match "GET" if request.method == "HEAD" else request.method, path:
             case "GET", "/v1/models":
@@ -85,26 +103,40 @@ class Api:
             case "GET", "/health":
                 await respond.whole(200, (_JSON,), b'{"status":"ok"}')
             case "POST", "/v1/messages/count_tokens":
-                await self._count(request, respond)
+                await self._count(request, respond, tell)
             case "POST", _ if path in DIALECT_OF_PATH:
-                await self._answer(DIALECT_OF_PATH[path], request, respond)
+                await self._answer(DIALECT_OF_PATH[path], request, respond, tell)
             case method, _ if path in (*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH):
                 raise RequestError(f"cannot {method} {path}: the method is not known here", status=405)
             case _:
                 served = ", ".join((*DIALECT_OF_PATH, COUNT_TOKENS_PATH, MODELS_PATH))
                 raise RequestError(f"cannot find {path[:SHOWN_CHARS_MAX]}: this gateway serves {served}", status=404)
 
-    async def _count(self, request: Request, respond: Responder) -> None:
-        ask = messages.parse(read_json(request), counting=True)
+    async def _count(self, request: Request, respond: Responder, tell: Tell) -> None:
+        ask = messages.parse(await check_request(read_json(request), self._rules, tell), counting=True)
         route = self._routes.find(ask.model)
         if isinstance(route.model, ProviderModel) and route.model.speaks(ask.dialect):
             await route.model.relay(ask, request, respond, priced=lambda usage: usage)
             return
         await respond.whole(200, (_JSON,), compact({"input_tokens": count_tokens(ask)}))
 
-    async def _answer(self, dialect: Dialect, request: Request, respond: Responder) -> None:
-        ask = MODULES[dialect].parse(read_json(request))
+    async def _answer(self, dialect: Dialect, request: Request, respond: Responder, tell: Tell) -> None:
+        ask = MODULES[dialect].parse(await check_request(read_json(request), self._rules, tell))
         route = self._routes.find(ask.model)
+        guard = self._rules.guard(ask.model, Direction.RESPONSE)
+        if guard is None:
+            await self._ask(ask, route, request, respond)
+            return
+        guarded = GuardedResponder(respond, guard, tell, dialect=dialect, input_tokens=count_tokens(ask))
+        try:
+            await self._ask(ask, route, request, guarded)
+        except AnswerBlockedError:
+            _log.info("answer blocked", model=ask.model[:SHOWN_CHARS_MAX])
+        finally:
+            await guarded.close()
+
+    async def _ask(self, ask: Ask, route: Route, request: Request, respond: Answering) -> None:
+        dialect = ask.dialect
 
         def priced(usage: Usage) -> Usage:
             return self._routes.priced(usage, route, ask.model)
@@ -118,7 +150,7 @@ class Api:
             shown = MODULES[dialect].render(ask, answer, secrets.token_hex(12), int(self._now()))
             await respond.whole(200, (_JSON, *cost_headers(answer.usage)), compact(shown))
 
-    async def _stream(self, ask: Ask, route: Route, respond: Responder) -> None:
+    async def _stream(self, ask: Ask, route: Route, respond: Answering) -> None:
         renderer = MODULES[ask.dialect].Renderer(ask, secrets.token_hex(12), int(self._now()))
         try:
             async for delta in self._deltas(ask, route):

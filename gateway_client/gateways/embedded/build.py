@@ -15,13 +15,22 @@ from gateway_client.gateways.embedded.routes import FREE, Route, Routes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from gateway_client.gateways.embedded.api import TellDaemon
     from gateway_client.gateways.embedded.config import ModelConfig
     from gateway_client.gateways.embedded.conversation import Model
     from gateway_client.gateways.embedded.models.script import Script
+    from gateway_client.gateways.guardrails.rules import Rules
     from gateway_client.gateways.prices import Price
 
 
-def build_api(models: Iterable[ModelConfig], scripts: Mapping[str, Script], *, says_cost: bool = True) -> Api:
+def build_api(
+    models: Iterable[ModelConfig],
+    scripts: Mapping[str, Script],
+    *,
+    says_cost: bool = True,
+    rules: Rules | None = None,
+    tell: TellDaemon | None = None,
+) -> Api:
     """Return the API with a route for each model; opens files of local models, so call it before dropping the uid.
 
     Without `says_cost` no answer names a cost: another gateway in front would believe it.
@@ -30,7 +39,7 @@ def build_api(models: Iterable[ModelConfig], scripts: Mapping[str, Script], *, s
     routes = [
         Route(model.name, make(model, scripts), _price(model) if says_cost else None, model.listed) for model in models
     ]
-    return Api(Routes(routes, table), now=time.time)
+    return Api(Routes(routes, table), now=time.time, rules=rules, tell=tell)
 
 
 def _price(config: ModelConfig) -> Price | None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway_client.gateways.embedded.http_client import Url
 from gateway_client.gateways.embedded.models import script as scripts
+from gateway_client.gateways.guardrails.pattern import BadPattern, Pattern
+from gateway_client.gateways.guardrails.rules import Action, Direction, Rule, patterns_of
 from gateway_client.gateways.prices import Price
 
 if TYPE_CHECKING:
@@ -47,6 +49,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class McpServer:
+    name: str
+    url: Url
+    key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Pin:
     """Where the operator says a name is; port None keeps the one asked for."""
 
@@ -63,9 +72,21 @@ class Config:
     scripts: Mapping[str, Script]
     hosts: Mapping[str, Pin]
     allow_networks: tuple[Network, ...]
+    guardrails: tuple[Rule, ...] = ()
+    mcp: tuple[McpServer, ...] = ()
 
 
-_KEYS: Final = {"socket_path", "allowed_uid", "user", "models", "scripted", "hosts", "allow_networks"}
+_KEYS: Final = {
+    "socket_path",
+    "allowed_uid",
+    "user",
+    "models",
+    "scripted",
+    "hosts",
+    "allow_networks",
+    "guardrails",
+    "mcp",
+}
 _MODEL_KEYS: Final = {
     "scripted": {"script"},
     "local": {"path", "context_tokens"},
@@ -105,6 +126,10 @@ def parse(text: str | bytes) -> Config:
         hosts={name.lower().rstrip("."): _pin(pin, f"hosts.{name}") for name, pin in hosts.items()},
         allow_networks=tuple(
             _network(item, f"allow_networks[{index}]") for index, item in enumerate(_list(value, "allow_networks"))
+        ),
+        mcp=tuple(_mcp(item, f"mcp[{index}]") for index, item in enumerate(_list(value, "mcp"))),
+        guardrails=tuple(
+            _guardrail(item, f"guardrails[{index}]") for index, item in enumerate(_list(value, "guardrails"))
         ),
     )
 
@@ -185,6 +210,32 @@ def _model(value: object, where: str, scripted: Mapping[str, Script]) -> ModelCo
         path=str(value.get("path", "")),
         context_tokens=_integer(value, "context_tokens", where) if "context_tokens" in value else 4096,
     )
+
+
+def _mcp(value: object, where: str) -> McpServer:
+    match value:
+        case {"name": str(name), "url": str(url), "key": str(key), **rest} if not rest and key.isascii():
+            try:
+                return McpServer(name, Url.parse(url), key)
+            except ValueError as error:
+                raise ConfigError(f"cannot read {where}: {error}") from error
+    raise ConfigError(f"cannot read {where}: expected name, url and key")
+
+
+def _guardrail(value: object, where: str) -> Rule:
+    match value:
+        case {
+            "name": str(name), "direction": "request" | "response" | "both" as direction,
+            "action": "block" | "mask" as action, "patterns": list(names), "own": dict(own), "models": list(models),
+            **rest
+        } if not rest:  # fmt: skip
+            try:
+                patterns = patterns_of([str(each) for each in names], [Pattern(str(k), str(v)) for k, v in own.items()])
+            except (LookupError, BadPattern) as error:
+                raise ConfigError(f"cannot read {where}: {error}") from error
+            directions = frozenset(Direction) if direction == "both" else frozenset({Direction(direction)})
+            return Rule(name, directions, Action(action), patterns, tuple(map(str, models)))
+    raise ConfigError(f"cannot read {where}: expected name, direction, action, patterns, own and models")
 
 
 def _price(value: object, where: str) -> Price | None:

@@ -10,6 +10,22 @@ import h11
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+    from typing import Protocol
+
+    class Answering(Protocol):
+        """What an answer is written to: a connection, or a guard before one."""
+
+        @property
+        def started(self) -> bool: ...
+
+        async def whole(self, status: int, headers: Headers, body: bytes) -> None: ...
+
+        async def start(self, status: int, headers: Headers) -> None: ...
+
+        async def send(self, data: bytes) -> None: ...
+
+        async def end(self) -> None: ...
+
 
 Headers = tuple[tuple[bytes, bytes], ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -82,9 +82,14 @@ class Response:
         return bytes(body)
 
 
-@asynccontextmanager
-async def post(url: Url, path: str, headers: Headers, body: bytes) -> AsyncIterator[Response]:
+def post(url: Url, path: str, headers: Headers, body: bytes) -> AbstractAsyncContextManager[Response]:
     """Send a POST and hand out the response once its head is there."""
+    return ask(url, "POST", path, headers, body)
+
+
+@asynccontextmanager
+async def ask(url: Url, method: str, path: str, headers: Headers, body: bytes) -> AsyncIterator[Response]:
+    """Send a request and hand out the response once its head is there."""
     try:
         async with asyncio.timeout(CONNECT_SECONDS_MAX):
             reader, writer = await asyncio.open_connection(
@@ -96,12 +101,12 @@ async def post(url: Url, path: str, headers: Headers, body: bytes) -> AsyncItera
         wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES_MAX)
         own: Headers = (
             (b"host", url.host_header.encode("idna" if not url.host.isascii() else "ascii")),
-            (b"content-length", str(len(body)).encode()),
+            *(((b"content-length", str(len(body)).encode()),) if method == "POST" else ()),
             (b"accept-encoding", b"identity"),
             (b"connection", b"close"),
         )
-        sent = h11.Request(method="POST", target=url.base + path, headers=[*own, *headers])
-        writer.write((wire.send(sent) or b"") + (wire.send(h11.Data(data=body)) or b""))
+        sent = h11.Request(method=method, target=(url.base + path) or "/", headers=[*own, *headers])
+        writer.write((wire.send(sent) or b"") + ((wire.send(h11.Data(data=body)) or b"") if body else b""))
         wire.send(h11.EndOfMessage())
         await writer.drain()
         head = await _next_event(wire, reader)

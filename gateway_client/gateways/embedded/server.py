@@ -15,8 +15,9 @@ from gateway_client.gateways import preface as prefaces
 from gateway_client.gateways.embedded import forward
 from gateway_client.gateways.embedded.api import malformed
 from gateway_client.gateways.embedded.http import READ_BYTES, Connection, Limits
+from gateway_client.gateways.embedded.mcp import McpGateway
 from gateway_client.gateways.preface import Api as ApiAllowed
-from gateway_client.gateways.preface import Preface, PrefaceError
+from gateway_client.gateways.preface import Mcp, Preface, PrefaceError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,13 +61,21 @@ class Server:
     """Serves connections that begin with a preface."""
 
     def __init__(
-        self, api: Api, rules: Rules, resolve: Resolve, *, allowed_uid: int, limits: Limits | None = None
+        self,
+        api: Api,
+        rules: Rules,
+        resolve: Resolve,
+        *,
+        allowed_uid: int,
+        limits: Limits | None = None,
+        mcp: McpGateway | None = None,
     ) -> None:
         self._api = api
         self._rules = rules
         self._resolve = resolve
         self._allowed_uid = allowed_uid
         self._limits = limits or Limits()
+        self._mcp = mcp or McpGateway(())
         self._open: Counter[str] = Counter()
 
     async def start(self, listener: socket.socket) -> asyncio.Server:
@@ -99,7 +108,13 @@ class Server:
         try:
             if isinstance(who.allow, ApiAllowed):
                 await Connection(reader, writer, self._limits).serve(
-                    lambda request, respond: self._api.handle(request, respond, agent_id=who.agent_id), malformed
+                    lambda request, respond: self._api.handle(request, respond, agent_id=who.agent_id, x=who.x),
+                    malformed,
+                )
+            elif isinstance(allow := who.allow, Mcp):
+                await Connection(reader, writer, self._limits).serve(
+                    lambda request, respond: self._mcp.handle(request, respond, allow=allow, agent_id=who.agent_id),
+                    malformed,
                 )
             else:
                 await self._forward(who, reader, writer)
@@ -108,7 +123,7 @@ class Server:
             self._open += Counter()  # drops those at zero, so that the table does not grow with every agent there was
 
     async def _forward(self, who: Preface, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert not isinstance(who.allow, ApiAllowed)  # noqa: S101 - told apart by the caller
+        assert not isinstance(who.allow, ApiAllowed | Mcp)  # noqa: S101 - told apart by the caller
         try:
             far = await forward.connect(who.allow, self._rules, self._resolve)
         except forward.ForwardError as error:

@@ -199,7 +199,9 @@ def test_wait_prints_the_code_and_knows_its_time(api: Api, capsys: Captured) -> 
 
 
 def test_doctor_fails_where_something_required_is_missing(api: Api, capsys: Captured) -> None:
-    assert answer(capsys, "doctor", code=1)["findings"][0]["control"] == "seccomp"
+    found = answer(capsys, "doctor", code=1)
+    assert found["findings"][0]["control"] == "seccomp"
+    assert found["components"] == [{"name": "gateway", "ready": False, "detail": "breaker open: Connection refused"}]
 
 
 def test_hold(api: Api, capsys: Captured) -> None:

@@ -65,3 +65,10 @@ def test_unknown_kind_names_the_known() -> None:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_path_stays(kind: str) -> None:
     assert adapter(kind).map_path("/v1/messages") == "/v1/messages"
+
+
+def test_guardrails_that_litellm_ran_are_read_from_its_header() -> None:
+    headers = [("X-LiteLLM-Applied-Guardrails", "presidio-pii, block\tx,,")]
+    assert adapter("litellm").guardrails_from(headers) == "presidio-pii,block_x"
+    for kind in ("embedded", "openai"):
+        assert adapter(kind).guardrails_from(headers) == ""

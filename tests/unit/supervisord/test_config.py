@@ -19,7 +19,11 @@ from supervisord.config import (
     Durability,
     GatewayConfig,
     GatewayKind,
+    Guardrail,
+    GuardrailAction,
+    GuardrailDirection,
     LogConfig,
+    McpServer,
     ModelKind,
     ModelRoute,
     OnStop,
@@ -54,7 +58,7 @@ forward_proxy = ""                # where absolute-form and CONNECT go; empty: t
 durability = "batched"            # batched | strict (see §7)
 """
 
-EVERYTHING = """
+EVERYTHING = r"""
 instance = "t1"
 state_dir = "/srv/s"
 run_dir = "/srv/r"
@@ -62,6 +66,7 @@ policy_dirs = []
 
 [gateway]
 kind = "embedded"
+probe_seconds = 2
 allow_networks = ["10.1.0.0/16", "fd00::/8"]
 [gateway.hosts]
 "api.example.com" = "10.1.0.5:8080"
@@ -84,6 +89,21 @@ context_tokens = 2048
 [[gateway.models]]
 name = "scripted"
 script = "/etc/stockade/script.yaml"
+
+[[gateway.guardrails]]
+name = "no-pii"
+patterns = ["pii", "jwt"]
+action = "mask"
+direction = "response"
+models = ["gpt-*"]
+own = {badge = 'B-\d{6}'}
+[[gateway.guardrails]]
+name = "no-secrets"
+patterns = ["secrets"]
+[[gateway.mcp]]
+name = "git"
+url = "https://mcp.example.com/mcp"
+credential_file = "/etc/stockade/mcp.key"
 
 [log]
 durability = "strict"
@@ -163,6 +183,19 @@ def test_every_key_arrives() -> None:
                 ModelRoute("small", ModelKind.LOCAL, path=Path("/srv/small.gguf"), context_tokens=2048),
                 ModelRoute("scripted", ModelKind.SCRIPTED, script=Path("/etc/stockade/script.yaml")),
             ),
+            guardrails=(
+                Guardrail(
+                    "no-pii",
+                    GuardrailAction.MASK,
+                    GuardrailDirection.RESPONSE,
+                    ("pii", "jwt"),
+                    {"badge": r"B-\d{6}"},
+                    ("gpt-*",),
+                ),
+                Guardrail("no-secrets", GuardrailAction.BLOCK, GuardrailDirection.BOTH, ("secrets",)),
+            ),
+            mcp=(McpServer("git", "https://mcp.example.com/mcp", Path("/etc/stockade/mcp.key")),),
+            probe_seconds=2,
             hosts={"api.example.com": "10.1.0.5:8080", "plain": "10.1.0.6"},
             allow_networks=(ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8")),
         ),
@@ -228,6 +261,26 @@ def test_every_key_arrives() -> None:
         ),
         ('[[gateway.models]]\nname="a b"', "gateway.models[0].name: 'a b' is not"),
         ('[[gateway.models]]\nname="a"\ninput_usd_per_mtok=-1', "gateway.models[0].input_usd_per_mtok"),
+        ('[[gateway.guardrails]]\npatterns=["pii"]', "s.toml:1:1: gateway.guardrails[0].name: is missing"),
+        ('[[gateway.guardrails]]\nname="a"', "gateway.guardrails[0].patterns: and own are empty"),
+        ('[[gateway.guardrails]]\nname="a"\npatterns=["pi"]', "gateway.guardrails[0].patterns: has pi, which is none"),
+        ('[[gateway.guardrails]]\nname="a"\npatterns=["pii"]\naction="log"', "'log' is none of block, mask"),
+        (
+            '[[gateway.guardrails]]\nname="a"\nown={x="a*"}',
+            "gateway.guardrails[0].own.x: cannot read pattern at character",
+        ),
+        ('[[gateway.guardrails]]\nname="a"\nown={jwt="a"}', "own.jwt: is no name for a pattern, or one that exists"),
+        (
+            '[[gateway.guardrails]]\nname="a"\npatterns=["pii"]\nmodels=[1]',
+            "gateway.guardrails[0].models: is not a list",
+        ),
+        (
+            '[gateway]\nkind="openai"\n[[gateway.guardrails]]\nname="a"\npatterns=["pii"]',
+            "guardrails: is for the embedded",
+        ),
+        ('[[gateway.mcp]]\nname="a b"\nurl="http://x/mcp"', "gateway.mcp[0].name: 'a b' is not"),
+        ('[[gateway.mcp]]\nname="a"', "gateway.mcp[0].url: is missing"),
+        ("[gateway]\nprobe_seconds=0", "gateway.probe_seconds"),
         ('[gateway.hosts]\n"a.b" = "x"', "s.toml:2:1: gateway.hosts.a.b: 'x' is neither IP nor IP:PORT"),
         ('[gateway.hosts]\n"A.b" = "10.0.0.1"', "gateway.hosts.A.b: is not a host's name"),
         ('[gateway.hosts]\n"*" = "10.0.0.1"', "is not a host's name"),

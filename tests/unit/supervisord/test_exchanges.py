@@ -98,7 +98,7 @@ class World:
             plane=cast("Any", self.plane),
             requests=cast("Any", None),
             store=cast("Any", self.disk),
-            route=Route(preface=False, forwarding=True, allow_networks=()),
+            route=Route(gateway="embedded", preface=False, forwarding=True, allow_networks=()),
             on_deny=lambda _: OnDeny.DENY,
             now=lambda: 1.0,
         )

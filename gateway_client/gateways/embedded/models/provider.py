@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gateway_client.gateways.embedded.conversation import Ask, Delta
     from gateway_client.gateways.embedded.dialects.fields import Json
-    from gateway_client.gateways.embedded.http import Headers, Request, Responder
+    from gateway_client.gateways.embedded.http import Answering, Headers, Request
 
 ANSWER_BYTES_MAX: Final = 32 * 1024 * 1024
 ERROR_CHARS_MAX: Final = 2_000
@@ -76,7 +76,7 @@ class ProviderModel:
                     yield delta
         yield reader.done()
 
-    async def relay(self, ask: Ask, request: Request, respond: Responder, *, priced: Callable[[Usage], Usage]) -> None:
+    async def relay(self, ask: Ask, request: Request, respond: Answering, *, priced: Callable[[Usage], Usage]) -> None:
         """Pass the question and the answer on, changing the model's name and adding the cost."""
         body = {**ask.body, "model": self.model or ask.model}
         merge_usage = ask.dialect is Dialect.OPENAI_CHAT and ask.stream and not ask.include_usage
@@ -191,7 +191,7 @@ class _Passing:
         return b"" if held is None else sse.encode(compact(held))
 
 
-async def _relay_events(response: http_client.Response, respond: Responder, passing: _Passing) -> None:
+async def _relay_events(response: http_client.Response, respond: Answering, passing: _Passing) -> None:
     splitter = sse.Splitter()
     async for piece in response.pieces():
         for event in splitter.feed(piece):
