@@ -10,7 +10,7 @@ from typing import Final
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from supervisord.actions import segments
+from supervisord.actions import keys, segments
 from supervisord.actions.checkpoint import NOTE_BYTES_MAX, Signer, Verifier
 from supervisord.actions.merkle import Frontier
 from supervisord.actions.types import CannotOpenLog
@@ -20,6 +20,8 @@ TORN: Final = "torn"
 CHECKPOINT: Final = "checkpoint"
 INDEX: Final = "index.sqlite"
 LOCK: Final = "lock"
+ROTATIONS: Final = "rotations"
+ROTATIONS_BYTES_MAX: Final = 1 << 20
 
 _KEY_MODE: Final = 0o600
 _PUBLIC_MODE: Final = 0o644
@@ -85,6 +87,15 @@ def read_checkpoint(directory: Path) -> str | None:
         return (directory / CHECKPOINT).read_bytes()[:NOTE_BYTES_MAX].decode("utf-8", "replace")
     except FileNotFoundError:
         return None
+
+
+def read_rotations(directory: Path) -> list[str]:
+    """The notes by which the log's keys handed over, oldest first."""
+    try:
+        with (directory / ROTATIONS).open("rb") as file:
+            return keys.notes_in(file.read(ROTATIONS_BYTES_MAX).decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return []
 
 
 def sync_directory(path: Path) -> None:

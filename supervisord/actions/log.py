@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisord.actions import merkle
-from supervisord.actions.checkpoint import Signer, open_checkpoint
+from supervisord.actions.checkpoint import Signer, size_of
 from supervisord.actions.files import load_signer, read_checkpoint
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
@@ -188,7 +188,7 @@ class ActionLog:
         note = ""
         if size is None:
             note = await self.checkpoint()
-            size = open_checkpoint(note, self._signer.verifier).size
+            size = size_of(note)
         if not 1 <= seq <= size <= self._writer.size:
             raise ValueError(f"cannot prove entry {seq} in a tree of {size}: the log has {self._writer.size} entries")
         index, total = self._index, size
@@ -199,6 +199,11 @@ class ActionLog:
             return Proof(seq, total, index.payload(seq), index.node(0, seq - 1), root, path, note)
 
         return await asyncio.wrap_future(index.run(prove))
+
+    async def growth(self, old: int) -> tuple[tuple[bytes, ...], str]:
+        """The proof that the tree of a new checkpoint continues that of `old` entries, and the checkpoint."""
+        note = await self.checkpoint()
+        return await self.consistency(old, size_of(note)), note
 
     async def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
         """The proof (RFC 6962 section 2.1.2) that the tree of `size` entries continues that of `old`."""

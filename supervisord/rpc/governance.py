@@ -198,6 +198,17 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=proof.checkpoint
         )
 
+    async def ProveConsistency(
+        self, request: actions_pb2.ProveConsistencyRequest, _context: Context
+    ) -> actions_pb2.ProveConsistencyResponse:
+        if not 1 <= request.old_size <= self._actions.size:
+            raise NotFound(
+                f"cannot prove growth from {request.old_size} entries: the log has {self._actions.size}",
+                remedy="a kept checkpoint of more entries than there are shows that the log was put back",
+            )
+        path, note = await self._actions.growth(request.old_size)
+        return actions_pb2.ProveConsistencyResponse(consistency_path=list(path), checkpoint=note)
+
     def _agent_id(self, name: str) -> str | None:
         if not name:
             return None
