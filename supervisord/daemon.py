@@ -58,6 +58,7 @@ from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
 from supervisord.rpc.system import SystemService
 from supervisord.scopes import GrantBook
+from supervisord.sinks.feed import Sinks
 from supervisord.slots import Slots
 from supervisord.store import Store
 from supervisord.webhook import Webhook
@@ -136,6 +137,7 @@ class Daemon:
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
+        self._sinks.start()
         await self._serve(listener)
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
@@ -208,6 +210,9 @@ class Daemon:
             own=(config.state_dir, config.run_dir),
             record=self._actions.record,
         )
+        if config.log.sinks:
+            user_id(users.sinks)
+        self._sinks = Sinks(config, self._actions, now=time.monotonic)
         self._retention = Retention(
             config.run_dir / "agents",
             bytes_max=config.agents.output_keep_bytes,
@@ -304,7 +309,7 @@ class Daemon:
             RequestService(agents=self._agents, requests=self._requests, acts=self._acts), server
         )
         actions_pb2_grpc.add_ActionServiceServicer_to_server(
-            ActionService(agents=self._agents, actions=self._actions), server
+            ActionService(agents=self._agents, actions=self._actions, sinks=self._sinks), server
         )
         policies_pb2_grpc.add_PolicyServiceServicer_to_server(
             PolicyService(
@@ -318,6 +323,7 @@ class Daemon:
                 state_dir=config.state_dir,
                 started_at_ns=self._started_at_ns,
                 health=self.health,
+                sinks=self._sinks.states,
             ),
             server,
         )
@@ -539,6 +545,7 @@ class Daemon:
         if self._gateway is not None:
             await self._gateway.stop()
         self._launcher.close()
+        await self._sinks.stop()
         try:
             await self._actions.record(
                 Action("", "daemon", "daemon.stop", self.config.instance, "done", "", {"agents_left": left})
@@ -553,7 +560,7 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook")):
+        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook", "_sinks")):
             if part is not None:
                 await part.stop()
         for task in self._background:

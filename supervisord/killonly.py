@@ -102,6 +102,7 @@ class KillOnly:
                 instance=self._config.instance,
                 state_dir=self._config.state_dir,
                 started_at_ns=time.time_ns(),
+                sinks=tuple,
                 health=self._health,
             ),
             server,

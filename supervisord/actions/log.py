@@ -11,7 +11,7 @@ from typing import Final
 
 from supervisord.actions import merkle
 from supervisord.actions.checkpoint import Signer, size_of
-from supervisord.actions.files import load_signer, read_checkpoint
+from supervisord.actions.files import load_signer, read_checkpoint, segment_paths
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
 from supervisord.actions.types import Action, CannotReadLog, CannotRecord, Durability, Entry, Proof, Report
@@ -101,6 +101,11 @@ class ActionLog:
         return self._writer.size
 
     @property
+    def first_seq(self) -> int:
+        """The oldest entry that is still in the files."""
+        return next((first for first, _ in segment_paths(self._directory)), 1)
+
+    @property
     def signer(self) -> Signer:
         """The log's key, which also signs receipts."""
         return self._signer
@@ -156,19 +161,25 @@ class ActionLog:
 
         Resume with the last `seq` seen. A slow reader costs nothing: it is fed from the files, a page at a time.
         """
+        async for page in self.pages(after_seq):
+            for entry in page:
+                yield entry
+
+    async def pages(self, after_seq: int = 0, limit: int = SUBSCRIBER_ENTRIES) -> AsyncIterator[list[Entry]]:
+        """As `subscribe`, as many at once as there are, at most `limit`."""
         with self._listeners.listening() as event:
             while not self._closed:
                 event.clear()
                 try:
-                    page = await self.query(after_seq=after_seq, limit=SUBSCRIBER_ENTRIES)
+                    page = await self.query(after_seq=after_seq, limit=limit)
                 except CannotReadLog:
                     if self._closed:
                         return
                     raise
-                for entry in page:
-                    yield entry
-                    after_seq = entry.seq
-                if not page:
+                if page:
+                    after_seq = page[-1].seq
+                    yield page
+                else:
                     await event.wait()
 
     async def checkpoint(self) -> str:

@@ -41,11 +41,8 @@ def log(stockade: Stockade, options: Namespace) -> int:
 
 
 def _verify(stockade: Stockade, options: Namespace) -> int:
-    found: dict[str, Any]
-    if options.subject:
-        found = _verify_files(Path(options.subject), options)
-    else:
-        found = plain(stockade.verify_log())
+    files = options.subject
+    found: dict[str, Any] = _verify_files(Path(files), options) if files else plain(stockade.verify_log())
     if options.output == "json":
         print_json(found)
     elif found["ok"]:

@@ -7,23 +7,18 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from stockade.client import convert, methods
 from stockade.client.values import Grant
-from stockade.v1 import actions_pb2
 
-from supervisord.ctl.command import FAILED, OK, Usage
+from supervisord.ctl.command import OK, Usage
 from supervisord.ctl.output import (
     CELL_CHARACTERS_MAX,
-    complain,
     escape,
     moment,
-    plain,
     print_json,
     print_table,
     say,
     text,
 )
-from supervisord.ctl.words import WrongWord
 from supervisord.ctl.words import moment as parse_moment
 
 if TYPE_CHECKING:

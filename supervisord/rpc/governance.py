@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from supervisord.policies import PolicyShelf
     from supervisord.requests import Requests
     from supervisord.scopes import GrantBook
+    from supervisord.sinks.feed import Sinks
 
 ACTIONS_PAGE_MAX: Final = 1000
 
@@ -147,9 +148,10 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
 
 
 class ActionService(actions_pb2_grpc.ActionServiceServicer):
-    def __init__(self, *, agents: Agents, actions: ActionLog) -> None:
+    def __init__(self, *, agents: Agents, actions: ActionLog, sinks: Sinks) -> None:
         self._agents = agents
         self._actions = actions
+        self._sinks = sinks
 
     async def QueryActions(
         self, request: actions_pb2.QueryActionsRequest, _context: Context
@@ -208,6 +210,26 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             )
         path, note = await self._actions.growth(request.old_size)
         return actions_pb2.ProveConsistencyResponse(consistency_path=list(path), checkpoint=note)
+
+    async def LogStatus(
+        self, _request: actions_pb2.LogStatusRequest, _context: Context
+    ) -> actions_pb2.LogStatusResponse:
+        return actions_pb2.LogStatusResponse(
+            size=self._actions.size,
+            first_seq=self._actions.first_seq,
+            public_key=self._actions.public_key,
+            sinks=[
+                actions_pb2.SinkStatus(
+                    name=state.name,
+                    kind=state.kind,
+                    delivered_seq=state.delivered_seq,
+                    behind=state.behind,
+                    failing=state.failing,
+                    cause=convert.printable(state.cause),
+                )
+                for state in self._sinks.states()
+            ],
+        )
 
     def _agent_id(self, name: str) -> str | None:
         if not name:

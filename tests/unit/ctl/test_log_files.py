@@ -196,7 +196,7 @@ def test_verifying_needs_neither_daemon_nor_root(base: Path) -> None:
         os.setgid(65534)
         os.setuid(65534)
 
-    done = subprocess.run(  # noqa: PLW1509 - this process has one thread
+    done = subprocess.run(
         words, cwd=base, env=environment, capture_output=True, text=True, check=False, preexec_fn=become
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

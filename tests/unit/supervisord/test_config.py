@@ -243,11 +243,11 @@ def test_every_key_arrives() -> None:
         ('[control.roles]\n"cn:ci" = "root"', "control.roles.cn:ci: 'root' is none of reader, operator, admin"),
         (
             '[users]\negress = "root"',
-            "users: egress, dialer, gateway, images and webhook must be five users other than root",
+            "users: egress, dialer, gateway, images, webhook and sinks must be six users other than root",
         ),
         (
             '[users]\negress = "a"\ndialer = "a"',
-            "users: egress, dialer, gateway, images and webhook must be five users",
+            "users: egress, dialer, gateway, images, webhook and sinks must be six users",
         ),
         ("[agents]\nuid_range = [0, 4294967295]", "agents.uid_range"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_FIRST + 65534}]", "is not 65536 or more ids"),
