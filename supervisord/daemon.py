@@ -46,6 +46,7 @@ from supervisord.launching import Launching
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
+from supervisord.log_retention import retire_forever
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
@@ -137,6 +138,7 @@ class Daemon:
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
+        self._in_background(retire_forever(self._actions, config.log))
         self._sinks.start()
         await self._serve(listener)
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
@@ -225,7 +227,7 @@ class Daemon:
             actions=self._actions,
             launcher=self._launcher,
             plane=self._plane,
-            sign=Signing(self._actions.signer).sign,
+            sign=Signing(lambda: self._actions.signer).sign,
             ended=self._gone,
             new_id=lambda: new_receipt_id(os.urandom),
             now_ns=time.time_ns,

@@ -128,12 +128,22 @@ def _check(
             raise _Found(f"{name} at offset {length}: {gone}")
     if newest is None:
         raise _Found(f"the file {CHECKPOINT} is missing: whether entries were cut off cannot be told")
+    if name != segments.file_name(checker.size + 1) and not _is_by(newest, checker.verifier):
+        raise _Found(f"the file {CHECKPOINT} is signed by a key that the log has retired")
     if checker.retired < first_seq - 1:
         raise _Found(
             f"{first.name} at offset 0: entries {checker.retired + 1} to {first_seq - 1} are missing, and no entry "
             f"says that they were retired"
         )
     return first_seq
+
+
+def _is_by(note: str, verifier: Verifier) -> bool:
+    try:
+        keys.open_by_any(note, (verifier,))
+    except BadNote:
+        return False
+    return True
 
 
 def _begin_behind_retired(

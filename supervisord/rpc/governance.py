@@ -231,6 +231,14 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             ],
         )
 
+    async def RotateKey(
+        self, request: actions_pb2.RotateKeyRequest, _context: Context
+    ) -> actions_pb2.RotateKeyResponse:
+        entry = await self._actions.rotate_key(
+            actor=current_caller().actor, reason=convert.text("reason", request.reason)
+        )
+        return actions_pb2.RotateKeyResponse(public_key=self._actions.public_key, seq=entry.seq)
+
     def _agent_id(self, name: str) -> str | None:
         if not name:
             return None

@@ -72,8 +72,8 @@ class Cursor:
         self._path = path
         self.seq, self.leaf = 0, ""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            seq, self.leaf = path.read_text().split()
-            self.seq = int(seq)
+            seq, leaf = path.read_text().split()
+            self.seq, self.leaf = int(seq), leaf
         self._kept = self.seq
 
     def move(self, seq: int, leaf: str) -> None:
@@ -148,12 +148,13 @@ class Feed:
             self._record.unlink(missing_ok=True)
 
     async def _check_cursor(self) -> None:
-        """Begin anew where the cursor is of another log; say it where entries were retired before they were sent."""
+        """Begin anew where the cursor is of another log."""
         seq = self._cursor.seq
         if seq == 0:
             return
         found = await self._actions.query(after_seq=seq - 1, limit=1) if seq <= self._actions.size else []
-        if not found or (found[0].seq == seq and found[0].leaf_hash.hex() != self._cursor.leaf):
+        known = found[0].leaf_hash.hex() if found and found[0].seq == seq else self._cursor.leaf
+        if seq > self._actions.size or known != self._cursor.leaf:
             log.error("the cursor of a sink is of another log: it gets everything again", sink=self._sink.name)
             self._cursor.move(0, "")
 
@@ -225,6 +226,11 @@ class Feed:
     ) -> None:
         if self._was_rotated():
             raise SinkRotated
+        if batch[0].seq > self._cursor.seq + 1:
+            gone = f"entries {self._cursor.seq + 1} to {batch[0].seq - 1} were retired before it took them"
+            log.error("a sink misses entries", sink=self._sink.name, cause=gone)
+            await self._tell("failed", gone)
+            self._cursor.move(batch[0].seq - 1, "")
         said = await self._ask({"entries": list(map(record_of, batch))}, reader, writer, ANSWER_SECONDS_MAX)
         reached = said.get("ack")
         for entry in batch:

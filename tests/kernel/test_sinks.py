@@ -318,3 +318,24 @@ async def test_a_cursor_of_another_log_sends_everything_again(directory: Path, l
     async with running(sinks(directory, log, kind=SinkKind.JSONL, path=path)) as made:
         await until(lambda: made.states()[0].behind == 0)
     assert sequence(whole_lines(path)) == [1, 2, 3, 4]
+
+
+async def test_what_was_retired_before_a_sink_took_it_is_told(directory: Path, log: ActionLog) -> None:
+    await act(log, 0, 5)
+    await log.close()
+    reopened = ActionLog.open(directory / "log", directory / "key", now_ns=time.time_ns, segment_bytes=1000)
+    path = directory / "out"
+    try:
+        for number in range(10):
+            await act(reopened, number, 1)
+            await reopened.checkpoint()
+        await reopened.retire(keep_seconds=0, keep_bytes=1500)
+        first = reopened.first_seq
+        assert first > 1
+        async with running(sinks(directory, reopened, kind=SinkKind.JSONL, path=path)) as made:
+            await until(lambda: made.states()[0].behind == 0)
+        (told,) = await reopened.query(verb="log.sink")
+    finally:
+        await reopened.close()
+    assert sequence(whole_lines(path)) == list(range(first, reopened.size + 1))
+    assert told.action.reason == f"entries 1 to {first - 1} were retired before it took them"
