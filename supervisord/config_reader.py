@@ -121,6 +121,7 @@ def missing_files(config: Config) -> tuple[str, ...]:
         named.append((f"gateway.models[{index}].path", route.path))
     if config.requests.webhook_url:
         named.append(("requests.webhook_secret_file", config.requests.webhook_secret_file))
+    named.extend((f"log.sinks[{index}].header_file", sink.header_file) for index, sink in enumerate(config.log.sinks))
     if control.tcp_listen:
         named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
     return tuple(

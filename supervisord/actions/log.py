@@ -60,6 +60,7 @@ class ActionLog:
         self._directory = directory
         self._key = key
         self._key_lock = threading.Lock()
+        self._reading = threading.Lock()  # held by who reads all segments: none may go meanwhile
         self._signer = signer
         self._directory_lock = opened.lock
         self._index = index
@@ -230,7 +231,7 @@ class ActionLog:
         }
         entry = await self.record(Action("", "daemon", RETIRE_VERB, "action log", "done", "", details))
         await asyncio.wrap_future(self._index.run(lambda: self._index.retire(last_seq)))
-        await asyncio.to_thread(remove_segments, [path for _, path in paths[:count]])
+        await asyncio.to_thread(self._remove, [path for _, path in paths[:count]])
         return entry
 
     async def rotate_key(self, *, actor: str, reason: str) -> Entry:
@@ -287,6 +288,10 @@ class ActionLog:
         self._index.close()
         os.close(self._directory_lock)
 
+    def _remove(self, paths: Sequence[Path]) -> None:
+        with self._reading:
+            remove_segments(paths)
+
     def _rotate_key(self, actor: str, reason: str) -> Entry:
         with self._key_lock:
             old = self._signer
@@ -309,6 +314,10 @@ class ActionLog:
             return entry
 
     def _verify(self, kept: str | None) -> Report:
+        with self._reading:
+            return self._verify_all(kept)
+
+    def _verify_all(self, kept: str | None) -> Report:
         with contextlib.suppress(CannotRecord):  # a full disk is no reason not to verify
             self._writer.seal()
         first_seq, end, note = self._writer.position()

@@ -291,7 +291,9 @@ class Index:
         (self._base,) = database.execute("SELECT coalesce(max((number + 1) << level), 0) FROM subtrees").fetchone()
         self._indexed = max(self._indexed, self._base)
         if paths[0][0] > 1:
-            self.retire(paths[0][0] - 1)  # a crash may have come between the entry and this
+            last_seq = paths[0][0] - 1
+            if self._sql("SELECT segment, 0, 0 FROM entries WHERE seq = ? AND segment > 0", [last_seq]):
+                self.retire(last_seq)  # a crash came between the entry and this
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         path.touch(mode=0o600)

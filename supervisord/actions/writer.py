@@ -474,6 +474,8 @@ class Writer:
             with contextlib.suppress(OSError):  # the next checkpoint is written over it
                 self._checkpoint_file.write(note)
                 self._checkpoint_file.sync()
+            if self._settings.on_checkpoint is not None:
+                self._settings.on_checkpoint(note)
 
 
 def _recover_action(reason: str, details: dict[str, JSON]) -> Action:

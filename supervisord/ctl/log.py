@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -180,12 +181,16 @@ def _check_proof(_stockade: Stockade, options: Namespace) -> int:
 def _kept_one(proof: str, options: Namespace, verifier: Verifier) -> Checkpoint | None:
     """The kept checkpoint that a proof of growth begins with."""
     from supervisord.actions.checkpoint import open_checkpoint  # noqa: PLC0415 - as above
+    from supervisord.actions.types import BadNote  # noqa: PLC0415
 
     if not options.since:
         return None
-    kept = [open_checkpoint(note, verifier) for note in _kept(Path(options.since), verifier)]
+    kept = []
+    for note in _kept(Path(options.since), verifier):
+        with contextlib.suppress(BadNote):  # what a key signed that was in use before this one
+            kept.append(open_checkpoint(note, verifier))
     old = proof.partition("\n")[0].removeprefix("old ")
-    return next((each for each in kept if str(each.size) == old), kept[-1])
+    return next((each for each in kept if str(each.size) == old), kept[-1] if kept else None)
 
 
 def _export(stockade: Stockade, _options: Namespace) -> int:

@@ -125,7 +125,7 @@ class Feed:
             while True:
                 try:
                     await self._session()
-                except (SinkFailed, StockadeError, OSError) as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is: it is shown, told, and tried again
                     await self._failed(str(error))
                 else:
                     return  # the log has closed

@@ -94,6 +94,10 @@ def status_of(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 
 
+def network_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
 # --- files
 
 
@@ -111,6 +115,7 @@ async def test_a_file_gets_every_entry_also_when_its_process_is_killed(directory
         assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
         for fact in ("CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
             assert fact in status
+        assert network_of(pid_of(directory)) != network_of(os.getpid())
         os.kill(pid_of(directory), signal.SIGKILL)
         await act(log, 200, 100)
         await until(lambda: made.states()[0].behind == 0)
