@@ -95,7 +95,7 @@ def status_of(pid: int) -> str:
 
 
 def network_of(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/ns/net")
+    return str(Path(f"/proc/{pid}/ns/net").readlink())
 
 
 # --- files
