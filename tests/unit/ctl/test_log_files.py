@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -183,22 +182,24 @@ def test_a_rollback_is_found_against_what_a_witness_kept(base: Path, capsys: Cap
     assert f"entries {ENTRIES + 1} to {ENTRIES + 1} are gone: the kept checkpoint covers them" in found["problem"]
 
 
+AS_NOBODY = """
+import os, sys
+import stockade.client.sync, supervisord.actions.verify, supervisord.ctl.log
+from supervisord.ctl.command import run
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(run(["log", "verify", "log", "--public-key", "key.pub"]))
+"""
+
+
 def test_verifying_needs_neither_daemon_nor_root(base: Path) -> None:
     """As another user, in a process of its own, with nothing but the files."""
-    words = [sys.executable, "-m", "supervisord.ctl", "log", "verify", "log", "--public-key", "key.pub"]
-    environment = {"STOCKADE_SOCKET": "/nonexistent", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/proto"}
     for path in (base, *base.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-    # tmp_path lies below a directory of root's: the child is already there when it becomes somebody else.
-    def become() -> None:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-
-    done = subprocess.run(
-        words, cwd=base, env=environment, capture_output=True, text=True, check=False, preexec_fn=become
-    )
+    # It imports and stands in its directory as root: neither may be reachable for others on the host of a test.
+    words = [sys.executable, "-c", AS_NOBODY]
+    environment = {"STOCKADE_SOCKET": "/nonexistent", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/proto"}
+    done = subprocess.run(words, cwd=base, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.startswith(f"good: {ENTRIES} entries")
 
