@@ -414,9 +414,8 @@ def _users(table: Table) -> UsersConfig:
     )
     names = {users.egress, users.dialer, users.gateway, users.images, users.webhook, users.sinks}
     if names != names - {"root"} or len(names) != len(UsersConfig.__slots__):
-        table.findings.add(
-            table.name, "egress, dialer, gateway, images, webhook and sinks must be six users other than root", "rename one"
-        )
+        found = "egress, dialer, gateway, images, webhook and sinks must be six users other than root"
+        table.findings.add(table.name, found, "rename one")
     table.end()
     return users
 
