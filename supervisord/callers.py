@@ -103,7 +103,7 @@ _READER_METHODS: Final = {
     "AgentService": ("GetAgent", "ListAgents", "WatchAgents", "Wait", "ListHolds"),
     "GrantService": ("ListGrants",),
     "RequestService": ("ListRequests", "WatchRequests"),
-    "ActionService": ("QueryActions", "TailActions", "Prove"),
+    "ActionService": ("QueryActions", "TailActions", "Prove", "ProveConsistency", "LogStatus"),
     "PolicyService": ("ListPolicies", "GetPolicy", "CheckPolicy", "Explain"),
     "SystemService": ("Version", "Ready"),
 }
@@ -116,11 +116,13 @@ _OPERATOR_METHODS: Final = {
     "ChangeService": ("Diff", "Apply", "Discard"),
     "SystemService": ("Doctor",),
 }
+_ADMIN_METHODS: Final = {"ActionService": ("RotateKey",)}
 _HEALTH: Final = "/grpc.health.v1.Health/"
 
 METHOD_ROLES: Final[Mapping[str, Role]] = {
     **{f"/stockade.v1.{service}/{m}": Role.READER for service, methods in _READER_METHODS.items() for m in methods},
     **{f"/stockade.v1.{service}/{m}": Role.OPERATOR for service, methods in _OPERATOR_METHODS.items() for m in methods},
+    **{f"/stockade.v1.{service}/{m}": Role.ADMIN for service, methods in _ADMIN_METHODS.items() for m in methods},
     **{_HEALTH + method: Role.READER for method in ("Check", "List", "Watch")},
 }
 

@@ -46,6 +46,13 @@ class Durability(Enum):
     STRICT = "strict"
 
 
+class SinkKind(Enum):
+    JSONL = "jsonl"
+    OCSF = "ocsf"
+    SYSLOG = "syslog"
+    OTLP = "otlp"
+
+
 class OnStop(Enum):
     LEAVE = "leave"
     KILL = "kill"
@@ -124,11 +131,28 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SinkConfig:
+    """Where entries of the log go, too: `path` of a file, `address` of a syslog, or `url` of an OTLP collector."""
+
+    name: str
+    kind: SinkKind
+    path: Path | None = None
+    address: str = ""
+    url: str = ""
+    header_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
+    """Sealed segments are kept `keep_days` and up to `keep_bytes` together; 0 is for ever."""
+
     durability: Durability = Durability.BATCHED
     checkpoint_entries: int = 1000
     checkpoint_seconds: float = 60.0
     witness_dir: Path | None = None
+    keep_days: int = 0
+    keep_bytes: int = 0
+    sinks: tuple[SinkConfig, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +183,7 @@ class UsersConfig:
     gateway: str = "stockade-gateway"
     images: str = "stockade-images"
     webhook: str = "stockade-webhook"
+    sinks: str = "stockade-sinks"
 
 
 @dataclass(frozen=True, slots=True)

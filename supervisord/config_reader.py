@@ -33,6 +33,8 @@ from supervisord.config import (
     RequestsConfig,
     Role,
     ScratchConfig,
+    SinkConfig,
+    SinkKind,
     UsersConfig,
 )
 from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
@@ -49,6 +51,7 @@ HOSTS_MAX: Final = 4096
 GUARDRAILS_MAX: Final = 64
 PATTERNS_MAX: Final = 64
 MCP_SERVERS_MAX: Final = 64
+SINKS_MAX: Final = 8
 USD_PER_MTOK_MAX: Final = 1_000_000
 PORT_MAX: Final = 65535
 
@@ -58,6 +61,10 @@ RUN_DIR_BYTES_MAX: Final = 60
 _ACCOUNT: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII)
 _MODEL_GLOB: Final = re.compile(r"[A-Za-z0-9._:/@+*-]{1,200}", re.ASCII)
 _HOST: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})*", re.ASCII)
+_SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}", re.ASCII)
+_SYSLOG: Final = re.compile(
+    r"unix:/[!-~]{1,100}|(udp|tcp):[A-Za-z0-9._-]{1,253}:[0-9]{1,5}|(udp|tcp):\[[0-9a-f:.]+\]:[0-9]{1,5}", re.ASCII
+)
 _IDENTITY: Final = re.compile(
     r"cn:[^\x00-\x1f\x7f]{1,200}|spiffe://[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,16}"
 )
@@ -128,6 +135,7 @@ def missing_files(config: Config) -> tuple[str, ...]:
         named.append((f"gateway.models[{index}].path", route.path))
     if config.requests.webhook_url:
         named.append(("requests.webhook_secret_file", config.requests.webhook_secret_file))
+    named.extend((f"log.sinks[{index}].header_file", sink.header_file) for index, sink in enumerate(config.log.sinks))
     if control.tcp_listen:
         named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
     return tuple(
@@ -380,9 +388,43 @@ def _log(table: Table) -> LogConfig:
         checkpoint_entries=table.whole("checkpoint_entries", default.checkpoint_entries, 1, 1_000_000),
         checkpoint_seconds=table.number("checkpoint_seconds", None, 1, 86400) or default.checkpoint_seconds,
         witness_dir=table.path("witness_dir", None),
+        keep_days=table.whole("keep_days", default.keep_days, 0, 36_500),
+        keep_bytes=_measure(table, "keep_bytes", default.keep_bytes, parse_size),
+        sinks=tuple(_sink(entry) for entry in table.tables("sinks", SINKS_MAX)),
     )
+    names = [sink.name for sink in log.sinks]
+    if len(set(names)) != len(names):
+        table.problem("sinks", "has two of one name", "rename one: a sink's cursor goes by its name")
     table.end()
     return log
+
+
+def _sink(table: Table) -> SinkConfig:
+    kind = table.one_of("kind", SinkKind.JSONL)
+    sink = SinkConfig(
+        name=table.matching("name", "", _SINK_NAME, "a sink's name, in lower case"),
+        kind=kind,
+        path=table.path("path", None),
+        address=table.text("address", ""),
+        url=_url(table, "url", ""),
+        header_file=table.path("header_file", None),
+    )
+    if not sink.name:
+        table.problem("name", "is missing", "name the sink: its cursor goes by it")
+    if sink.address and _SYSLOG.fullmatch(sink.address) is None:
+        table.problem(
+            "address", f"{shown(sink.address)} is not unix:/PATH, udp:HOST:PORT or tcp:HOST:PORT", "say where"
+        )
+    needed = {SinkKind.JSONL: "path", SinkKind.OCSF: "path", SinkKind.SYSLOG: "address", SinkKind.OTLP: "url"}[kind]
+    for key in ("path", "address", "url"):
+        given = bool(getattr(sink, key))
+        if given != (key == needed):
+            what = f"is missing, and kind {kind.value} needs it" if key == needed else f"is not for kind {kind.value}"
+            table.problem(key, what, "correct the sink")
+    if sink.header_file is not None and kind is not SinkKind.OTLP:
+        table.problem("header_file", f"is not for kind {kind.value}", "remove it")
+    table.end()
+    return sink
 
 
 def _control(table: Table) -> ControlConfig:
@@ -439,12 +481,12 @@ def _users(table: Table) -> UsersConfig:
         gateway=table.matching("gateway", default.gateway, _ACCOUNT, "a user's name"),
         images=table.matching("images", default.images, _ACCOUNT, "a user's name"),
         webhook=table.matching("webhook", default.webhook, _ACCOUNT, "a user's name"),
+        sinks=table.matching("sinks", default.sinks, _ACCOUNT, "a user's name"),
     )
-    names = {users.egress, users.dialer, users.gateway, users.images, users.webhook}
+    names = {users.egress, users.dialer, users.gateway, users.images, users.webhook, users.sinks}
     if names != names - {"root"} or len(names) != len(UsersConfig.__slots__):
-        table.findings.add(
-            table.name, "egress, dialer, gateway, images and webhook must be five users other than root", "rename one"
-        )
+        found = "egress, dialer, gateway, images, webhook and sinks must be six users other than root"
+        table.findings.add(table.name, found, "rename one")
     table.end()
     return users
 

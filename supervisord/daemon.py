@@ -47,6 +47,7 @@ from supervisord.launching import Launching
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
+from supervisord.log_retention import retire_forever
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
@@ -59,6 +60,7 @@ from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
 from supervisord.rpc.system import SystemService
 from supervisord.scopes import GrantBook
+from supervisord.sinks.feed import Sinks
 from supervisord.slots import Slots
 from supervisord.store import Store
 from supervisord.webhook import Webhook
@@ -138,6 +140,8 @@ class Daemon:
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
+        self._in_background(retire_forever(self._actions, config.log))
+        self._sinks.start()
         await self._serve(listener)
         log.info("ready", instance=config.instance, control_socket=str(config.run_dir / "control.sock"))
 
@@ -219,6 +223,9 @@ class Daemon:
             own=(config.state_dir, config.run_dir),
             record=self._actions.record,
         )
+        if config.log.sinks:
+            user_id(users.sinks)
+        self._sinks = Sinks(config, self._actions, now=time.monotonic)
         self._retention = Retention(
             config.run_dir / "agents",
             bytes_max=config.agents.output_keep_bytes,
@@ -231,7 +238,7 @@ class Daemon:
             actions=self._actions,
             launcher=self._launcher,
             plane=self._plane,
-            sign=Signing(self._actions.signer).sign,
+            sign=Signing(lambda: self._actions.signer).sign,
             ended=self._gone,
             new_id=lambda: new_receipt_id(os.urandom),
             now_ns=time.time_ns,
@@ -315,7 +322,7 @@ class Daemon:
             RequestService(agents=self._agents, requests=self._requests, acts=self._acts), server
         )
         actions_pb2_grpc.add_ActionServiceServicer_to_server(
-            ActionService(agents=self._agents, actions=self._actions), server
+            ActionService(agents=self._agents, actions=self._actions, sinks=self._sinks), server
         )
         policies_pb2_grpc.add_PolicyServiceServicer_to_server(
             PolicyService(
@@ -329,6 +336,7 @@ class Daemon:
                 state_dir=config.state_dir,
                 started_at_ns=self._started_at_ns,
                 health=self.health,
+                sinks=self._sinks.states,
             ),
             server,
         )
@@ -555,6 +563,7 @@ class Daemon:
         if self._gateway is not None:
             await self._gateway.stop()
         self._launcher.close()
+        await self._sinks.stop()
         try:
             await self._actions.record(
                 Action("", "daemon", "daemon.stop", self.config.instance, "done", "", {"agents_left": left})
@@ -569,7 +578,7 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook")):
+        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook", "_sinks")):
             if part is not None:
                 await part.stop()
         for task in self._background:

@@ -8,6 +8,7 @@ as soon as the log is open again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -16,7 +17,7 @@ import grpc
 import structlog
 from stockade.v1 import agents_pb2_grpc, system_pb2_grpc
 
-from supervisord.actions.files import load_signer
+from supervisord.actions.files import load_signer, settle_rotation
 from supervisord.agents import Agents
 from supervisord.api import Api
 from supervisord.channel import close_all
@@ -73,7 +74,10 @@ class KillOnly:
         """Take up the living agents and serve; raises StockadeError."""
         config = self._config
         log.error("the daemon starts in kill-only mode", cause=self._cause)
-        signer = load_signer(config.state_dir / "keys" / "log.key", origin=f"stockade/{config.instance}")
+        key = config.state_dir / "keys" / "log.key"
+        with contextlib.suppress(OSError):
+            settle_rotation(config.state_dir / "log", key)
+        signer = load_signer(key, origin=f"stockade/{config.instance}")
         for record in (config.run_dir / "processes").glob("egress-*.json"):
             end_leftover(record)
         self._launcher = LauncherLink(
@@ -85,7 +89,7 @@ class KillOnly:
             actions=self,
             launcher=self._launcher,
             plane=self,
-            sign=Signing(signer).sign,
+            sign=Signing(lambda: signer).sign,
             ended=_let_go,
             new_id=lambda: new_receipt_id(self._entropy),
             now_ns=time.time_ns,
@@ -102,6 +106,7 @@ class KillOnly:
                 instance=self._config.instance,
                 state_dir=self._config.state_dir,
                 started_at_ns=time.time_ns(),
+                sinks=tuple,
                 health=self._health,
             ),
             server,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 from supervisord.actions.sign import sign_receipt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from supervisord.actions.checkpoint import Signer
     from supervisord.killswitch import Receipt
 
@@ -18,7 +20,7 @@ KEY_HASH_BYTES: Final = 4
 class Signing:
     """Signs receipts. The statement is the text of a C2SP signed note, the signature its Ed25519 signature."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: Callable[[], Signer]) -> None:
         self._signer = signer
 
     def sign(self, receipt: Receipt) -> Receipt:
@@ -38,7 +40,7 @@ class Signing:
                 "relays_cut": receipt.relays_cut,
                 "left_pids": list(receipt.left_pids),
             },
-            self._signer,
+            self._signer(),
         ).note
         # A note is its text, an empty line, and one line a signature: "— NAME BASE64(key hash || signature)".
         text, _, signatures = note.rpartition("\n\n")

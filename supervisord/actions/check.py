@@ -4,11 +4,13 @@ import base64
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from supervisord.actions import encoding
+from supervisord.actions import encoding, keys
 from supervisord.actions.checkpoint import Checkpoint, Verifier, open_checkpoint
 from supervisord.actions.merkle import Frontier
 from supervisord.actions.segments import Frame, Kind
-from supervisord.actions.types import BadNote
+from supervisord.actions.types import Action, BadNote
+
+RETIRE_VERB = "log.retire"
 
 
 class Altered(Exception):  # noqa: N818 - a finding, caught where it is judged
@@ -33,6 +35,8 @@ class Checker:
     offset_unsealed: int = 0
     # Checkpoints from elsewhere (the file beside the segments, one that somebody kept), by size.
     kept: dict[int, bytes] = field(default_factory=dict)
+    following: Verifier | None = None  # the key that an entry handed over to; in force from the next segment on
+    retired: int = 0  # entries that the log itself says are kept no longer
     proven: int = 0  # the largest of those that fitted; the segments' own may come behind it and be smaller
 
     @property
@@ -62,8 +66,12 @@ class Checker:
 
     def _entry(self, frame: Frame) -> None:
         expected = self.size + 1
+        action: Action | None = None
         try:
-            seq = encoding.seq_of(frame.payload) if self.shallow else encoding.decode(frame.payload)[0]
+            if self.shallow:
+                seq = encoding.seq_of(frame.payload)
+            else:
+                seq, _, action = encoding.decode(frame.payload)
         except encoding.NotCanonical as error:
             raise Altered(
                 f"entry {expected} is malformed: {error}", offset=frame.offset, first=expected, last=expected
@@ -78,10 +86,32 @@ class Checker:
         if not self.unsealed:
             self.offset_unsealed = frame.offset
         self.unsealed.append(frame.leaf_hash)
+        if action is not None and action.verb.startswith("log."):
+            self._note(action, frame)
         root = self.kept.pop(expected, None)
         if root is not None:
             self._compare(expected, root, offset=frame.offset)
             self.proven = expected
+
+    def _note(self, action: Action, frame: Frame) -> None:
+        """What entries say about the log itself."""
+        last = action.details.get("last_seq")
+        if action.verb == RETIRE_VERB and action.verdict == "done" and isinstance(last, int):
+            self.retired = max(self.retired, last)
+        try:
+            self.following = keys.handed_over(action, self.verifier) or self.following
+        except BadNote as error:
+            cause = f"entry {self.size} hands the log over to a key, but not under the log's own: {error}"
+            raise Altered(cause, offset=frame.offset, first=self.size, last=self.size) from error
+
+    def begin_segment(self, frame: Frame) -> None:
+        """Take the new key where an entry before handed over to it, and the segment's first frame is signed by it."""
+        if self.following is not None and frame.kind is Kind.CHECKPOINT:
+            try:
+                open_checkpoint(frame.payload.decode("utf-8", "replace"), self.following)
+            except BadNote:
+                return  # the old one went on: the daemon died before the new one was in use
+            self.verifier, self.following = self.following, None
 
     def _checkpoint(self, frame: Frame) -> None:
         try:

@@ -135,6 +135,11 @@ def open_checkpoint(note: str, verifier: Verifier) -> Checkpoint:
     return Checkpoint(origin, int(digits), root)
 
 
+def size_of(note: str) -> int:
+    """The size in a checkpoint that the caller has signed itself."""
+    return int(note.split("\n", 2)[1])
+
+
 def _is_text(text: str) -> bool:
     # Below U+0020 a note holds newlines only.
     return text.endswith("\n") and not any(c < " " and c != "\n" for c in text)

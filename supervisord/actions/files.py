@@ -3,23 +3,25 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from supervisord.actions import segments
-from supervisord.actions.checkpoint import NOTE_BYTES_MAX, Signer, Verifier
+from supervisord.actions import keys, segments
+from supervisord.actions.checkpoint import NOTE_BYTES_MAX, Signer, Verifier, open_checkpoint
 from supervisord.actions.merkle import Frontier
-from supervisord.actions.types import CannotOpenLog
+from supervisord.actions.types import BadNote, CannotOpenLog
 
 SEGMENTS: Final = "segments"
 TORN: Final = "torn"
 CHECKPOINT: Final = "checkpoint"
 INDEX: Final = "index.sqlite"
 LOCK: Final = "lock"
+ROTATIONS: Final = "rotations"
+ROTATIONS_BYTES_MAX: Final = 1 << 20
 
 _KEY_MODE: Final = 0o600
 _PUBLIC_MODE: Final = 0o644
@@ -34,11 +36,8 @@ def load_signer(key: Path, *, origin: str) -> Signer:
     try:
         if not key.exists():
             private = Ed25519PrivateKey.generate()
-            pem = private.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
             _create(public, (Signer.of(origin, private).verifier.text() + "\n").encode(), _PUBLIC_MODE)
-            _create(key, pem, _KEY_MODE)
+            _create(key, _pem(private), _KEY_MODE)
         if key.stat().st_mode & _OTHERS:
             raise CannotOpenLog(f"cannot use the log key {key}: others may read it", remedy=f"chmod 600 {key}")
         loaded = serialization.load_pem_private_key(key.read_bytes()[:_KEY_BYTES_MAX], password=None)
@@ -64,6 +63,86 @@ def public_path(key: Path) -> Path:
     return key.with_name(key.name + ".pub")
 
 
+def first_public_path(key: Path) -> Path:
+    """The log's first public key, beside one that came later; what verifies the whole log."""
+    return key.with_name(key.name + ".first.pub")
+
+
+def next_path(key: Path) -> Path:
+    """A key that the log is being handed over to."""
+    return key.with_name(key.name + ".next")
+
+
+def first_public(key: Path) -> Verifier:
+    first = first_public_path(key)
+    return read_public(first if first.exists() else public_path(key))
+
+
+def make_next_key(key: Path, name: str) -> Signer:
+    """A new key, on the disk but not in use. Raises OSError."""
+    private = Ed25519PrivateKey.generate()
+    _create(next_path(key), _pem(private), _KEY_MODE, replace=True)
+    sync_directory(key.parent)
+    return Signer.of(name, private)
+
+
+def put_next_key_in_place(key: Path, new: Signer) -> None:
+    """Make the next key the log's; each step may be the last before a crash, and all may be done again."""
+    first, public = first_public_path(key), public_path(key)
+    if not first.exists():
+        _create(first.with_suffix(".new"), public.read_bytes(), _PUBLIC_MODE, replace=True)
+        first.with_suffix(".new").rename(first)
+    if read_public(public) != new.verifier:
+        _create(public.with_suffix(".new"), (new.verifier.text() + "\n").encode(), _PUBLIC_MODE, replace=True)
+        public.with_suffix(".new").rename(public)
+    next_path(key).rename(key)
+    sync_directory(key.parent)
+
+
+def settle_rotation(directory: Path, key: Path) -> None:
+    """End what a crash left of a key's rotation: the last segment shows whether the new key was in use."""
+    waiting = next_path(key)
+    if not waiting.exists():
+        return
+    new: Signer | None = None
+    with contextlib.suppress(ValueError, TypeError):
+        loaded = serialization.load_pem_private_key(waiting.read_bytes()[:_KEY_BYTES_MAX], password=None)
+        if isinstance(loaded, Ed25519PrivateKey):
+            new = Signer.of(read_public(public_path(key)).name, loaded)
+    if new is not None and _begins_with(directory, new.verifier):
+        put_next_key_in_place(key, new)
+    else:
+        waiting.unlink()
+
+
+def _begins_with(directory: Path, verifier: Verifier) -> bool:
+    """Whether the last segment's first checkpoint is signed by this key."""
+    paths = segment_paths(directory)
+    if not paths:
+        return False
+    data = paths[-1][1].read_bytes()
+    try:
+        frame = segments.frame_at(data, segments.parse_header(data).length)
+        open_checkpoint(frame.payload.decode("utf-8", "replace"), verifier)
+    except (segments.Damaged, BadNote):
+        return False
+    return True
+
+
+def add_rotation(directory: Path, note: str) -> None:
+    """Keep a note by which a key hands over; durable. Raises OSError."""
+    with _opened(directory / ROTATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as fd:
+        os.write(fd, f"{note}\n".encode())
+        os.fsync(fd)
+    sync_directory(directory)
+
+
+def _pem(private: Ed25519PrivateKey) -> bytes:
+    return private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
 def read_public(path: Path) -> Verifier:
     return Verifier.parse(path.read_bytes()[:_KEY_BYTES_MAX].decode("utf-8", "replace"))
 
@@ -79,12 +158,28 @@ def segment_paths(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def remove_segments(paths: Sequence[Path]) -> None:
+    """Oldest first, so that what a crash leaves is still one piece."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
 def read_checkpoint(directory: Path) -> str | None:
     """The note in the checkpoint file, None where there is no such file."""
     try:
         return (directory / CHECKPOINT).read_bytes()[:NOTE_BYTES_MAX].decode("utf-8", "replace")
     except FileNotFoundError:
         return None
+
+
+def read_rotations(directory: Path) -> list[str]:
+    """The notes by which the log's keys handed over, oldest first."""
+    try:
+        with (directory / ROTATIONS).open("rb") as file:
+            return keys.notes_in(file.read(ROTATIONS_BYTES_MAX).decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return []
 
 
 def sync_directory(path: Path) -> None:

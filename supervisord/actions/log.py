@@ -6,15 +6,28 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import merkle
-from supervisord.actions.checkpoint import Signer, open_checkpoint
-from supervisord.actions.files import load_signer, read_checkpoint
+from supervisord.actions import files, keys, merkle
+from supervisord.actions.check import RETIRE_VERB
+from supervisord.actions.checkpoint import Signer, size_of
+from supervisord.actions.files import load_signer, read_checkpoint, remove_segments, segment_paths
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
-from supervisord.actions.types import Action, CannotReadLog, CannotRecord, Durability, Entry, Proof, Report
+from supervisord.actions.retiring import Sealed, retired
+from supervisord.actions.types import (
+    JSON,
+    Action,
+    CannotOpenLog,
+    CannotReadLog,
+    CannotRecord,
+    Durability,
+    Entry,
+    Proof,
+    Report,
+)
 from supervisord.actions.verify import Until, verify
 from supervisord.actions.writer import Settings, Writer
 
@@ -35,6 +48,7 @@ class ActionLog:
     def __init__(
         self,
         directory: Path,
+        key: Path,
         signer: Signer,
         opened: Opened,
         index: Index,
@@ -44,10 +58,14 @@ class ActionLog:
     ) -> None:
         """Use `open`."""
         self._directory = directory
+        self._key = key
+        self._key_lock = threading.Lock()
+        self._reading = threading.Lock()  # held by who reads all segments: none may go meanwhile
         self._signer = signer
         self._directory_lock = opened.lock
         self._index = index
         self._listeners = listeners
+        self._now_ns = settings.now_ns
         self._writer = Writer(signer, opened, settings)
         self._writer.start(opened.dropped)
         self._closed = False
@@ -73,8 +91,9 @@ class ActionLog:
         crash left is cut off, kept in `torn/` and told in a `log.recover` entry. `on_checkpoint` gets each signed
         checkpoint in the log's thread and must not block. Raises CannotOpenLog for damage that no crash explains.
         """
+        _settle(directory, key)
         signer = load_signer(key, origin=origin)
-        opened = open_directory(directory, signer)
+        opened = open_directory(directory, signer, files.first_public(key))
         index = Index(directory)
         listeners = _Listeners()
 
@@ -93,12 +112,17 @@ class ActionLog:
             on_rows=on_rows,
         )
         index.start(opened.tree.size)
-        return cls(directory, signer, opened, index, settings=settings, listeners=listeners)
+        return cls(directory, key, signer, opened, index, settings=settings, listeners=listeners)
 
     @property
     def size(self) -> int:
         """Entries in the files."""
         return self._writer.size
+
+    @property
+    def first_seq(self) -> int:
+        """The oldest entry that is still in the files."""
+        return next((first for first, _ in segment_paths(self._directory)), 1)
 
     @property
     def signer(self) -> Signer:
@@ -156,24 +180,63 @@ class ActionLog:
 
         Resume with the last `seq` seen. A slow reader costs nothing: it is fed from the files, a page at a time.
         """
+        async for page in self.pages(after_seq):
+            for entry in page:
+                yield entry
+
+    async def pages(self, after_seq: int = 0, limit: int = SUBSCRIBER_ENTRIES) -> AsyncIterator[list[Entry]]:
+        """As `subscribe`, as many at once as there are, at most `limit`."""
         with self._listeners.listening() as event:
             while not self._closed:
                 event.clear()
                 try:
-                    page = await self.query(after_seq=after_seq, limit=SUBSCRIBER_ENTRIES)
+                    page = await self.query(after_seq=after_seq, limit=limit)
                 except CannotReadLog:
                     if self._closed:
                         return
                     raise
-                for entry in page:
-                    yield entry
-                    after_seq = entry.seq
-                if not page:
+                if page:
+                    after_seq = page[-1].seq
+                    yield page
+                else:
                     await event.wait()
 
     async def checkpoint(self) -> str:
         """A signed checkpoint (C2SP tlog-checkpoint) over everything recorded before the call. Raises CannotRecord."""
         return await asyncio.to_thread(self._writer.seal)
+
+    async def retire(self, *, keep_seconds: float, keep_bytes: int) -> Entry | None:
+        """Remove sealed segments that are older or more than to be kept; the entry that says so, where any were.
+
+        The tree goes on over them: the first segment left begins with their subtrees, under a signature, and the entry
+        is durable before the first of them is removed. Raises CannotRecord; then all are still there.
+        """
+        paths = segment_paths(self._directory)
+        found = await asyncio.to_thread(_sealed, paths)
+        count = retired(
+            found,
+            open_bytes=paths[-1][1].stat().st_size if paths else 0,
+            now_seconds=self._now_ns() / 1e9,
+            keep_seconds=keep_seconds,
+            keep_bytes=keep_bytes,
+        )
+        if not count:
+            return None
+        last_seq = found[count - 1].last_seq
+        details: dict[str, JSON] = {
+            "first_seq": found[0].first_seq,
+            "last_seq": last_seq,
+            "segments": count,
+            "bytes": sum(segment.size_bytes for segment in found[:count]),
+        }
+        entry = await self.record(Action("", "daemon", RETIRE_VERB, "action log", "done", "", details))
+        await asyncio.wrap_future(self._index.run(lambda: self._index.retire(last_seq)))
+        await asyncio.to_thread(self._remove, [path for _, path in paths[:count]])
+        return entry
+
+    async def rotate_key(self, *, actor: str, reason: str) -> Entry:
+        """Go on with a new key; the entry that hands over to it, signed by the old one. Raises CannotRecord."""
+        return await asyncio.to_thread(self._rotate_key, actor, reason)
 
     async def verify(self, *, kept: str | None = None) -> Report:
         """Check all files up to now, as `verify.verify` does offline."""
@@ -188,7 +251,7 @@ class ActionLog:
         note = ""
         if size is None:
             note = await self.checkpoint()
-            size = open_checkpoint(note, self._signer.verifier).size
+            size = size_of(note)
         if not 1 <= seq <= size <= self._writer.size:
             raise ValueError(f"cannot prove entry {seq} in a tree of {size}: the log has {self._writer.size} entries")
         index, total = self._index, size
@@ -199,6 +262,11 @@ class ActionLog:
             return Proof(seq, total, index.payload(seq), index.node(0, seq - 1), root, path, note)
 
         return await asyncio.wrap_future(index.run(prove))
+
+    async def growth(self, old: int) -> tuple[tuple[bytes, ...], str]:
+        """The proof that the tree of a new checkpoint continues that of `old` entries, and the checkpoint."""
+        note = await self.checkpoint()
+        return await self.consistency(old, size_of(note)), note
 
     async def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
         """The proof (RFC 6962 section 2.1.2) that the tree of `size` entries continues that of `old`."""
@@ -220,7 +288,36 @@ class ActionLog:
         self._index.close()
         os.close(self._directory_lock)
 
+    def _remove(self, paths: Sequence[Path]) -> None:
+        with self._reading:
+            remove_segments(paths)
+
+    def _rotate_key(self, actor: str, reason: str) -> Entry:
+        with self._key_lock:
+            old = self._signer
+            try:
+                new = files.make_next_key(self._key, old.verifier.name)
+                note = keys.rotation_note(new.verifier, old)
+                files.add_rotation(self._directory, note)
+            except OSError as error:
+                raise CannotRecord(f"cannot make a new log key: {error}", remedy=f"look after {self._key}") from error
+            details = {"old": old.verifier.text(), "new": new.verifier.text(), "note": note}
+            entry = self._writer.hand_over(new, Action("", actor, keys.VERB, "log key", "done", reason, details))
+            self._signer = new
+            try:
+                files.put_next_key_in_place(self._key, new)
+            except OSError as error:
+                raise CannotRecord(
+                    f"cannot put the new log key in place, though it is in use: {error}",
+                    remedy=f"make room for {self._key}; the next start puts it there",
+                ) from error
+            return entry
+
     def _verify(self, kept: str | None) -> Report:
+        with self._reading:
+            return self._verify_all(kept)
+
+    def _verify_all(self, kept: str | None) -> Report:
         with contextlib.suppress(CannotRecord):  # a full disk is no reason not to verify
             self._writer.seal()
         first_seq, end, note = self._writer.position()
@@ -228,11 +325,28 @@ class ActionLog:
         # Python's threads take turns: let the loop have its own between entries.
         return verify(
             self._directory,
-            self._signer.verifier,
+            files.first_public(self._key),
             kept=kept,
             until=until,
             pause=lambda: time.sleep(_VERIFY_PAUSE_SECONDS),
         )
+
+
+def _settle(directory: Path, key: Path) -> None:
+    try:
+        files.settle_rotation(directory, key)
+    except OSError as error:
+        raise CannotOpenLog(
+            f"cannot use the log key {key}: {error}", remedy="check the file and its directory"
+        ) from error
+
+
+def _sealed(paths: Sequence[tuple[int, Path]]) -> list[Sealed]:
+    found = []
+    for (first, path), (following, _) in pairwise(paths):
+        status = path.stat()
+        found.append(Sealed(first, following - 1, status.st_size, status.st_mtime))
+    return found
 
 
 class _Listeners:

@@ -31,7 +31,7 @@ READ_BYTES: Final = 1024  # most entries fit
 FRAME_BYTES_MAX: Final = segments.FRAME_HEADER_BYTES + segments.PAYLOAD_BYTES_MAX
 # Roots of complete subtrees of 2**TILE_LEVEL leaves are stored, so that a proof reads few leaves.
 TILE_LEVEL: Final = 8
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = f"""
 CREATE TABLE entries (
     seq INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, agent_id BLOB NOT NULL, verb BLOB NOT NULL,
@@ -40,6 +40,8 @@ CREATE TABLE entries (
 CREATE INDEX entries_agent ON entries (agent_id, seq);
 CREATE INDEX entries_verb ON entries (verb, seq);
 CREATE TABLE tiles (number INTEGER PRIMARY KEY, hash BLOB NOT NULL);
+CREATE TABLE subtrees (level INTEGER NOT NULL, number INTEGER NOT NULL, hash BLOB NOT NULL,
+    PRIMARY KEY (level, number));
 PRAGMA user_version = {_VERSION};
 """
 
@@ -68,7 +70,7 @@ class Query:
     limit: int = 1000
 
     def sql(self) -> tuple[str, list[bytes | int]]:
-        where, values = ["seq > ?"], list[bytes | int]([self.after_seq])
+        where, values = ["seq > ?", "segment > 0"], list[bytes | int]([self.after_seq])
         for column, text in (("agent_id", self.agent_id), ("verdict", self.verdict)):
             if text is not None:
                 where.append(f"{column} = ?")
@@ -104,6 +106,7 @@ class Index:
         self._files: dict[int, int] = {}
         self._database: sqlite3.Connection | None = None
         self._indexed = 0
+        self._base = 0  # entries before the first segment that there was when this index began
         self._thread = threading.Thread(target=self._work, name="log-index", daemon=True)
 
     def start(self, size: int) -> None:
@@ -161,9 +164,25 @@ class Index:
         self._read(seq, row[0], row[1])
         return self._frame(row[0], row[1]).payload
 
+    def retire(self, last_seq: int) -> None:
+        """Forget what the entries up to `last_seq` said; their hashes stay, for proofs."""
+        if self._database is None:
+            raise CannotReadLog("cannot retire entries: the index is not open")
+        self._database.execute(
+            "UPDATE entries SET segment = 0, offset = 0, time_ns = 0, agent_id = x'', verb = x'', verdict = x'' "
+            "WHERE seq <= ? AND segment > 0",
+            [last_seq],
+        )
+        for segment in [each for each in self._files if each <= last_seq]:
+            os.close(self._files.pop(segment))
+
     def node(self, level: int, index: int) -> bytes:
         """The root of a complete subtree, for `merkle`."""
-        if level > TILE_LEVEL:
+        if (index << level) < self._base:
+            found = self._sql("SELECT hash FROM subtrees WHERE level = ? AND number = ?", [level, index])
+            if found:
+                return bytes(found[0][0])
+        if level > TILE_LEVEL or (level and index << level < self._base < index + 1 << level):
             return node_hash(self.node(level - 1, 2 * index), self.node(level - 1, 2 * index + 1))
         if level == TILE_LEVEL:
             found = self._sql("SELECT hash FROM tiles WHERE number = ?", [index])
@@ -253,6 +272,28 @@ class Index:
             self._discard(damaged=True)
             self._database = self._connect(path)
             self._indexed = 0
+        self._begin_behind_retired()
+
+    def _begin_behind_retired(self) -> None:
+        """Where a new index finds no first segments: their subtrees are in the header of the first that there is."""
+        database, paths = self._database, segment_paths(self._directory)
+        if database is None or not paths:
+            return
+        if self._indexed == 0 and paths[0][0] > 1:
+            tree = segments.parse_header(paths[0][1].read_bytes()).tree()
+            at = 0
+            for level in reversed(range(tree.size.bit_length())):
+                if tree.size >> level & 1:
+                    root = tree.hashes[(tree.size >> level + 1).bit_count()]
+                    database.execute("INSERT OR REPLACE INTO subtrees VALUES (?, ?, ?)", (level, at >> level, root))
+                    at += 1 << level
+            self._indexed = tree.size
+        (self._base,) = database.execute("SELECT coalesce(max((number + 1) << level), 0) FROM subtrees").fetchone()
+        self._indexed = max(self._indexed, self._base)
+        if paths[0][0] > 1:
+            last_seq = paths[0][0] - 1
+            if self._sql("SELECT segment, 0, 0 FROM entries WHERE seq = ? AND segment > 0", [last_seq]):
+                self.retire(last_seq)  # a crash came between the entry and this
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         path.touch(mode=0o600)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import segments
+from supervisord.actions import keys, segments
 from supervisord.actions.check import Altered, Checker
 from supervisord.actions.checkpoint import Checkpoint, Signer, Verifier, open_checkpoint
 from supervisord.actions.files import (
@@ -18,6 +18,7 @@ from supervisord.actions.files import (
     CheckpointFile,
     SegmentFile,
     read_checkpoint,
+    read_rotations,
     segment_paths,
     sync_directory,
 )
@@ -42,8 +43,11 @@ class Opened:
     dropped: dict[str, JSON] = field(default_factory=dict)  # what a crash left unfinished; empty when nothing
 
 
-def open_directory(directory: Path, signer: Signer) -> Opened:
-    """Raises CannotOpenLog where the directory is in use, or holds what no crash can explain."""
+def open_directory(directory: Path, signer: Signer, first: Verifier | None = None) -> Opened:
+    """`first` is the log's first key, where it had another.
+
+    Raises CannotOpenLog where the directory is in use, or holds what no crash can explain.
+    """
     try:
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         (directory / SEGMENTS).mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
@@ -55,7 +59,7 @@ def open_directory(directory: Path, signer: Signer) -> Opened:
         for left in (directory / SEGMENTS).glob("*.new"):
             left.unlink()  # a segment whose making a crash interrupted; nothing was recorded in it
         if segment_paths(directory):
-            return _continue(directory, signer.verifier, lock)
+            return _continue(directory, signer.verifier, first or signer.verifier, lock)
         return _begin(directory, signer, lock)
     except BlockingIOError as error:
         os.close(lock)
@@ -84,7 +88,7 @@ def _begin(directory: Path, signer: Signer, lock: int) -> Opened:
     return Opened(lock, segment, checkpoint, tree, 0)
 
 
-def _continue(directory: Path, verifier: Verifier, lock: int) -> Opened:
+def _continue(directory: Path, verifier: Verifier, first: Verifier, lock: int) -> Opened:
     first_seq, path = segment_paths(directory)[-1]
     note = read_checkpoint(directory)
     if not note:
@@ -94,7 +98,11 @@ def _continue(directory: Path, verifier: Verifier, lock: int) -> Opened:
             raise _refused(directory, "its checkpoint file is missing, so it may have been cut")
     data = path.read_bytes()
     checker, end, damage = _read(directory, path, data, verifier, first_seq)
-    vouched = _vouched(note, verifier) if note else None
+    vouched = None
+    if note:
+        # A crash between a new key's first segment and its checkpoint file leaves there what the old key signed.
+        former = keys.reachable(first, read_rotations(directory)) if _only_begun(path) else ()
+        vouched = _vouched(note, verifier, *former)
     if vouched is not None:
         try:
             if vouched.size >= checker.tree.size:
@@ -171,9 +179,9 @@ def _only_begun(path: Path) -> bool:
     return all(frame.kind is segments.Kind.CHECKPOINT for frame in found)
 
 
-def _vouched(note: str, verifier: Verifier) -> Checkpoint:
+def _vouched(note: str, *verifiers: Verifier) -> Checkpoint:
     try:
-        return open_checkpoint(note, verifier)
+        return keys.open_by_any(note, verifiers)
     except BadNote as error:
         raise CannotOpenLog(f"cannot trust the log's checkpoint file: {error.message}", remedy=_REMEDY) from error
 

@@ -66,6 +66,7 @@ class Report:
     problem: str
     sealed: int = 0  # entries that a signed checkpoint covers
     origin: str = ""
+    first_seq: int = 1  # the oldest entry that is there: those before it were retired
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 """Verification of a log directory with nothing but a public key: no daemon, no private key, no index."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import encoding, segments
+from supervisord.actions import encoding, keys, segments
 from supervisord.actions.check import Altered, Checker
-from supervisord.actions.checkpoint import Checkpoint, Verifier, open_checkpoint
-from supervisord.actions.files import CHECKPOINT, read_checkpoint, read_public, segment_paths
+from supervisord.actions.checkpoint import Checkpoint, Verifier
+from supervisord.actions.files import CHECKPOINT, read_checkpoint, read_public, read_rotations, segment_paths
 from supervisord.actions.merkle import Frontier
 from supervisord.actions.types import BadNote, Report
 
@@ -29,14 +29,15 @@ def verify(
     directory: Path,
     public_key: Verifier | Path | str,
     *,
-    kept: str | None = None,
+    kept: str | Sequence[str] | None = None,
     until: Until | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> Report:
     """Check every byte of the log in `directory`.
 
-    `public_key` is a Verifier, the path of a .pub file or its text. `kept` is a checkpoint that the caller kept from
-    earlier: with it a rollback of the whole directory is found, too. `pause` is called now and then.
+    `public_key` is a Verifier, the path of a .pub file or its text: the log's first key, from which later ones are
+    followed. `kept` are checkpoints that the caller kept from earlier: with them a rollback of the whole directory is
+    found, too. `pause` is called now and then.
     """
     verifier = public_key
     if isinstance(verifier, Path):
@@ -44,9 +45,11 @@ def verify(
     elif isinstance(verifier, str):
         verifier = Verifier.parse(verifier)
     checker = Checker(verifier)
+    notes = [kept] if isinstance(kept, str) else list(kept or ())
     problem = ""
+    first_seq = 1
     try:
-        _check(directory, checker, kept=kept, until=until, pause=pause)
+        first_seq = _check(directory, checker, notes, until=until, pause=pause)
     except _Found as found:
         problem = str(found)
     tree = checker.final_tree()
@@ -57,6 +60,7 @@ def verify(
         problem=problem,
         sealed=checker.sealed,
         origin=verifier.name,
+        first_seq=first_seq,
     )
 
 
@@ -64,14 +68,17 @@ class _Found(Exception):  # noqa: N818 - a finding; its text is the report's pro
     pass
 
 
-def _vouched(checker: Checker, kept: str | None, newest: str | None) -> list[tuple[str, Checkpoint]]:
+def _vouched(
+    checker: Checker, verifiers: Sequence[Verifier], kept: Sequence[str], newest: str | None
+) -> list[tuple[str, Checkpoint]]:
     """The checkpoints outside the segments, handed to the checker."""
     found = []
-    for what, note in (("the kept checkpoint", kept), (f"the file {CHECKPOINT}", newest)):
-        if note is None:
-            continue
+    named = [("the kept checkpoint", note) for note in kept]
+    if newest is not None:
+        named.append((f"the file {CHECKPOINT}", newest))
+    for what, note in named:
         try:
-            checkpoint = open_checkpoint(note, checker.verifier)
+            checkpoint = keys.open_by_any(note, verifiers)
         except BadNote as error:
             raise _Found(f"{what}: {error}") from error
         if checker.kept.setdefault(checkpoint.size, checkpoint.root) != checkpoint.root:
@@ -80,10 +87,12 @@ def _vouched(checker: Checker, kept: str | None, newest: str | None) -> list[tup
     return found
 
 
-def _segments(directory: Path, checker: Checker, until: Until | None, pause: Callable[[], None]) -> tuple[str, int]:
+def _segments(
+    paths: Sequence[tuple[int, Path]], checker: Checker, until: Until | None, pause: Callable[[], None]
+) -> tuple[str, int]:
     """Check every segment; the name and length of the last."""
     name, length = "", 0
-    for first_seq, path in segment_paths(directory):
+    for first_seq, path in paths:
         if until is not None and first_seq > until.first_seq:
             break
         data = path.read_bytes()
@@ -96,23 +105,75 @@ def _segments(directory: Path, checker: Checker, until: Until | None, pause: Cal
         except Altered as error:
             raise _Found(f"{path.name} at offset {error.offset}: {error.cause}") from error
         name, length = path.name, len(data)
-    if not name:
-        raise _Found(f"there are no segments in {directory}")
     return name, length
 
 
 def _check(
-    directory: Path, checker: Checker, *, kept: str | None, until: Until | None, pause: Callable[[], None]
-) -> None:
+    directory: Path, checker: Checker, kept: Sequence[str], *, until: Until | None, pause: Callable[[], None]
+) -> int:
+    """The first entry that is there."""
     newest = read_checkpoint(directory) if until is None else until.note
-    vouched = _vouched(checker, kept, newest)
-    name, length = _segments(directory, checker, until, pause)
+    verifiers = keys.reachable(checker.verifier, read_rotations(directory))
+    vouched = _vouched(checker, verifiers, kept, newest)
+    paths = segment_paths(directory)
+    if not paths:
+        raise _Found(f"there are no segments in {directory}")
+    first_seq, first = paths[0]
+    if first_seq > 1:
+        _begin_behind_retired(first, checker, verifiers, [checkpoint for _, checkpoint in vouched[: len(kept)]])
+    name, length = _segments(paths, checker, until, pause)
     for what, checkpoint in vouched:
         if checkpoint.size > checker.size:
             gone = f"entries {checker.size + 1} to {checkpoint.size} are gone: {what} covers them"
             raise _Found(f"{name} at offset {length}: {gone}")
     if newest is None:
         raise _Found(f"the file {CHECKPOINT} is missing: whether entries were cut off cannot be told")
+    if name != segments.file_name(checker.size + 1) and not _is_by(newest, checker.verifier):
+        raise _Found(f"the file {CHECKPOINT} is signed by a key that the log has retired")
+    if checker.retired < first_seq - 1:
+        raise _Found(
+            f"{first.name} at offset 0: entries {checker.retired + 1} to {first_seq - 1} are missing, and no entry "
+            f"says that they were retired"
+        )
+    return first_seq
+
+
+def _is_by(note: str, verifier: Verifier) -> bool:
+    try:
+        keys.open_by_any(note, (verifier,))
+    except BadNote:
+        return False
+    return True
+
+
+def _begin_behind_retired(
+    path: Path, checker: Checker, verifiers: Sequence[Verifier], kept: Sequence[Checkpoint]
+) -> None:
+    """Begin with the tree that the first segment left begins with; its first frame has to sign it, as of all segments.
+
+    Whether the entries before were taken away by the log itself is judged at the end: a later entry says so.
+    """
+    data = path.read_bytes()
+    try:
+        header = segments.parse_header(data)
+        first = segments.frame_at(data, header.length)
+    except segments.Damaged as error:
+        raise _Found(_damage(path, data, error, checker)) from error
+    for verifier in verifiers:
+        try:
+            keys.open_by_any(first.payload.decode("utf-8", "replace"), (verifier,))
+        except BadNote:
+            continue
+        checker.verifier = verifier
+    checker.tree = header.tree()
+    size = checker.tree.size
+    if checker.kept.get(size, checker.tree.root()) != checker.tree.root():
+        raise _Found(f"{path.name} at offset 0: its tree of {size} entries is not the one that was signed before")
+    if kept and max(checkpoint.size for checkpoint in kept) < size:
+        raise _Found(
+            f"{path.name} at offset 0: entries up to {size} are not there, and no kept checkpoint is newer: "
+            f"nothing can be compared"
+        )
 
 
 def _segment(path: Path, data: bytes, checker: Checker, pause: Callable[[], None]) -> None:
@@ -128,6 +189,8 @@ def _segment(path: Path, data: bytes, checker: Checker, pause: Callable[[], None
     count = 0
     signed = False
     for count, frame in enumerate(segments.frames(data, header.length)):
+        if count == 0:
+            checker.begin_segment(frame)
         checker.take(frame)
         if count == 0:
             signed = frame.kind is segments.Kind.CHECKPOINT and checker.tree.size == header.first_seq - 1

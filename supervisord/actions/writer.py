@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from supervisord.actions import encoding, merkle, segments
@@ -53,6 +53,18 @@ class _Pending(NamedTuple):
     waiter: _Waiter | None
 
 
+@dataclass(slots=True)
+class _HandOver:
+    """A new key and the entry that hands the log over to it; `entry` where that happened, else `failure`."""
+
+    signer: Signer
+    action: Action
+    done: threading.Event = field(default_factory=threading.Event)
+    written: Entry | None = None
+    entry: Entry | None = None
+    failure: OSError | None = None
+
+
 class Position(NamedTuple):
     """How far the files reach."""
 
@@ -93,6 +105,7 @@ class Writer:
         self._refused_told: int | None = None  # what a pending log.recover says
         self._doubtful: tuple[int, int] | None = None
         self._closing = False
+        self._handing: _HandOver | None = None
         self._thread = threading.Thread(target=self._work, name="log-writer", daemon=True)
 
     @property
@@ -161,6 +174,24 @@ class Writer:
                     f"cannot sign a checkpoint of {goal} entries: {cause}", remedy=f"look after {self._directory}"
                 )
             return self._note
+
+    def hand_over(self, signer: Signer, action: Action) -> Entry:
+        """Record `action` under the present key, and go on with `signer` in a new segment. Raises CannotRecord."""
+        handing = _HandOver(signer, action)
+        with self.lock:
+            self._admit(action)
+            self._handing = handing
+            self._wake.notify()
+        handing.done.wait(SEAL_WAIT_SECONDS_MAX)
+        with self.lock:
+            if self._handing is handing:
+                self._handing = None  # nobody has begun it
+            if handing.entry is None:
+                cause = handing.failure or self._broken or "the disk does not answer, or the log is closing"
+                raise CannotRecord(
+                    f"cannot hand the action log over to a new key: {cause}", remedy=f"look after {self._directory}"
+                )
+            return handing.entry
 
     def position(self) -> Position:
         with self.lock:
@@ -245,9 +276,9 @@ class Writer:
     def _is_due(self) -> bool:
         if self._broken is not None:
             return self._closing
-        return bool(
-            self._pending or self._waiting or self._note_wanted or self._closing or self._unsynced >= SYNC_ENTRIES
-        )
+        if self._pending or self._waiting or self._note_wanted or self._closing or self._handing is not None:
+            return True
+        return self._unsynced >= SYNC_ENTRIES
 
     def _patience(self) -> float:
         """Seconds until something is to be done even if nobody asks."""
@@ -281,15 +312,29 @@ class Writer:
                     return
 
     def _commit(self, *, last: bool) -> None:
-        """Write, sync, answer, and what else is due: a checkpoint, a new segment."""
+        with self.lock:
+            handing, self._handing = self._handing, None
+        try:
+            self._commit_all(handing, last=last)
+        finally:
+            if handing is not None:
+                handing.done.set()
+
+    def _commit_all(self, handing: _HandOver | None, *, last: bool) -> None:
+        """Write, sync, answer, and what else is due: a checkpoint, a new segment, a new key."""
         settings = self._settings
         with self.lock:
+            if handing is not None:
+                handing.written, frame = self._make(handing.action)
+                self._pending.append(_Pending(handing.written, frame, None))
             with contextlib.suppress(CannotRecord):  # who waited has been told
                 self._flush()
+            if handing is not None and handing.written is not None and handing.written.seq > self._tree.size:
+                handing = None  # it could not be written
             waiting, self._waiting = self._waiting, []
             unsynced, self._unsynced, self._dirty_since, self._urged = self._unsynced, 0, None, False
             # From here until the new segment is there nobody else writes: `append` hands over to `submit`.
-            self._rotating = self._segment.end >= self._rotate_at
+            self._rotating = handing is not None or self._segment.end >= self._rotate_at
             tree, segment = self._tree.copy(), self._segment
         if (unsynced or waiting) and not self._synced(segment, waiting, tree):
             self._rotating = False
@@ -305,7 +350,7 @@ class Writer:
                 self._checkpoint_file.sync()
         self._sync_note(now=last)
         if self._rotating:
-            self._rotate(tree, segment)
+            self._rotate(tree, segment, handing)
 
     def _synced(self, segment: SegmentFile, waiting: list[_Waiter], tree: merkle.Frontier) -> bool:
         """Make durable what is written and answer who waited for it; `tree` is what was written before the call."""
@@ -403,18 +448,34 @@ class Writer:
         if failure is None and self._settings.on_checkpoint is not None:
             self._settings.on_checkpoint(note)
 
-    def _rotate(self, tree: merkle.Frontier, old: SegmentFile) -> None:
+    def _rotate(self, tree: merkle.Frontier, old: SegmentFile, handing: _HandOver | None) -> None:
+        """Begin a segment; where the log is handed over, it begins with the same tree under the new key."""
         new: SegmentFile | None = None
+        signer, note = self._signer, self._note
+        if handing is not None:
+            signer = handing.signer
+            note = signer.sign(Checkpoint(signer.verifier.name, tree.size, tree.root()).text())
         if self._broken is None and self._sealed == tree.size:
-            with contextlib.suppress(OSError):  # the old one goes on, and this is tried again later
-                new = SegmentFile.create(self._directory, tree, self._note)
+            try:
+                new = SegmentFile.create(self._directory, tree, note)
+            except OSError as error:  # the old one goes on, and this is tried again later
+                if handing is not None:
+                    handing.failure = error
         with self.lock:
             self._rotating = False
             if new is None:
-                self._rotate_at = old.end + self._settings.segment_bytes // 4
+                self._rotate_at = old.end + (0 if handing is not None else self._settings.segment_bytes // 4)
                 return
             self._segment, self._rotate_at = new, self._settings.segment_bytes
+            self._signer, self._note = signer, note
         old.close()
+        if handing is not None:
+            handing.entry = handing.written
+            with contextlib.suppress(OSError):  # the next checkpoint is written over it
+                self._checkpoint_file.write(note)
+                self._checkpoint_file.sync()
+            if self._settings.on_checkpoint is not None:
+                self._settings.on_checkpoint(note)
 
 
 def _recover_action(reason: str, details: dict[str, JSON]) -> Action:

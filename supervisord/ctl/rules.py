@@ -1,4 +1,4 @@
-"""Verbs on what agents may do and did: grant, revoke, grants, requests, actions, log."""
+"""Verbs on what agents may do and did: grant, revoke, grants, requests, actions."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from stockade.client import convert, methods
 from stockade.client.values import Grant
-from stockade.v1 import actions_pb2
 
-from supervisord.ctl.command import FAILED, OK, Usage
+from supervisord.ctl.command import OK, Usage
 from supervisord.ctl.output import (
     CELL_CHARACTERS_MAX,
-    complain,
     escape,
     moment,
-    plain,
     print_json,
     print_table,
     say,
     text,
 )
-from supervisord.ctl.words import WrongWord
 from supervisord.ctl.words import moment as parse_moment
 
 if TYPE_CHECKING:
@@ -215,35 +210,3 @@ def _line(cells: Sequence[str]) -> str:
     # A stream has no last line to measure columns by: widths that suit most, and more where needed.
     widths = (6, 20, 7, 15, 40, 12, 29, 0)
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-
-def log(stockade: Stockade, options: Namespace) -> int:
-    match options.deed:
-        case "verify":
-            found = stockade.verify_log()
-            if options.output == "json":
-                print_json(found)
-            elif found.ok:
-                say(f"good: {found.size} entries, root {plain(found.root)}")
-            if not found.ok:
-                complain(f"stockadectl: cannot verify the log: {found.problem}")
-                complain(
-                    "keep the files as they are; what differs from a checkpoint kept elsewhere tells what was altered"
-                )
-            return OK if found.ok else FAILED
-        case "checkpoint":
-            note = stockade.checkpoint()
-            if options.output == "json":
-                print_json({"checkpoint": note})
-            else:
-                sys.stdout.write(note)
-        case "prove":
-            try:
-                seq = int(options.subject)
-            except ValueError:
-                raise WrongWord("`log prove` needs the SEQ of an entry, as `actions` shows it") from None
-            proof = convert.proof(stockade.call(methods.PROVE, actions_pb2.ProveRequest(seq=seq)))
-            print_json(proof)
-        case _:
-            show_actions(stockade.actions(), as_json=True)
-    return OK

@@ -213,8 +213,14 @@ def _actions(parser: ArgumentParser) -> None:
 
 
 def _log(parser: ArgumentParser) -> None:
-    parser.add_argument("deed", choices=("verify", "checkpoint", "prove", "export"))
-    parser.add_argument("subject", metavar="SEQ", nargs="?", default="", help="prove: which entry")
+    deeds = ("verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key")
+    add = parser.add_argument
+    add("deed", choices=deeds)
+    add("subject", metavar="DIR|SEQ|FILE", nargs="?", default="", help="verify: files; prove: an entry; check-proof")
+    add("--public-key", metavar="FILE", default="", help="verify DIR, check-proof: the log's first key")
+    add("--since", metavar="CHECKPOINT", default="", help="a checkpoint that was kept, or a witness's directory")
+    add("--from", dest="from_size", metavar="SIZE", type=int, help="prove: that the log continues that of SIZE entries")
+    add("--reason", default="", help="rotate-key")
 
 
 def _policy(parser: ArgumentParser) -> None:
@@ -223,7 +229,7 @@ def _policy(parser: ArgumentParser) -> None:
     parser.add_argument("scope", metavar="SCOPE", nargs="?", default="", help="explain: which scope")
 
 
-_AGENTS, _CHANGES, _INSIDE, _RULES, _SYSTEM = "agents", "changes", "inside", "rules", "system"
+_AGENTS, _CHANGES, _INSIDE, _LOG, _RULES, _SYSTEM = "agents", "changes", "inside", "log", "rules", "system"
 
 VERBS: Final[dict[str, Verb]] = {
     "run": Verb(
@@ -262,7 +268,9 @@ VERBS: Final[dict[str, Verb]] = {
     "grants": Verb("grants in force", _RULES, "grants", _grants),
     "requests": Verb("what agents ask for: list, watch, approve, deny", _RULES, "requests", _requests),
     "actions": Verb("what agents and operators did or tried", _RULES, "actions", _actions),
-    "log": Verb("the action log: verify, checkpoint, prove, export", _RULES, "log", _log),
+    "log": Verb(
+        "the action log: verify, checkpoint, prove, check-proof, export, status, rotate-key", _LOG, "log", _log
+    ),
     "policy": Verb("policies: list, check, show, explain", _SYSTEM, "policy", _policy),
     "doctor": Verb("which controls this host has", _SYSTEM, "doctor", _nothing),
     "shell": Verb("many commands, one prompt", _SYSTEM, "shell", _nothing),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from supervisord.policies import PolicyShelf
     from supervisord.requests import Requests
     from supervisord.scopes import GrantBook
+    from supervisord.sinks.feed import Sinks
 
 ACTIONS_PAGE_MAX: Final = 1000
 
@@ -147,9 +148,10 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
 
 
 class ActionService(actions_pb2_grpc.ActionServiceServicer):
-    def __init__(self, *, agents: Agents, actions: ActionLog) -> None:
+    def __init__(self, *, agents: Agents, actions: ActionLog, sinks: Sinks) -> None:
         self._agents = agents
         self._actions = actions
+        self._sinks = sinks
 
     async def QueryActions(
         self, request: actions_pb2.QueryActionsRequest, _context: Context
@@ -197,6 +199,45 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         return actions_pb2.ProveResponse(
             entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=proof.checkpoint
         )
+
+    async def ProveConsistency(
+        self, request: actions_pb2.ProveConsistencyRequest, _context: Context
+    ) -> actions_pb2.ProveConsistencyResponse:
+        if not 1 <= request.old_size <= self._actions.size:
+            raise NotFound(
+                f"cannot prove growth from {request.old_size} entries: the log has {self._actions.size}",
+                remedy="a kept checkpoint of more entries than there are shows that the log was put back",
+            )
+        path, note = await self._actions.growth(request.old_size)
+        return actions_pb2.ProveConsistencyResponse(consistency_path=list(path), checkpoint=note)
+
+    async def LogStatus(
+        self, _request: actions_pb2.LogStatusRequest, _context: Context
+    ) -> actions_pb2.LogStatusResponse:
+        return actions_pb2.LogStatusResponse(
+            size=self._actions.size,
+            first_seq=self._actions.first_seq,
+            public_key=self._actions.public_key,
+            sinks=[
+                actions_pb2.SinkStatus(
+                    name=state.name,
+                    kind=state.kind,
+                    delivered_seq=state.delivered_seq,
+                    behind=state.behind,
+                    failing=state.failing,
+                    cause=convert.printable(state.cause),
+                )
+                for state in self._sinks.states()
+            ],
+        )
+
+    async def RotateKey(
+        self, request: actions_pb2.RotateKeyRequest, _context: Context
+    ) -> actions_pb2.RotateKeyResponse:
+        entry = await self._actions.rotate_key(
+            actor=current_caller().actor, reason=convert.text("reason", request.reason)
+        )
+        return actions_pb2.RotateKeyResponse(public_key=self._actions.public_key, seq=entry.seq)
 
     def _agent_id(self, name: str) -> str | None:
         if not name:

@@ -14,10 +14,12 @@ from sandbox import doctor
 from supervisord.rpc import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import grpc
+
+    from supervisord.sinks.feed import SinkState
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -32,11 +34,13 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         state_dir: Path,
         started_at_ns: int,
         health: Callable[[], Mapping[str, tuple[bool, str]]],
+        sinks: Callable[[], Sequence[SinkState]],
     ) -> None:
         self._instance = instance
         self._host = doctor.Host(state_dir=state_dir)
         self._started_at_ns = started_at_ns
         self._health = health
+        self._sinks = sinks
 
     async def Version(self, _request: system_pb2.VersionRequest, _context: Context) -> system_pb2.VersionResponse:
         return system_pb2.VersionResponse(
@@ -48,7 +52,8 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         )
 
     async def Doctor(self, _request: system_pb2.DoctorRequest, _context: Context) -> system_pb2.DoctorResponse:
-        return convert.findings(await asyncio.to_thread(doctor.probe, self._host))
+        found = await asyncio.to_thread(doctor.probe, self._host)
+        return convert.findings([*found, *map(_sink_finding, self._sinks())])
 
     async def Ready(self, _request: system_pb2.ReadyRequest, _context: Context) -> system_pb2.ReadyResponse:
         health = self._health()
@@ -58,3 +63,16 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
                 system_pb2.Component(name=name, ready=ready, detail=detail) for name, (ready, detail) in health.items()
             ],
         )
+
+
+def _sink_finding(state: SinkState) -> doctor.Finding:
+    return doctor.Finding(
+        control=f"log sink {state.name}",
+        present=not state.failing,
+        how=state.cause or f"{state.kind}: delivered up to entry {state.delivered_seq}, {state.behind} behind",
+        remedy="look after what receives it; nothing is lost meanwhile" if state.failing else "",
+        required=False,
+        source="the daemon",
+        protects="the copy of the action log elsewhere",
+        absence="advice",
+    )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stockade.client import Stockade
 
-from tests.bench import peers
+from tests.bench import action_log, peers
 from tests.support.instance import Instance, bin_dir
 
 if TYPE_CHECKING:
@@ -162,6 +162,17 @@ def memory(stockade: Instance) -> Results:
     return results
 
 
+def log_rates(directory: Path, rounds: int) -> Results:
+    """The action log, with the disk's own rate of syncs in turns."""
+    results: Results = {}
+    for number in range(rounds):
+        (directory / f"log{number}").mkdir()
+        for name, value in action_log.rates(directory / f"log{number}").items():
+            results.setdefault(name, []).append(value)
+        show_progress(f"action log {number + 1}/{rounds}")
+    return results
+
+
 def show_progress(text: str) -> None:
     if os.environ.get("CI") != "true":
         print(f"\r  {text}          ", end="", file=sys.stderr, flush=True)
@@ -198,6 +209,7 @@ def main() -> int:
             results |= kills(stockade, directory, max(options.rounds // 10, 3))
             results |= memory(stockade)
         results |= egress(directory, max(options.rounds // 10, 3))
+        results |= log_rates(directory, max(options.rounds // 10, 3))
     medians = {key: statistics.median(values) for key, values in results.items()}
     show_progress("")
     print(f"\n{'measured (median)':44} {'value':>12}   {'best':>10}")

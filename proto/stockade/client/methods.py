@@ -62,6 +62,11 @@ TAIL_ACTIONS: Final = Method("ActionService/TailActions", actions.TailActionsReq
 VERIFY_LOG: Final = Method("ActionService/VerifyLog", actions.VerifyLogRequest, actions.VerifyLogResponse)
 CHECKPOINT: Final = Method("ActionService/Checkpoint", actions.CheckpointRequest, actions.CheckpointResponse)
 PROVE: Final = Method("ActionService/Prove", actions.ProveRequest, actions.ProveResponse)
+PROVE_CONSISTENCY: Final = Method(
+    "ActionService/ProveConsistency", actions.ProveConsistencyRequest, actions.ProveConsistencyResponse
+)
+LOG_STATUS: Final = Method("ActionService/LogStatus", actions.LogStatusRequest, actions.LogStatusResponse)
+ROTATE_KEY: Final = Method("ActionService/RotateKey", actions.RotateKeyRequest, actions.RotateKeyResponse)
 DIFF: Final = Method("ChangeService/Diff", changes.DiffRequest, changes.DiffResponse)
 APPLY: Final = Method("ChangeService/Apply", changes.ApplyRequest, changes.ApplyResponse)
 DISCARD: Final = Method("ChangeService/Discard", changes.DiscardRequest, changes.DiscardResponse)

@@ -119,3 +119,63 @@ class ProveResponse(_message.Message):
     audit_path: _containers.RepeatedScalarFieldContainer[bytes]
     checkpoint: str
     def __init__(self, entry: _Optional[bytes] = ..., leaf_index: _Optional[int] = ..., audit_path: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class ProveConsistencyRequest(_message.Message):
+    __slots__ = ("old_size",)
+    OLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    old_size: int
+    def __init__(self, old_size: _Optional[int] = ...) -> None: ...
+
+class ProveConsistencyResponse(_message.Message):
+    __slots__ = ("consistency_path", "checkpoint")
+    CONSISTENCY_PATH_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    consistency_path: _containers.RepeatedScalarFieldContainer[bytes]
+    checkpoint: str
+    def __init__(self, consistency_path: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class LogStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SinkStatus(_message.Message):
+    __slots__ = ("name", "kind", "delivered_seq", "behind", "failing", "cause")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_SEQ_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    FAILING_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    delivered_seq: int
+    behind: int
+    failing: bool
+    cause: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., delivered_seq: _Optional[int] = ..., behind: _Optional[int] = ..., failing: _Optional[bool] = ..., cause: _Optional[str] = ...) -> None: ...
+
+class LogStatusResponse(_message.Message):
+    __slots__ = ("size", "first_seq", "public_key", "sinks")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SINKS_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    first_seq: int
+    public_key: str
+    sinks: _containers.RepeatedCompositeFieldContainer[SinkStatus]
+    def __init__(self, size: _Optional[int] = ..., first_seq: _Optional[int] = ..., public_key: _Optional[str] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ...) -> None: ...
+
+class RotateKeyRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class RotateKeyResponse(_message.Message):
+    __slots__ = ("public_key", "seq")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    public_key: str
+    seq: int
+    def __init__(self, public_key: _Optional[str] = ..., seq: _Optional[int] = ...) -> None: ...

@@ -288,6 +288,15 @@ def test_every_key_arrives() -> None:
         ("[log]\ncheckpoint_entries = 0", "log.checkpoint_entries: '0' is not a whole number from 1"),
         ("[log]\ncheckpoint_entries = true", "log.checkpoint_entries"),
         ("[log]\ncheckpoint_seconds = nan", "log.checkpoint_seconds"),
+        ('[log]\nkeep_bytes = "much"', "log.keep_bytes: cannot read size"),
+        ("[log]\nkeep_days = -1", "log.keep_days"),
+        ('[[log.sinks]]\nkind="jsonl"\npath="/x"', "log.sinks[0].name: is missing"),
+        ('[[log.sinks]]\nname="A b"\npath="/x"', "log.sinks[0].name: 'A b' is not"),
+        ('[[log.sinks]]\nname="a"\nkind="otlp"', "log.sinks[0].url: is missing, and kind otlp needs it"),
+        ('[[log.sinks]]\nname="a"\npath="/x"\nurl="http://x"', "log.sinks[0].url: is not for kind jsonl"),
+        ('[[log.sinks]]\nname="a"\nkind="syslog"\naddress="tcp:x"', "log.sinks[0].address: 'tcp:x' is not unix:/PATH"),
+        ('[[log.sinks]]\nname="a"\npath="/x"\nheader_file="/y"', "log.sinks[0].header_file: is not for kind jsonl"),
+        ('[[log.sinks]]\nname="a"\npath="/x"\n' * 2, "log.sinks: has two of one name"),
         ('[control]\nread_only_others = "no"', "control.read_only_others: 'no' is neither true nor false"),
         ('[control]\ngroup = "a b"', "control.group"),
         ('[control]\ntcp_listen = "127.0.0.1:1"', "control.tls_client_ca: is missing, and tcp_listen needs it"),
@@ -296,11 +305,11 @@ def test_every_key_arrives() -> None:
         ('[control.roles]\n"cn:ci" = "root"', "control.roles.cn:ci: 'root' is none of reader, operator, admin"),
         (
             '[users]\negress = "root"',
-            "users: egress, dialer, gateway, images and webhook must be five users other than root",
+            "users: egress, dialer, gateway, images, webhook and sinks must be six users other than root",
         ),
         (
             '[users]\negress = "a"\ndialer = "a"',
-            "users: egress, dialer, gateway, images and webhook must be five users",
+            "users: egress, dialer, gateway, images, webhook and sinks must be six users",
         ),
         ("[agents]\nuid_range = [0, 4294967295]", "agents.uid_range"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_FIRST + 65534}]", "is not 65536 or more ids"),
@@ -393,3 +402,32 @@ def test_what_unpacking_an_image_may_cost() -> None:
     ):
         with pytest.raises(InvalidDocument):
             parse_config(f"[images]\n{text}\n", source="x")
+
+
+def test_sinks_of_the_log() -> None:
+    text = """
+[log]
+keep_days = 90
+keep_bytes = "1GiB"
+[[log.sinks]]
+name = "file"
+kind = "ocsf"
+path = "/var/log/stockade.ocsf"
+[[log.sinks]]
+name = "siem"
+kind = "syslog"
+address = "udp:[2001:db8::1]:514"
+[[log.sinks]]
+name = "otel"
+kind = "otlp"
+url = "https://collector.example/v1/logs"
+header_file = "/nonexistent/header"
+"""
+    config = parse_config(text, source="s.toml")
+    assert (config.log.keep_days, config.log.keep_bytes) == (90, 1 << 30)
+    assert [(sink.name, sink.kind.value) for sink in config.log.sinks] == [
+        ("file", "ocsf"),
+        ("siem", "syslog"),
+        ("otel", "otlp"),
+    ]
+    assert any("log.sinks[2].header_file" in line for line in missing_files(config))
