@@ -103,8 +103,9 @@ _READER_METHODS: Final = {
     "AgentService": ("GetAgent", "ListAgents", "WatchAgents", "Wait", "ListHolds"),
     "GrantService": ("ListGrants",),
     "RequestService": ("ListRequests", "WatchRequests"),
-    "ActionService": ("QueryActions", "TailActions", "Prove"),
+    "ActionService": ("QueryActions", "TailActions", "Prove", "ProveConsistency"),
     "PolicyService": ("ListPolicies", "GetPolicy", "CheckPolicy", "Explain"),
+    "RegistryService": ("GetDefinition", "ListDefinitions", "Review", "ListRunning"),
     "SystemService": ("Version", "Ready"),
 }
 # Logs and Attach show what an agent printed, which may be secret; VerifyLog and Doctor cost the host real work.
@@ -116,11 +117,16 @@ _OPERATOR_METHODS: Final = {
     "ChangeService": ("Diff", "Apply", "Discard"),
     "SystemService": ("Doctor",),
 }
+# A policy that takes registered agents only would mean nothing if whoever launches could register too.
+_ADMIN_METHODS: Final = {
+    "RegistryService": ("RegisterDefinition", "DeprecateDefinition"),
+}
 _HEALTH: Final = "/grpc.health.v1.Health/"
 
 METHOD_ROLES: Final[Mapping[str, Role]] = {
     **{f"/stockade.v1.{service}/{m}": Role.READER for service, methods in _READER_METHODS.items() for m in methods},
     **{f"/stockade.v1.{service}/{m}": Role.OPERATOR for service, methods in _OPERATOR_METHODS.items() for m in methods},
+    **{f"/stockade.v1.{service}/{m}": Role.ADMIN for service, methods in _ADMIN_METHODS.items() for m in methods},
     **{_HEALTH + method: Role.READER for method in ("Check", "List", "Watch")},
 }
 

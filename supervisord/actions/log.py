@@ -207,6 +207,13 @@ class ActionLog:
             raise ValueError(f"cannot prove {total} entries from {old}: the log has {self._writer.size}")
         return await asyncio.wrap_future(index.run(lambda: merkle.consistency_path(old, total, index.node)))
 
+    async def root(self, size: int) -> bytes:
+        """The RFC 6962 root of the first `size` entries."""
+        index = self._index
+        if not 1 <= size <= self._writer.size:
+            raise ValueError(f"cannot give the root of {size} entries: the log has {self._writer.size}")
+        return await asyncio.wrap_future(index.run(lambda: merkle.range_root(0, size, index.node)))
+
     async def close(self) -> None:
         """Make everything durable, sign a last checkpoint, let the directory go. Nothing can be recorded after."""
         if self._closed:

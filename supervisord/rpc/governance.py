@@ -160,6 +160,7 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             verb=request.verb or None,
             verdict=request.verdict or None,
             since_ns=convert.nanoseconds("since", request.since) if request.HasField("since") else None,
+            until_ns=convert.nanoseconds("until", request.until) if request.HasField("until") else None,
             after_seq=max(convert.number("after_seq", request.after_seq), convert.token_number(request.page_token)),
             limit=size + 1,
         )
@@ -196,6 +197,24 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         proof = await self._actions.proof(request.seq)
         return actions_pb2.ProveResponse(
             entry=proof.entry, leaf_index=request.seq - 1, audit_path=list(proof.path), checkpoint=proof.checkpoint
+        )
+
+    async def ProveConsistency(
+        self, request: actions_pb2.ProveConsistencyRequest, _context: Context
+    ) -> actions_pb2.ProveConsistencyResponse:
+        size = request.size or self._actions.size
+        if not 1 <= request.old_size <= size <= self._actions.size:
+            raise NotFound(
+                f"cannot prove {size} entries from {request.old_size}: the log has {self._actions.size}",
+                remedy="ask for sizes from 1 to that, the smaller first",
+            )
+        path = await self._actions.consistency(request.old_size, size)
+        return actions_pb2.ProveConsistencyResponse(
+            old_size=request.old_size,
+            old_root=await self._actions.root(request.old_size),
+            size=size,
+            root=await self._actions.root(size),
+            path=path,
         )
 
     def _agent_id(self, name: str) -> str | None:

@@ -11,6 +11,7 @@ from stockade.v1 import agents_pb2 as agents
 from stockade.v1 import changes_pb2 as changes
 from stockade.v1 import grants_pb2 as grants
 from stockade.v1 import policies_pb2 as policies
+from stockade.v1 import registry_pb2 as registry
 from stockade.v1 import requests_pb2 as requests
 from stockade.v1 import system_pb2 as system
 
@@ -62,6 +63,9 @@ TAIL_ACTIONS: Final = Method("ActionService/TailActions", actions.TailActionsReq
 VERIFY_LOG: Final = Method("ActionService/VerifyLog", actions.VerifyLogRequest, actions.VerifyLogResponse)
 CHECKPOINT: Final = Method("ActionService/Checkpoint", actions.CheckpointRequest, actions.CheckpointResponse)
 PROVE: Final = Method("ActionService/Prove", actions.ProveRequest, actions.ProveResponse)
+PROVE_CONSISTENCY: Final = Method(
+    "ActionService/ProveConsistency", actions.ProveConsistencyRequest, actions.ProveConsistencyResponse
+)
 DIFF: Final = Method("ChangeService/Diff", changes.DiffRequest, changes.DiffResponse)
 APPLY: Final = Method("ChangeService/Apply", changes.ApplyRequest, changes.ApplyResponse)
 DISCARD: Final = Method("ChangeService/Discard", changes.DiscardRequest, changes.DiscardResponse)
@@ -69,6 +73,20 @@ LIST_POLICIES: Final = Method("PolicyService/ListPolicies", policies.ListPolicie
 GET_POLICY: Final = Method("PolicyService/GetPolicy", policies.GetPolicyRequest, policies.GetPolicyResponse)
 CHECK_POLICY: Final = Method("PolicyService/CheckPolicy", policies.CheckPolicyRequest, policies.CheckPolicyResponse)
 EXPLAIN: Final = Method("PolicyService/Explain", policies.ExplainRequest, policies.ExplainResponse)
+REGISTER_DEFINITION: Final = Method(
+    "RegistryService/RegisterDefinition", registry.RegisterDefinitionRequest, registry.RegisterDefinitionResponse
+)
+GET_DEFINITION: Final = Method(
+    "RegistryService/GetDefinition", registry.GetDefinitionRequest, registry.GetDefinitionResponse
+)
+LIST_DEFINITIONS: Final = Method(
+    "RegistryService/ListDefinitions", registry.ListDefinitionsRequest, registry.ListDefinitionsResponse
+)
+DEPRECATE_DEFINITION: Final = Method(
+    "RegistryService/DeprecateDefinition", registry.DeprecateDefinitionRequest, registry.DeprecateDefinitionResponse
+)
+REVIEW: Final = Method("RegistryService/Review", registry.ReviewRequest, registry.ReviewResponse)
+LIST_RUNNING: Final = Method("RegistryService/ListRunning", registry.ListRunningRequest, registry.ListRunningResponse)
 VERSION: Final = Method("SystemService/Version", system.VersionRequest, system.VersionResponse)
 DOCTOR: Final = Method("SystemService/Doctor", system.DoctorRequest, system.DoctorResponse)
 READY: Final = Method("SystemService/Ready", system.ReadyRequest, system.ReadyResponse)

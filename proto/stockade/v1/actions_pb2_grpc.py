@@ -60,6 +60,11 @@ class ActionServiceStub:
                 request_serializer=stockade_dot_v1_dot_actions__pb2.ProveRequest.SerializeToString,
                 response_deserializer=stockade_dot_v1_dot_actions__pb2.ProveResponse.FromString,
                 _registered_method=True)
+        self.ProveConsistency = channel.unary_unary(
+                '/stockade.v1.ActionService/ProveConsistency',
+                request_serializer=stockade_dot_v1_dot_actions__pb2.ProveConsistencyRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_actions__pb2.ProveConsistencyResponse.FromString,
+                _registered_method=True)
 
 
 class ActionServiceServicer:
@@ -99,6 +104,13 @@ class ActionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProveConsistency(self, request, context):
+        """Proves that the log of one size is the continuation of a smaller one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ActionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_ActionServiceServicer_to_server(servicer, server):
                     servicer.Prove,
                     request_deserializer=stockade_dot_v1_dot_actions__pb2.ProveRequest.FromString,
                     response_serializer=stockade_dot_v1_dot_actions__pb2.ProveResponse.SerializeToString,
+            ),
+            'ProveConsistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveConsistency,
+                    request_deserializer=stockade_dot_v1_dot_actions__pb2.ProveConsistencyRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_actions__pb2.ProveConsistencyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class ActionService:
             '/stockade.v1.ActionService/Prove',
             stockade_dot_v1_dot_actions__pb2.ProveRequest.SerializeToString,
             stockade_dot_v1_dot_actions__pb2.ProveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveConsistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stockade.v1.ActionService/ProveConsistency',
+            stockade_dot_v1_dot_actions__pb2.ProveConsistencyRequest.SerializeToString,
+            stockade_dot_v1_dot_actions__pb2.ProveConsistencyResponse.FromString,
             options,
             channel_credentials,
             insecure,
