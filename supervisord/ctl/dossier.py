@@ -6,6 +6,7 @@ ROWS_MAX and tallies at KEYS_MAX, and both say how much they leave out.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -350,13 +351,13 @@ def host_of(text: str) -> str:
 def attention(summary: Mapping[str, Any]) -> list[str]:
     """What somebody should look at first, a sentence each."""
     said = (
-        ("kills_unverified", "kills could not be proven: processes may have been left."),
-        ("crashes", "starts of the daemon followed an end without a stop (a crash, a kill or a loss of power)."),
-        ("unregistered", "launches were by no definition of the registry."),
-        ("degraded", "launches went without a control that their policy allows to be missing."),
-        ("limit_events", "entries tell of agents that met a limit, were out of memory or flooded."),
+        ("kills_unverified", "Kills that could not be proven, so that processes may have been left"),
+        ("crashes", "Starts of the daemon after an end without a stop (a crash, a kill, a loss of power)"),
+        ("unregistered", "Launches by no definition of the registry"),
+        ("degraded", "Launches without a control that their policy allows to be missing"),
+        ("limit_events", "Entries of agents that met a limit, were out of memory or flooded"),
     )
-    found = [f"{summary[key]} {text}" for key, text in said if summary[key]]
+    found = [f"{text}: {summary[key]}." for key, text in said if summary[key]]
     if summary["estimated"]:
         found.append("A part of the cost is an estimate by price table, not what the gateway said.")
     return found
@@ -399,7 +400,9 @@ def _base(action: Action) -> Row:
 
 
 def _facts(action: Action) -> str:
-    return ", ".join(f"{key} {value}" for key, value in action.details.items())
+    return ", ".join(
+        f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in action.details.items()
+    )
 
 
 def _nothing_spent() -> Row:

@@ -22,7 +22,7 @@ STYLE: Final = """
 :root { color-scheme: light; --line: #d5d9e0; --soft: #f4f6f9; --dim: #5b6472; --ink: #1b2330; --warn: #8a3b00; }
 * { box-sizing: border-box; }
 body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); background: #fff; margin: 0 auto;
-  max-width: 1180px; padding: 28px 32px 60px; }
+  max-width: 1280px; padding: 28px 32px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 34px 0 8px; border-bottom: 2px solid var(--ink);
   padding-bottom: 3px; } h3 { font-size: 14px; margin: 18px 0 6px; }
 p { margin: 4px 0 8px; } .dim { color: var(--dim); }
@@ -38,7 +38,8 @@ th { text-align: left; background: var(--soft); border-bottom: 1px solid #aab2bf
   white-space: nowrap; } td { padding: 4px 8px; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.t { white-space: nowrap; } td.m, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 11.5px; }
-td.a { min-width: 110px; overflow-wrap: break-word; }
+td { min-width: 44px; } td.a { min-width: 100px; } td.s { min-width: 84px; } td.m { min-width: 150px; }
+td.v { white-space: nowrap; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 11.5px; }
 td.w { color: var(--warn); font-weight: 600; }
 pre { background: var(--soft); border: 1px solid var(--line); padding: 9px 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; margin: 6px 0; }
@@ -131,13 +132,13 @@ def _head(document: Mapping[str, Any], title: str) -> str:
 def _agents(document: Mapping[str, Any]) -> str:
     columns: tuple[Column, ...] = (
         ("Agent.a", lambda r: r["name"] or r["agent_id"]),
-        ("Definition", lambda r: r["definition"] or "none"),
-        ("Owner", lambda r: r["owner"]),
-        ("Policy", lambda r: r["policy"]),
+        ("Definition.s", lambda r: r["definition"] or "none"),
+        ("Owner.s", lambda r: r["owner"]),
+        ("Policy.s", lambda r: r["policy"]),
         ("Launched.t", lambda r: _time(r["launched_at"]) if r["launched_at"] else "before"),
-        ("By", lambda r: r["launched_by"]),
-        ("Ended.t", lambda r: _time(r["ended_at"]) if r["ended_at"] else "no"),
-        ("How", lambda r: f"{r['end']}: {r['how']}" if r["how"] else r["end"]),
+        ("By.s", lambda r: r["launched_by"]),
+        ("Ended.t", lambda r: _time(r["ended_at"]) if r["ended_at"] else "still there"),
+        ("How.s", lambda r: f"{r['end']}: {r['how']}" if r["how"] else r["end"]),
         ("Allowed.n", lambda r: r["allowed"]),
         ("Denied.n", lambda r: r["denied"]),
         ("Cost.n", lambda r: f"${r['spend']['cost_usd']:.2f}"),
@@ -145,7 +146,7 @@ def _agents(document: Mapping[str, Any]) -> str:
     )
     purposes: tuple[Column, ...] = (
         ("Agent.a", lambda r: r["name"] or r["agent_id"]),
-        ("Id.m", lambda r: r["agent_id"]),
+        ("Id.v", lambda r: r["agent_id"]),
         ("Purpose", lambda r: r["purpose"]),
         ("Labels", lambda r: ", ".join(f"{key}={value}" for key, value in r["labels"].items())),
         ("Scopes at launch.m", lambda r: " · ".join(r["scopes"])),
@@ -158,15 +159,15 @@ def _agents(document: Mapping[str, Any]) -> str:
 def _definitions(document: Mapping[str, Any]) -> str:
     columns: tuple[Column, ...] = (
         ("Definition.a", lambda r: r["reference"]),
-        ("Owner", lambda r: r["owner"]),
+        ("Owner.s", lambda r: r["owner"]),
         ("Contact", lambda r: r["contact"]),
         ("Purpose", lambda r: r["purpose"]),
-        ("Class", lambda r: r["risk"] or "none said"),
-        ("Policy", lambda r: r["policy"]),
+        ("Class.s", lambda r: r["risk"] or "none said"),
+        ("Policy.s", lambda r: r["policy"]),
         ("Models", lambda r: ", ".join(r["models"] or r["reach"]["models"])),
         ("Data", lambda r: ", ".join(r["data"])),
         ("May reach.m", lambda r: " · ".join((*r["reach"]["files"], *r["reach"]["hosts"], *r["reach"]["tools"]))),
-        ("State", lambda r: f"deprecated: {r['deprecated']}" if r["deprecated"] else "current"),
+        ("State.s", lambda r: f"deprecated: {r['deprecated']}" if r["deprecated"] else "current"),
     )
     rows = {"rows": document["definitions"], "left_out": 0}
     return _section("definitions", "Definitions in the registry", _table(rows, columns), "As of when this was made.")
@@ -177,16 +178,16 @@ def _scopes(document: Mapping[str, Any]) -> str:
         ("Time.t", lambda r: _time(r["time"])),
         ("Agent.a", lambda r: r["agent"]),
         ("Scope.m", lambda r: r["scope"]),
-        ("Granted by", lambda r: r["by"]),
-        ("For", _terms),
+        ("Granted by.s", lambda r: r["by"]),
+        ("For.s", _terms),
         ("Reason", lambda r: r["reason"]),
-        ("Ended", lambda r: f"{_time(r['ended_at'])} {r['ended']}" if r["ended_at"] else ""),
+        ("Ended.s", lambda r: f"{_time(r['ended_at'])} {r['ended']}" if r["ended_at"] else ""),
     )
     requests: tuple[Column, ...] = (
         ("Time.t", lambda r: _time(r["time"])),
         ("Agent.a", lambda r: r["agent"]),
-        ("Deed", lambda r: r["deed"]),
-        ("By", lambda r: r["by"]),
+        ("Deed.s", lambda r: r["deed"]),
+        ("By.s", lambda r: r["by"]),
         ("Scope.m", lambda r: r["scope"]),
         ("Reason", lambda r: r["reason"]),
     )
@@ -218,13 +219,13 @@ def _kills(document: Mapping[str, Any]) -> str:
     columns: tuple[Column, ...] = (
         ("Time.t", lambda r: _time(r["time"])),
         ("Agent.a", lambda r: r["agent"]),
-        ("By", lambda r: r["by"]),
+        ("By.s", lambda r: r["by"]),
         ("Reason", lambda r: r["reason"]),
         ("Proven empty", lambda r: "yes" if r["verified_empty"] else "NO"),
         ("Processes.n", lambda r: r["processes_killed"]),
         ("Egress cut.n", lambda r: _milliseconds(r["egress_cut_ms"])),
         ("Dead.n", lambda r: _milliseconds(r["dead_ms"])),
-        ("Receipt.m", lambda r: r["receipt_id"]),
+        ("Receipt.v", lambda r: r["receipt_id"]),
     )
     note = "The signature of each receipt is in the JSON file."
     return _section("kills", "Kills, with receipts", _table(document["kills"], columns), note)
@@ -252,8 +253,8 @@ def _spend(document: Mapping[str, Any]) -> str:
 def _limits(document: Mapping[str, Any]) -> str:
     columns: tuple[Column, ...] = (
         ("Agent.a", lambda r: r["agent"]),
-        ("What.m", lambda r: r["verb"]),
-        ("Of", lambda r: r["object"]),
+        ("What.v", lambda r: r["verb"]),
+        ("Of.s", lambda r: r["object"]),
         ("Entries.n", lambda r: r["times"]),
         ("First.t", lambda r: _time(r["first"])),
         ("Last.t", lambda r: _time(r["last"])),
@@ -265,16 +266,16 @@ def _limits(document: Mapping[str, Any]) -> str:
 def _changes(document: Mapping[str, Any]) -> str:
     changes: tuple[Column, ...] = (
         ("Time.t", lambda r: _time(r["time"])),
-        ("What.m", lambda r: r["verb"]),
-        ("Of", lambda r: r["object"]),
-        ("By", lambda r: r["by"]),
-        ("Verdict", lambda r: r["verdict"]),
+        ("What.v", lambda r: r["verb"]),
+        ("Of.s", lambda r: r["object"]),
+        ("By.s", lambda r: r["by"]),
+        ("Verdict.s", lambda r: r["verdict"]),
         ("Reason", lambda r: r["reason"]),
         ("Details.m", lambda r: r["details"]),
     )
     daemon: tuple[Column, ...] = (
         ("Time.t", lambda r: _time(r["time"])),
-        ("What.m", lambda r: r["verb"]),
+        ("What.v", lambda r: r["verb"]),
         ("Note.w", lambda r: r["note"] or r["reason"]),
         ("Details.m", lambda r: r["details"]),
     )
@@ -328,7 +329,11 @@ def _sub(title: str, body: str) -> str:
 
 
 def _table(found: Mapping[str, Any], columns: Sequence[Column]) -> str:
-    """A table; a column's name may end in the class of its cells: `.n` numbers, `.m` code, `.t` times, `.a` names."""
+    """A table.
+
+    A column's name may end in the class of its cells: `.n` numbers, `.m` code, `.t` times, `.a` names,
+    `.s` short words, `.v` verbs and ids.
+    """
     if not found["rows"]:
         return '<p class="dim">None.</p>'
     named = [(name.rpartition(".") if "." in name else (name, "", ""), value) for name, value in columns]
