@@ -301,7 +301,7 @@ def _log(document: Mapping[str, Any]) -> str:
     note = "`stockadectl log verify` checks all of it again; whoever kept a checkpoint from before finds a rollback."
     return (
         _section("log", "The action log", f"<table>{rows}</table>", note)
-        + _sub("Signed checkpoint (C2SP tlog-checkpoint)", f"<pre>{html.escape(log['checkpoint'])}</pre>")
+        + _sub("Signed checkpoint (C2SP tlog-checkpoint)", f"<pre>{_lines(log['checkpoint'])}</pre>")
         + before
         + after
         + _sub("All entries of the period", _table(document["entries"], verbs))
@@ -352,6 +352,10 @@ def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}".replace(",", "\u202f")
     return html.escape(escape("" if value is None else str(value), characters_max=CELL_CHARACTERS_MAX), quote=True)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(_text, text.split("\n")))
 
 
 def _time(value: str | None) -> str:
