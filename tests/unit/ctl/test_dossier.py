@@ -85,8 +85,8 @@ def test_no_field_of_an_entry_is_markup_or_drives_anything(evil: str) -> None:
         every = {**details, "labels": labels, "scopes": [evil], "posture": posture, evil: evil}
         found.feed(entry(seq, verb, agent=evil, **fields, details=every))
     reach = {key: [evil] for key in ("files", "hosts", "models", "tools")}
-    words = ("reference", "owner", "contact", "purpose", "risk", "policy", "deprecated")
-    definition = {**dict.fromkeys(words, evil), "models": [evil], "data": [evil], "reach": reach}
+    said = ("reference", "owner", "contact", "purpose", "risk", "policy", "deprecated")
+    definition = {**dict.fromkeys(said, evil), "models": [evil], "data": [evil], "reach": reach}
     shown = page(
         {
             "instance": evil, "stockade": evil, "made_at": evil, "attention": [evil], "definitions": [definition],
