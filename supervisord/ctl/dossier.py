@@ -241,6 +241,7 @@ class Dossier:
         row["estimated"] |= details.get("cost_estimated") is True
 
     def _limit(self, action: Action) -> None:
+        self.counts["limit_events"] += 1
         key = (action.agent_id, action.verb, action.object)
         row = self._limits.get(key)
         if row is None:
@@ -327,12 +328,11 @@ class Dossier:
         keys = (
             "launched", "unregistered", "exited", "failed", "killed", "granted", "revoked", "expired",
             "requests_asked", "requests_approved", "requests_denied", "allowed", "denied", "bytes_up", "bytes_down",
-            "kills", "kills_unverified", "degraded", "crashes",
+            "kills", "kills_unverified", "degraded", "limit_events", "crashes",
         )  # fmt: skip
         counts = {key: self.counts[key] for key in keys}
         total = spend["total"]
-        limits = sum(row["times"] for row in self.limits.rows)
-        return {**counts, "limit_events": limits, "cost_usd": total["cost_usd"], "entries": self.entries} | {
+        return {**counts, "cost_usd": total["cost_usd"], "entries": self.entries} | {
             key: total[key] for key in ("input_tokens", "output_tokens", "calls", "estimated")
         }
 
