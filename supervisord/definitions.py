@@ -71,17 +71,17 @@ def read_reference(text: str) -> tuple[str, int | None]:
     return found["name"], int(found["version"]) if found["version"] else None
 
 
-def choose(versions: Sequence[Definition], name: str, version: int | None) -> Definition:
+def choose(versions: Sequence[DefinitionRow], name: str, version: int | None) -> DefinitionRow:
     """Gives the version that is meant; without one the newest not deprecated, else the newest. Raises NotFound."""
     if version is not None:
-        for definition in versions:
-            if definition.row.version == version:
-                return definition
+        for row in versions:
+            if row.version == version:
+                return row
     elif versions:
-        current = [definition for definition in versions if not definition.row.deprecated]
-        return max(current or versions, key=lambda definition: definition.row.version)
+        current = [row for row in versions if not row.deprecated]
+        return max(current or versions, key=lambda row: row.version)
     what = name if version is None else f"{name}@{version}"
-    known = ", ".join(f"{name}@{definition.row.version}" for definition in versions)
+    known = ", ".join(row.reference for row in versions)
     raise NotFound(
         f"cannot find definition {what}: the registry has none",
         remedy=f"it has {known}" if known else "`stockadectl registry add -f agent.yaml`, or see `registry list`",

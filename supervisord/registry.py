@@ -42,27 +42,36 @@ class Registry:
         self._read = read
         self._now_ns = now_ns
         self._lock = asyncio.Lock()
-        self._versions: dict[str, dict[int, Definition]] = {}
+        self._rows: dict[str, dict[int, DefinitionRow]] = {}
+        # What their texts say, read when somebody asks: all at a start would keep agents waiting for the daemon.
+        self._opened: dict[str, Definition] = {}
         for row in rows:
-            self._put(self._opened(row))
+            self._rows.setdefault(row.name, {})[row.version] = row
 
-    def all(self) -> list[Definition]:
-        """By name, then version."""
-        return [versions[version] for _, versions in sorted(self._versions.items()) for version in sorted(versions)]
+    def rows(self, name: str = "") -> list[DefinitionRow]:
+        """As they are kept, by name, then version; those of one name where it is given."""
+        names = [name] if name else sorted(self._rows)
+        return [versions[each] for key in names if (versions := self._rows.get(key)) for each in sorted(versions)]
 
-    def versions(self, name: str) -> list[Definition]:
-        versions = self._versions.get(name, {})
-        return [versions[version] for version in sorted(versions)]
+    async def definitions(self, rows: Sequence[DefinitionRow]) -> list[Definition]:
+        """What these say; in a thread, since each text takes some milliseconds to read."""
+        unread = [row for row in rows if row.reference not in self._opened]
+        if unread:
+            for definition in await asyncio.to_thread(lambda: [self._read_row(row) for row in unread]):
+                self._opened.setdefault(definition.reference, definition)
+        # The rows as they are now: one may have been deprecated meanwhile.
+        return [self._definition(self._rows[row.name][row.version]) for row in rows]
 
     def find(self, reference: str) -> Definition:
         """The definition of `NAME[@VERSION]`; raises NotFound or InvalidInput."""
         name, version = read_reference(reference)
-        return choose(self.versions(name), name, version)
+        return self._definition(choose(self.rows(name), name, version))
 
     def get(self, reference: str) -> Definition | None:
         """The definition of `NAME@VERSION`, where the registry has it."""
         name, _, version = reference.partition("@")
-        return self._versions.get(name, {}).get(int(version)) if version.isdecimal() else None
+        row = self._rows.get(name, {}).get(int(version)) if version.isdecimal() else None
+        return None if row is None else self._definition(row)
 
     async def add(self, text: str, spec: AgentSpec, *, directory: str, actor: str) -> tuple[Definition, bool]:
         """Take a definition in, or find it there; `spec` is what `text` says. Raises Conflict, Exhausted, CannotRecord.
@@ -82,18 +91,18 @@ class Registry:
             deprecated_at_ns=self._now_ns() if spec.deprecated else None,
         )
         async with self._lock:
-            known = self._versions.get(spec.name, {}).get(spec.version)
+            known = self._rows.get(spec.name, {}).get(spec.version)
             if known is not None:
-                return self._same(known, spec), True
-            if sum(map(len, self._versions.values())) >= DEFINITIONS_MAX:
+                return self._same(self._definition(known), spec), True
+            if sum(map(len, self._rows.values())) >= DEFINITIONS_MAX:
                 raise Exhausted(
                     f"cannot register {row.reference}: the registry has {DEFINITIONS_MAX} definitions",
                     remedy="use the names that are there; a definition is for a kind of agent, not for each launch",
                 )
             await self._write("registry.add", row, actor=actor, reason="")
-            definition = Definition(row, spec)
-            self._put(definition)
-        return definition, False
+            self._rows.setdefault(row.name, {})[row.version] = row
+            self._opened[row.reference] = Definition(row, spec)
+        return self._definition(row), False
 
     async def deprecate(self, reference: str, *, actor: str, reason: str) -> Definition:
         """Say why a version should not be launched any more; raises NotFound, Conflict, CannotRecord."""
@@ -106,17 +115,16 @@ class Registry:
         if not reason:
             raise InvalidInput(f"cannot deprecate {reference}: there is no reason", remedy="say why with --reason")
         async with self._lock:
-            known = choose(self.versions(name), name, version)
-            if known.row.deprecated:
+            known = choose(self.rows(name), name, version)
+            if known.deprecated:
                 raise Conflict(
-                    f"cannot deprecate {reference}: it is deprecated already, by {known.row.deprecated_by}",
+                    f"cannot deprecate {reference}: it is deprecated already, by {known.deprecated_by}",
                     remedy="register another version to bring it back",
                 )
-            row = replace(known.row, deprecated=reason, deprecated_by=actor, deprecated_at_ns=self._now_ns())
+            row = replace(known, deprecated=reason, deprecated_by=actor, deprecated_at_ns=self._now_ns())
             await self._write("registry.deprecate", row, actor=actor, reason=reason)
-            definition = Definition(row, known.spec, known.problem)
-            self._put(definition)
-        return definition
+            self._rows[row.name][row.version] = row
+        return self._definition(row)
 
     async def _write(self, verb: str, row: DefinitionRow, *, actor: str, reason: str) -> None:
         """Record the act, do it, and record where it could not be done."""
@@ -131,20 +139,28 @@ class Registry:
     def _same(self, known: Definition, spec: AgentSpec) -> Definition:
         if known.row.digest == spec.digest and known.spec.workspace == spec.workspace:
             return known
-        newest = max(self._versions[spec.name])
+        newest = max(self._rows[spec.name])
         raise Conflict(
             f"cannot register {known.reference}: the registry has it with another content ({known.row.digest})",
             remedy=f"a version never changes: give this one `version: {newest + 1}`",
         )
 
-    def _opened(self, row: DefinitionRow) -> Definition:
+    def _definition(self, row: DefinitionRow) -> Definition:
+        known = self._opened.get(row.reference)
+        if known is None or known.row != row:
+            # A version never changes but in what is said of it: its text is read once.
+            known = self._read_row(row) if known is None else replace(known, row=row)
+            self._opened[row.reference] = known
+        return known
+
+    def _read_row(self, row: DefinitionRow) -> Definition:
         """A kept row with what it says; one that this version of the program cannot read is kept, and refused."""
         directory = PurePosixPath(row.directory) if row.directory else None
         try:
-            return Definition(row, self._read(row.text, row.reference, directory))
+            spec = self._read(row.text, row.reference, directory)
+            if spec.digest != row.digest:
+                raise InvalidInput(f"its text is not what was registered, which is {row.digest}")
+            return Definition(row, spec)
         except StockadeError as error:
             log.error("a registered definition cannot be used", definition=row.reference, cause=error.message)
             return Definition(row, AgentSpec(name=row.name, version=row.version, digest=row.digest), error.message)
-
-    def _put(self, definition: Definition) -> None:
-        self._versions.setdefault(definition.row.name, {})[definition.row.version] = definition

@@ -103,12 +103,12 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     async def ListDefinitions(
         self, request: registry_pb2.ListDefinitionsRequest, _context: Context
     ) -> registry_pb2.ListDefinitionsResponse:
-        found = self._registry.versions(request.name) if request.name else self._registry.all()
+        rows = self._registry.rows(request.name)
         shown, token = convert.page(
-            found, size=request.page_size, token=request.page_token, key=lambda each: each.reference
+            rows, size=request.page_size, token=request.page_token, key=lambda each: each.reference
         )
         return registry_pb2.ListDefinitionsResponse(
-            definitions=[self._encode(each) for each in shown], next_page_token=token
+            definitions=[self._encode(each) for each in await self._registry.definitions(shown)], next_page_token=token
         )
 
     async def DeprecateDefinition(
@@ -133,7 +133,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             used |= seen
             unknown |= left
         inventory = Inventory(
-            definitions=self._registry.all(),
+            definitions=await self._registry.definitions(self._registry.rows()),
             agents=self._agents.all(),
             policy=self._policies.get,
             grants=lambda agent: self._book.for_agent(agent.agent_id),

@@ -80,7 +80,8 @@ async def test_a_version_never_changes_and_outlives_the_daemon(bench: Bench) -> 
     ]
     await bench.store.close()
     again = await bench.open()
-    assert [each.row for each in again.all()] == [each.row for each in registry.all()]
+    assert again.rows() == registry.rows()
+    assert [each.row for each in await again.definitions(again.rows())] == again.rows()
     assert again.find("reader@2").spec.digest == registry.find("reader@2").spec.digest
     with pytest.raises(Conflict, match="another content"):
         await bench.add(again, 1, "risk: high\n")
@@ -126,7 +127,7 @@ async def test_what_cannot_be_recorded_is_not_done(bench: Bench) -> None:
         await bench.add(registry, 2)
     with pytest.raises(CannotRecord):
         await registry.deprecate("reader@1", actor="ada", reason="x")
-    assert [(each.reference, each.row.deprecated) for each in registry.all()] == [("reader@1", "")]
+    assert [(each.reference, each.deprecated) for each in registry.rows()] == [("reader@1", "")]
     assert len(await bench.store.definitions()) == 1
 
 
@@ -139,6 +140,17 @@ async def test_a_kept_text_that_cannot_be_read_any_more_is_shown_and_not_launche
     assert "unknown key" in broken.problem
     with pytest.raises(InvalidInput, match="unknown key"):
         registered_as(broken, LaunchOrder(command=()), Policy(name="default"))
+
+
+async def test_a_text_that_was_changed_in_the_database_is_not_launched(bench: Bench) -> None:
+    registry = await bench.open()
+    made, _ = await bench.add(registry, 1)
+    other = TEXT.format(version=2, more="").replace("[id]", "[sh]")
+    await bench.store.save_definition(replace(made.row, version=2, text=other))
+    await bench.store.close()
+    registry = await bench.open()
+    assert registry.find("reader@1").problem == ""
+    assert "not what was registered" in registry.find("reader@2").problem
 
 
 async def test_the_registry_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
