@@ -16,7 +16,7 @@ from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, regist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from types import TracebackType
 
     from stockade.client.convert import LaunchOptions
