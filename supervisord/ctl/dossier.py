@@ -29,6 +29,12 @@ MICRO: Final = 1_000_000
 LIMIT_VERBS: Final = frozenset(
     {"agent.oom", "agent.pids_limit", "agent.throttled", "agent.pressure", "agent.flood", "agent.drift", "agent.adopt"}
 )
+REQUEST_DEEDS: Final = {
+    ("request.create", "done"): "asked",
+    ("request.deny", "done"): "denied",
+    ("request.approve", "denied"): "tried to approve",
+    ("request.expire", "denied"): "expired",
+}
 CHANGE_VERBS: Final = frozenset({"policy.load", "hold.create", "hold.release", "registry.add", "registry.deprecate"})
 DAEMON_VERBS: Final = frozenset({"daemon.start", "daemon.stop", "daemon.recover", "launcher.restart", "log.recover"})
 
@@ -183,14 +189,10 @@ class Dossier:
         row = {**_base(action), "scope": action.object}
         grant_id = str(action.details.get("grant_id") or "")
         match action.verb, action.verdict:
+            case "request.approve", "done" if not grant_id:
+                self._request(row, "agreed")  # one of several who have to approve
             case (("grant.create" | "request.approve"), "done"):
-                terms = {key: action.details.get(key) for key in ("ttl_seconds", "max_uses")}
-                kept = self.grants.add({**row, **terms, "grant_id": grant_id, "ended_at": None, "ended": ""})
-                self.counts["granted"] += 1
-                if kept is not None and grant_id:
-                    self._grants[grant_id] = kept
-                if action.verb == "request.approve":
-                    self._request(row, "approved")
+                self._granted(row, action, grant_id)
             case (("grant.revoke" | "grant.expire"), "done"):
                 ended = "revoked" if action.verb == "grant.revoke" else "expired"
                 self.counts[ended] += 1
@@ -198,12 +200,22 @@ class Dossier:
                 if kept is not None:
                     kept["ended_at"] = when(action.time)
                     kept["ended"] = f"{ended} by {action.actor}"
-            case "request.create", "done":
-                self._request(row, "asked")
-            case "request.deny", "done":
-                self._request(row, "denied")
+            case deed if deed in REQUEST_DEEDS:
+                self._request(row, REQUEST_DEEDS[deed])
             case _:
                 pass
+
+    def _granted(self, row: Row, action: Action, grant_id: str) -> None:
+        people = action.details.get("approved_by")
+        if isinstance(people, list):
+            row["by"] = ", ".join(map(str, people))
+        terms = {key: action.details.get(key) for key in ("ttl_seconds", "max_uses", "ticket")}
+        kept = self.grants.add({**row, **terms, "grant_id": grant_id, "ended_at": None, "ended": ""})
+        self.counts["granted"] += 1
+        if kept is not None and grant_id:
+            self._grants[grant_id] = kept
+        if action.verb == "request.approve":
+            self._request(row, "approved")
 
     def _request(self, row: Row, deed: str) -> None:
         self.counts[f"requests_{deed}"] += 1

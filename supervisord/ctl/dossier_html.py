@@ -180,7 +180,7 @@ def _scopes(document: Mapping[str, Any]) -> str:
         ("Scope.m", lambda r: r["scope"]),
         ("Granted by.s", lambda r: r["by"]),
         ("For.s", _terms),
-        ("Reason", lambda r: r["reason"]),
+        ("Reason", lambda r: f"{r['reason']} ({r['ticket']})" if r["ticket"] else r["reason"]),
         ("Ended.s", lambda r: f"{_time(r['ended_at'])} {r['ended']}" if r["ended_at"] else ""),
     )
     requests: tuple[Column, ...] = (

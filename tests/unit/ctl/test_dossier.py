@@ -98,3 +98,23 @@ def test_no_field_of_an_entry_is_markup_or_drives_anything(evil: str) -> None:
     assert "<script" not in shown
     assert "<img" not in shown
     assert len(shown) < 200_000
+
+
+def test_an_approval_of_several_is_a_grant_when_the_last_has_agreed() -> None:
+    found = Dossier()
+    asked = {"object": "tls:a.example:443"}
+    found.feed(entry(1, "request.create", **asked))
+    found.feed(entry(2, "request.approve", actor="uid:1(ada)", **asked, details={"approvals": 1, "approvers": 2}))
+    found.feed(entry(3, "request.approve", "denied", actor="uid:1(ada)", **asked))
+    people = ["uid:1(ada)", "uid:2(bob)"]
+    done = {"grant_id": "gr_x", "approved_by": people, "ticket": "T-1"}
+    found.feed(entry(4, "request.approve", "allowed", actor="uid:2(bob)", **asked, details=done))
+    found.feed(entry(5, "request.approve", actor="uid:2(bob)", **asked, details=done))
+    found.feed(entry(6, "request.expire", "denied", **asked))
+    document = found.document(5)
+    assert [row["deed"] for row in document["requests"]["rows"]] == [
+        "asked", "agreed", "tried to approve", "approved", "expired",
+    ]  # fmt: skip
+    (grant,) = document["grants"]["rows"]
+    assert (grant["by"], grant["ticket"]) == ("uid:1(ada), uid:2(bob)", "T-1")
+    assert (document["summary"]["granted"], document["summary"]["requests_approved"]) == (1, 1)
