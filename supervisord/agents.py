@@ -76,6 +76,8 @@ class Description:
     authority: str = ""
     """The name of its certificate authority; empty where it has none."""
     transparent: bool = False
+    definition: str = ""
+    definition_digest: str = ""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -105,6 +105,7 @@ _READER_METHODS: Final = {
     "RequestService": ("ListRequests", "WatchRequests"),
     "ActionService": ("QueryActions", "TailActions", "Prove", "ProveConsistency", "LogStatus"),
     "PolicyService": ("ListPolicies", "GetPolicy", "CheckPolicy", "Explain"),
+    "RegistryService": ("GetDefinition", "ListDefinitions", "Review", "ListRunning"),
     "SystemService": ("Version", "Ready"),
 }
 # Logs and Attach show what an agent printed, which may be secret; VerifyLog and Doctor cost the host real work.
@@ -116,7 +117,11 @@ _OPERATOR_METHODS: Final = {
     "ChangeService": ("Diff", "Apply", "Discard"),
     "SystemService": ("Doctor",),
 }
-_ADMIN_METHODS: Final = {"ActionService": ("RotateKey",)}
+# A policy that takes registered agents only would mean nothing if whoever launches could register too.
+_ADMIN_METHODS: Final = {
+    "ActionService": ("RotateKey",),
+    "RegistryService": ("RegisterDefinition", "DeprecateDefinition"),
+}
 _HEALTH: Final = "/grpc.health.v1.Health/"
 
 METHOD_ROLES: Final[Mapping[str, Role]] = {

@@ -15,6 +15,7 @@ from stockade.v1 import (
     changes_pb2_grpc,
     grants_pb2_grpc,
     policies_pb2_grpc,
+    registry_pb2_grpc,
     requests_pb2_grpc,
     system_pb2_grpc,
 )
@@ -53,11 +54,13 @@ from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
 from supervisord.receipts import Signing
 from supervisord.recovery import Kept, Recovery, exit_action, exit_of, reach_launcher, row_of
+from supervisord.registry import Registry
 from supervisord.requests import Requests
 from supervisord.retention import Retention
 from supervisord.rpc.agents import AgentService
 from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
+from supervisord.rpc.registry import RegistryService
 from supervisord.rpc.system import SystemService
 from supervisord.scopes import GrantBook
 from supervisord.sinks.feed import Sinks
@@ -126,6 +129,13 @@ class Daemon:
         )
         self._endings.take_up()
         self._agents.on_change.append(self._changed)
+        self._registry = Registry(
+            await self._store.definitions(),
+            store=self._store,
+            record=self._actions.record,
+            read=self._policies.read_agent,
+            now_ns=time.time_ns,
+        )
         self._wire(Holds(await self._store.holds()))
         await self._images.start()
         if self._webhook is not None:
@@ -306,6 +316,7 @@ class Daemon:
                 acts=self._acts,
                 holds=self._holds,
                 policies=self._policies,
+                registry=self._registry,
                 launcher=self._launcher,
                 layers=self._layers,
                 output_dir=config.run_dir / "agents",
@@ -327,6 +338,18 @@ class Daemon:
         policies_pb2_grpc.add_PolicyServiceServicer_to_server(
             PolicyService(
                 config=config, policies=self._policies, agents=self._agents, book=self._book, images=self._images
+            ),
+            server,
+        )
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryService(
+                registry=self._registry,
+                policies=self._policies,
+                agents=self._agents,
+                book=self._book,
+                ledgers=self._exchanges.ledgers,
+                actions=self._actions,
+                now_ns=time.time_ns,
             ),
             server,
         )

@@ -20,6 +20,7 @@ from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.authorities import read_ca_file
 from supervisord.budgets import Budget
 from supervisord.channel import close_all
+from supervisord.definitions import check_registered
 from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
 from supervisord.grantable import check_launched_with
 from supervisord.hostfiles import file_uid, open_files
@@ -232,6 +233,7 @@ class Launching:
         if earlier is None:
             return None
         same = earlier.what.command == order.command and earlier.what.policy == order.policy
+        same &= earlier.what.definition == ("" if order.registered is None else order.registered.reference)
         if not same or earlier.what.launched_by != caller.actor or (order.name and order.name != earlier.name):
             raise Conflict(
                 f"cannot launch as {earlier.agent_id}: that was another launch", remedy="use a new id or key"
@@ -248,6 +250,7 @@ class Launching:
                 remedy=f"use one of {', '.join(sorted(self._filters))}",
                 step="policy",
             )
+        check_registered(order.registered, policy)
         for scope in order.scopes:
             check_launched_with(scope, policy)
         check_scopes_reachable((*policy.scopes, *order.scopes), self._config.gateway)
@@ -289,6 +292,8 @@ class Launching:
             budget=budget.to_json(),
             grants=self._grants(order, policy, caller),
             launched_at_ns=self._now_ns(),
+            definition="" if order.registered is None else order.registered.reference,
+            definition_digest="" if order.registered is None else order.registered.digest,
         )
 
     def _grants(self, order: LaunchOrder, policy: Policy, caller: Caller) -> tuple[LaunchGrant, ...]:
@@ -452,7 +457,14 @@ async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) 
 def confirmed(agent: Agent, built: Mapping[str, object]) -> dict[str, object]:
     """The posture: what the launcher says of what it built, and by whose order."""
     ordered = {"policy": agent.what.policy, "policy_digest": agent.what.policy_digest, "stockade": VERSION}
-    return {**built, **ordered}
+    return {**built, **ordered, **_defined(agent)}
+
+
+def _defined(agent: Agent) -> dict[str, str]:
+    """By which definition of the registry it was launched; nothing where by none."""
+    if not agent.what.definition:
+        return {}
+    return {"definition": agent.what.definition, "definition_digest": agent.what.definition_digest}
 
 
 def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> Action:
@@ -472,6 +484,7 @@ def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> 
         "pids": what.pids,
         "budget": dict(what.budget),
         "uid_slot": what.slot,
+        **_defined(agent),
         **plan.rootfs.facts(),
     }
     return Action(what.agent_id, caller.actor, "agent.launch", _object(agent), "allowed", "", details)

@@ -24,7 +24,7 @@ from sandbox.plan import (
 from supervisord.budgets import Budget
 from supervisord.errors import InvalidInput, PermissionDenied
 from supervisord.ids import shown
-from supervisord.policy import Demand, Home, Limits, LimitsWanted, Policy, User, Workspace
+from supervisord.policy import Demand, Home, Limits, LimitsWanted, Policy, RegisteredAs, User, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,6 +59,7 @@ class LaunchOrder:
     stdin: bool = False
     owner: str = ""
     purpose: str = ""
+    registered: RegisteredAs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,10 @@ class PolicyShelf:
         _check_host(policy, self._gateway)
         return policy
 
+    def read_agent(self, text: str, source: str, directory: PurePosixPath | None) -> AgentSpec:
+        """What an agent's text says; whether its policy exists is not looked at. Raises InvalidInput."""
+        return parse_agent(text, source=source, schemas=self.schemas, directory=directory)
+
 
 class _Loader:
     """Reads each file once, parents before children, so that what is wrong with one does not depend on names."""

@@ -53,6 +53,11 @@ class Demand(Enum):
     PREFERRED = "preferred"
 
 
+class Registered(Enum):
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     memory_bytes: int = 1 << 30
@@ -173,6 +178,7 @@ class Policy:
     require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
+    registered: Registered = Registered.OPTIONAL
     digest: str = ""
     source: str = ""
 
@@ -192,7 +198,11 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
-    """An agent as its owner declares it; what it asks for is still bounded by its policy."""
+    """An agent as its owner declares it; what it asks for is still bounded by its policy.
+
+    `risk` is its class as in the EU AI Act (Regulation 2024/1689), None where nobody has said; `models` and `data` say
+    what it is meant to use and reach, `deprecated` why it should not be launched any more (empty: it may be).
+    """
 
     name: str
     version: int = 1
@@ -206,12 +216,32 @@ class AgentSpec:
     budget: Budget = NO_BUDGET
     scopes: tuple[Scope, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    risk: Risk | None = None
+    models: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    contact: str = ""
+    deprecated: str = ""
     digest: str = ""
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class RegisteredAs:
+    """Which definition of the registry a launch follows; `beyond` names in what it asks for more than that."""
+
+    name: str
+    version: int
+    digest: str
+    deprecated: str = ""
+    beyond: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
 NO_RATE_WORD: Final = "none"
-_RISKS: Final = (Risk.MINIMAL, Risk.LIMITED, Risk.HIGH)
+RISKS: Final = (Risk.MINIMAL, Risk.LIMITED, Risk.HIGH)
 _LIMIT_KEYS: Final = {
     "memory_bytes": "memory",
     "cpus": "cpus",
@@ -242,7 +272,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         policy.ceiling is not None and all(any(includes(wide, own) for wide in base.ceiling) for own in policy.ceiling)
     )
     checks = {
-        "risk": _RISKS.index(policy.risk) < _RISKS.index(base.risk),
+        "risk": RISKS.index(policy.risk) < RISKS.index(base.risk),
         "user": (policy.user, base.user) == (User.ROOT, User.AGENT),
         "rootfs": policy.rootfs != base.rootfs,
         "hide": not set(base.hide) <= set(policy.hide),
@@ -267,6 +297,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
+        "registered": (policy.registered, base.registered) == (Registered.OPTIONAL, Registered.REQUIRED),
     }
     yield from (key for key, is_wider in checks.items() if is_wider)
 
@@ -317,6 +348,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
+        "registered": policy.registered.value,
     }
     return words
 

@@ -8,7 +8,7 @@ from typing import Final, Self, TypeVar, cast
 
 from jsonschema import Draft202012Validator
 
-from gateway_client.egress.scope import BadScope, Scope, format_scope, includes, parse_scope
+from gateway_client.egress.scope import BadScope, LlmScope, Scope, format_scope, includes, parse_scope
 from sandbox.controls import BY_NAME, NEGOTIABLE
 from sandbox.plan import NO_RATE
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
@@ -31,6 +31,7 @@ from supervisord.policy import (
     GrantRules,
     LimitsWanted,
     Policy,
+    Risk,
     RootfsName,
     Workspace,
     digest,
@@ -46,6 +47,7 @@ RATE_BYTES_MIN: Final = 64 << 10
 HOLD_SECONDS_MIN: Final = 1.0
 HOLD_SECONDS_MAX: Final = 300.0
 ASK_AGAIN_SECONDS_MAX: Final = 30 * 86400.0
+PROHIBITED: Final = "prohibited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,22 @@ class _Reader:
         value = self.get((key,))
         return tuple(PurePosixPath(str(path)) for path in value) if isinstance(value, list) else None
 
+    def list_of_texts(self, key: str) -> tuple[str, ...]:
+        value = self.get((key,))
+        return tuple(dict.fromkeys(map(str, value))) if isinstance(value, list) else ()
+
+    def risk_class(self) -> Risk | None:
+        """Gives the class of an agent; one that nobody may run at all is a problem."""
+        value = self.get(("risk",))
+        if value == PROHIBITED:
+            self.problem(
+                ("risk",),
+                "prohibited practices (Article 5 of the EU AI Act) are neither registered nor run",
+                "change what the agent is for, then its class: high, limited or minimal",
+            )
+            return None
+        return None if value is None else Risk(value)
+
     def controls(self, key: str) -> frozenset[str] | None:
         """Gives the controls that a policy names; one that no policy decides on is a problem."""
         value = self.get((key,))
@@ -259,10 +277,23 @@ def parse_agent(text: str, *, source: str, schemas: Schemas, directory: PurePosi
         budget=read.budget(),
         scopes=read.scopes(("scopes",)) or (),
         env=read.texts("env"),
+        risk=read.risk_class(),
+        models=read.list_of_texts("models"),
+        data=read.list_of_texts("data"),
+        contact=read.text("contact", ""),
+        deprecated=read.text("deprecated", ""),
         source=source,
     )
+    for index, scope in enumerate(agent.scopes):
+        if agent.models and isinstance(scope, LlmScope) and not within_models(scope, agent.models):
+            read.problem(("scopes", index), f"{format_scope(scope)} is not among `models`", "correct one of the two")
     read.done("agent")
     return replace(agent, digest=digest(dict(document.value) if isinstance(document.value, dict) else {}))
+
+
+def within_models(scope: LlmScope, models: tuple[str, ...]) -> bool:
+    """Tells whether all that an `llm:` scope gives is among these models (globs)."""
+    return any(includes(LlmScope(glob), scope) for glob in models)
 
 
 def _policy(read: _Reader, base: Policy) -> Policy:
@@ -318,6 +349,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         require=base.require if require is None else require,
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
+        registered=read.one_of(("registered",), base.registered),
         source=read.document.source,
     )
 

@@ -9,11 +9,12 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar, cast
 
 from supervisord.budgets import Amounts
+from supervisord.definitions import DefinitionRow
 from supervisord.errors import ErrorCode, StockadeError
 from supervisord.holds import Hold
 from supervisord.ids import AgentId, GrantId
@@ -56,9 +57,18 @@ MIGRATIONS: Final = (
         requests INTEGER NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE definitions (
+        name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, text TEXT NOT NULL,
+        directory TEXT NOT NULL, registered_by TEXT NOT NULL, registered_at_ns INTEGER NOT NULL,
+        deprecated TEXT NOT NULL, deprecated_by TEXT NOT NULL, deprecated_at_ns INTEGER,
+        PRIMARY KEY (name, version)
+    ) STRICT;
+    """,
 )
 
 T = TypeVar("T")
+_DefinitionRow = tuple[str, int, str, str, str, str, int, str, str, int | None]
 _HoldRow = tuple[str, Literal["name", "label", "policy"], str, str, str, int]
 
 
@@ -191,6 +201,20 @@ class Store:
         sql = "SELECT hold_id, kind, subject, reason, held_by, held_at_ns FROM holds ORDER BY held_at_ns, hold_id"
         rows = cast("list[_HoldRow]", await self._read("list holds", sql))
         return [Hold(*row) for row in rows]
+
+    # --- definitions of the registry
+
+    async def save_definition(self, row: DefinitionRow) -> None:
+        """Insert, or say that one that is there is deprecated; what it says is never written over."""
+        sql = """INSERT INTO definitions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                 ON CONFLICT (name, version) DO UPDATE SET deprecated = excluded.deprecated,
+                 deprecated_by = excluded.deprecated_by, deprecated_at_ns = excluded.deprecated_at_ns
+                 WHERE digest = excluded.digest"""
+        await self._write("save a definition", sql, [astuple(row)])
+
+    async def definitions(self) -> list[DefinitionRow]:
+        rows = await self._read("list definitions", "SELECT * FROM definitions ORDER BY name, version")
+        return [DefinitionRow(*cast("_DefinitionRow", row)) for row in rows]
 
     # --- agents
 

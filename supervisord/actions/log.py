@@ -263,17 +263,19 @@ class ActionLog:
 
         return await asyncio.wrap_future(index.run(prove))
 
-    async def growth(self, old: int) -> tuple[tuple[bytes, ...], str]:
-        """The proof that the tree of a new checkpoint continues that of `old` entries, and the checkpoint."""
-        note = await self.checkpoint()
-        return await self.consistency(old, size_of(note)), note
-
     async def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
         """The proof (RFC 6962 section 2.1.2) that the tree of `size` entries continues that of `old`."""
         index, total = self._index, self._writer.size if size is None else size
         if not 1 <= old <= total <= self._writer.size:
             raise ValueError(f"cannot prove {total} entries from {old}: the log has {self._writer.size}")
         return await asyncio.wrap_future(index.run(lambda: merkle.consistency_path(old, total, index.node)))
+
+    async def root(self, size: int) -> bytes:
+        """The RFC 6962 root of the first `size` entries."""
+        index = self._index
+        if not 1 <= size <= self._writer.size:
+            raise ValueError(f"cannot give the root of {size} entries: the log has {self._writer.size}")
+        return await asyncio.wrap_future(index.run(lambda: merkle.range_root(0, size, index.node)))
 
     async def close(self) -> None:
         """Make everything durable, sign a last checkpoint, let the directory go. Nothing can be recorded after."""

@@ -37,10 +37,13 @@ CLEAR_SCREEN: Final = "\x1b[H\x1b[2J"
 
 
 def launch(stockade: Stockade, options: Namespace) -> int:
-    if not options.command and not options.file:
+    if not options.command and not options.file and "registered" not in options:
         raise Usage(
-            "there is nothing to launch: give a command after --, or a file with -f", "stockadectl launch --help"
+            "there is nothing to launch: give a command after --, a file with -f or a definition with --agent",
+            "stockadectl launch --help",
         )
+    if options.file and "registered" in options:
+        raise Usage("-f and --agent each name what to launch: give one", "stockadectl launch --help")
     wanted = launch_options(options)
     if options.file:
         wanted["definition"] = read_file(options.file)
@@ -108,7 +111,7 @@ def show_agents(found: Sequence[AgentInfo], options: Namespace) -> None:
     if options.output == "json":
         print_json([{k: v for k, v in agent_document(info).items() if k != "counters"} for info in found])
         return
-    head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "AGENT_ID", "DEGRADED")
+    head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "DEFINITION", "AGENT_ID", "DEGRADED")
     print_table(head, [agent_row(info) for info in found])
 
 
@@ -125,6 +128,7 @@ def agent_row(info: AgentInfo) -> tuple[str | None, ...]:
         moment(info.started_at),
         size(info.memory_bytes),
         text(info.pids),
+        info.definition,
         info.agent_id,
         ", ".join(degraded(info)),
     )

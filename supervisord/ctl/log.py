@@ -119,7 +119,7 @@ def _prove(stockade: Stockade, options: Namespace) -> int:
     if options.from_size is not None:
         request = actions_pb2.ProveConsistencyRequest(old_size=options.from_size)
         grown = stockade.call(methods.PROVE_CONSISTENCY, request)
-        path = tuple(grown.consistency_path)
+        path = tuple(grown.path)
         text = consistency_text(options.from_size, path, grown.checkpoint)
         document = {"old_size": options.from_size, "consistency_path": path, "checkpoint": grown.checkpoint}
     else:

@@ -86,8 +86,15 @@ def _run(parser: ArgumentParser) -> None:
 def _background(parser: ArgumentParser) -> None:
     _launch(parser)
     parser.add_argument("-f", dest="file", metavar="agent.yaml", help="a file of kind Agent")
+    parser.add_argument(
+        "--agent",
+        dest="registered",
+        metavar="NAME[@VERSION]",
+        default=SUPPRESS,
+        help="a definition of the registry; without a version its newest that is not deprecated",
+    )
     parser.add_argument("--wait", action="store_true", help="answer when it has ended")
-    parser.usage = "%(prog)s [options] -- CMD… | %(prog)s -f agent.yaml [options]"
+    parser.usage = "%(prog)s [options] -- CMD… | %(prog)s -f agent.yaml | %(prog)s --agent NAME[@VERSION] [options]"
 
 
 def _selection(parser: ArgumentParser) -> None:
@@ -229,7 +236,26 @@ def _policy(parser: ArgumentParser) -> None:
     parser.add_argument("scope", metavar="SCOPE", nargs="?", default="", help="explain: which scope")
 
 
+def _registry(parser: ArgumentParser) -> None:
+    parser.add_argument("deed", choices=("add", "list", "show", "deprecate", "review", "running"))
+    parser.add_argument("subject", metavar="NAME[@VERSION]", nargs="?", default="")
+    parser.add_argument("-f", dest="file", metavar="agent.yaml", default="", help="add: a file of kind Agent")
+    parser.add_argument("--reason", default="", help="deprecate: why it should not be launched any more")
+    parser.add_argument(
+        "--unused", metavar="30d", type=_word(words.duration), help="review: how long a grant may go unused"
+    )
+    parser.add_argument("--strict", action="store_true", help="review: exit with 1 where there is a finding")
+
+
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("--since", metavar="T", default="1d", help="7d (ago) or 2026-01-31T12:00:00Z; a day by default")
+    parser.add_argument("--until", metavar="T", default="", help="the same; now by default")
+    parser.add_argument("--out", metavar="DIR", default=".", help="where report.html and report.json are written")
+    parser.add_argument("--top", metavar="N", type=int, default=20, help="rows of the longest lists")
+
+
 _AGENTS, _CHANGES, _INSIDE, _LOG, _RULES, _SYSTEM = "agents", "changes", "inside", "log", "rules", "system"
+_REGISTRY, _REPORT = "registry", "report"
 
 VERBS: Final[dict[str, Verb]] = {
     "run": Verb(
@@ -272,6 +298,10 @@ VERBS: Final[dict[str, Verb]] = {
         "the action log: verify, checkpoint, prove, check-proof, export, status, rotate-key", _LOG, "log", _log
     ),
     "policy": Verb("policies: list, check, show, explain", _SYSTEM, "policy", _policy),
+    "registry": Verb(
+        "the inventory of agents: add, list, show, deprecate, review, running", _REGISTRY, "registry", _registry
+    ),
+    "report": Verb("a period's evidence as HTML and JSON", _REPORT, "report", _report),
     "doctor": Verb("which controls this host has", _SYSTEM, "doctor", _nothing),
     "shell": Verb("many commands, one prompt", _SYSTEM, "shell", _nothing),
     "version": Verb("of this program and of the daemon", _SYSTEM, "version", _nothing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -10,6 +11,7 @@ import structlog
 from stockade.v1 import agents_pb2, agents_pb2_grpc
 
 from supervisord.callers import current_caller
+from supervisord.definitions import registered_as
 from supervisord.errors import InvalidInput, StockadeError
 from supervisord.holds import Hold
 from supervisord.ids import agent_id as parse_agent_id
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from supervisord.launching import Launching
     from supervisord.layers import Layers
     from supervisord.policies import PolicyShelf
+    from supervisord.registry import Registry
 
 log = structlog.get_logger()
 
@@ -57,6 +60,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         acts: Acts,
         holds: Holds,
         policies: PolicyShelf,
+        registry: Registry,
         launcher: LauncherLink,
         layers: Layers,
         output_dir: Path,
@@ -69,6 +73,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._acts = acts
         self._holds = holds
         self._policies = policies
+        self._registry = registry
         self._launcher = launcher
         self._layers = layers
         self._output_dir = output_dir
@@ -80,7 +85,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
 
     async def Launch(self, request: agents_pb2.LaunchRequest, _context: Context) -> agents_pb2.LaunchResponse:
         caller = current_caller()
-        order = convert.launch_order(request.spec, self._definition(request))
+        order = self._order(request)
         if request.dry_run:
             return agents_pb2.LaunchResponse(plan_text=self._launching.describe(order, caller=caller))
         agent_id = parse_agent_id(request.agent_id) if request.agent_id else ""
@@ -93,6 +98,15 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         launch.add_done_callback(self._tasks.discard)
         agent, existed = await asyncio.shield(launch)
         return agents_pb2.LaunchResponse(agent=self._shown(agent), existed=existed)
+
+    def _order(self, request: agents_pb2.LaunchRequest) -> LaunchOrder:
+        if not request.registered:
+            return convert.launch_order(request.spec, self._definition(request))
+        if request.definition_yaml:
+            raise InvalidInput("cannot launch: a file and a definition of the registry are named", remedy="name one")
+        definition = self._registry.find(request.registered)
+        order = convert.launch_order(request.spec, definition.spec)
+        return replace(order, registered=registered_as(definition, order, self._policies.get(order.policy)))
 
     def _shown(self, agent: Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
         return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id))

@@ -105,6 +105,9 @@ def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> L
             disk_bytes=wanted.disk_bytes,
             open_files=wanted.open_files,
             output_bytes=wanted.output_bytes,
+            swap_bytes=wanted.swap_bytes,
+            io_read_bytes_per_second=wanted.io_read_bytes_per_second,
+            io_write_bytes_per_second=wanted.io_write_bytes_per_second,
         ),
         budget=parse_budget(dict(spec.budget)).tightest(base.budget),
         env={**base.env, **dict(spec.env)},
@@ -275,6 +278,8 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
         ),
         limits=agents_pb2.Limits(memory_bytes=what.memory_bytes, cpus=what.cpus, pids=what.pids),
         changes_kept=changes,
+        definition=what.definition,
+        definition_digest=what.definition_digest,
     )
     json_format.ParseDict(value.posture, message.posture)
     if what.workspace:

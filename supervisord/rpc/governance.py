@@ -17,6 +17,7 @@ from stockade.v1 import (
     requests_pb2_grpc,
 )
 
+from supervisord.actions.checkpoint import size_of
 from supervisord.callers import current_caller
 from supervisord.documents import InvalidDocument
 from supervisord.errors import NotFound, StockadeError
@@ -162,6 +163,7 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             verb=request.verb or None,
             verdict=request.verdict or None,
             since_ns=convert.nanoseconds("since", request.since) if request.HasField("since") else None,
+            until_ns=convert.nanoseconds("until", request.until) if request.HasField("until") else None,
             after_seq=max(convert.number("after_seq", request.after_seq), convert.token_number(request.page_token)),
             limit=size + 1,
         )
@@ -203,13 +205,22 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
     async def ProveConsistency(
         self, request: actions_pb2.ProveConsistencyRequest, _context: Context
     ) -> actions_pb2.ProveConsistencyResponse:
-        if not 1 <= request.old_size <= self._actions.size:
+        note = "" if request.size else await self._actions.checkpoint()
+        size = request.size or size_of(note)
+        if not 1 <= request.old_size <= size <= self._actions.size:
             raise NotFound(
-                f"cannot prove growth from {request.old_size} entries: the log has {self._actions.size}",
-                remedy="a kept checkpoint of more entries than there are shows that the log was put back",
+                f"cannot prove {size} entries from {request.old_size}: the log has {self._actions.size}",
+                remedy="ask for sizes from 1 to that, the smaller first; where a kept checkpoint has more entries, the log"
+                " was put back to an earlier state",
             )
-        path, note = await self._actions.growth(request.old_size)
-        return actions_pb2.ProveConsistencyResponse(consistency_path=list(path), checkpoint=note)
+        return actions_pb2.ProveConsistencyResponse(
+            old_size=request.old_size,
+            old_root=await self._actions.root(request.old_size),
+            size=size,
+            root=await self._actions.root(size),
+            path=await self._actions.consistency(request.old_size, size),
+            checkpoint=note,
+        )
 
     async def LogStatus(
         self, _request: actions_pb2.LogStatusRequest, _context: Context

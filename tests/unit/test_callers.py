@@ -62,6 +62,13 @@ def test_readers_see_and_do_not_act() -> None:
     assert "uid:1000(ada)" in refusal.message
 
 
+def test_whoever_launches_does_not_register() -> None:
+    launch, register = "/stockade.v1.AgentService/Launch", "/stockade.v1.RegistryService/RegisterDefinition"
+    assert judge(launch, caller(Role.OPERATOR)) is None
+    assert judge(register, caller(Role.OPERATOR)) is not None
+    assert judge(register, caller(Role.ADMIN)) is None
+
+
 @pytest.mark.parametrize(
     "method", ["", "/stockade.v1.AgentService/Burn", "/grpc.reflection.v1.ServerReflection/X", KILL + "/"]
 )

@@ -7,7 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+from stockade.v1 import (
+    actions_pb2,
+    agents_pb2,
+    changes_pb2,
+    grants_pb2,
+    policies_pb2,
+    registry_pb2,
+    requests_pb2,
+    system_pb2,
+)
 
 from supervisord.callers import METHOD_ROLES
 
@@ -54,7 +63,9 @@ def test_buf_would_find_a_break_and_a_bad_name(tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_role_and_no_other_has() -> None:
-    protos = (actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2)
+    protos = (
+        actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, registry_pb2, requests_pb2, system_pb2
+    )  # fmt: skip
     served = {
         f"/{service.full_name}/{method.name}"
         for proto in protos

@@ -18,11 +18,11 @@ from stockade.client.sync import (
     launch_seconds,
 )
 from stockade.client.values import Completed, ExitStatus, Selector
-from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, requests_pb2
+from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, registry_pb2, requests_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from types import TracebackType
     from typing import Unpack
 
@@ -32,11 +32,15 @@ if TYPE_CHECKING:
         Action,
         AgentInfo,
         Changes,
+        Consistency,
+        Definition,
         Grant,
         Hold,
         Output,
         Receipt,
         Request,
+        ReviewFinding,
+        RunningAgent,
         State,
         Terms,
         Verification,
@@ -221,12 +225,13 @@ class AsyncStockade:
         verb: str = "",
         verdict: str = "",
         since: datetime | None = None,
+        until: datetime | None = None,
         after_seq: int = 0,
         follow: bool = False,
     ) -> AsyncIterator[Action]:
         """The log's entries in order; with `follow`, then each new one as it is written, without end."""
         request = convert.query_request(
-            agent=agent, verb=verb, verdict=verdict, since=since, after_seq=after_seq, page_token=""
+            agent=agent, verb=verb, verdict=verdict, since=since, until=until, after_seq=after_seq, page_token=""
         )
         seen = after_seq
         while True:
@@ -241,6 +246,52 @@ class AsyncStockade:
             tail = actions_pb2.TailActionsRequest(after_seq=seen, agent=agent, verb=verb, verdict=verdict)
             async for entry in self.stream(methods.TAIL_ACTIONS, tail):
                 yield convert.action(entry.action)
+
+    async def prove_consistency(self, old_size: int, size: int = 0) -> Consistency:
+        """That the log of `size` entries (0: all) continues that of `old_size`."""
+        request = actions_pb2.ProveConsistencyRequest(old_size=old_size, size=size)
+        return convert.consistency(await self.call(methods.PROVE_CONSISTENCY, request))
+
+    async def register(self, definition: bytes, path: str = "") -> Definition:
+        """The definition of a file of kind Agent, now in the registry; raises Conflict where the version is another."""
+        answer = await self.call(methods.REGISTER_DEFINITION, convert.register_request(definition, path))
+        return convert.definition(answer.definition)
+
+    async def definition(self, reference: str) -> tuple[Definition, bytes]:
+        """What the registry has of `NAME` or `NAME@VERSION`, and its text as it was registered."""
+        answer = await self.call(methods.GET_DEFINITION, registry_pb2.GetDefinitionRequest(reference=reference))
+        return convert.definition(answer.definition), answer.content
+
+    async def definitions(self, name: str = "") -> list[Definition]:
+        request = registry_pb2.ListDefinitionsRequest(name=name)
+        found: list[Definition] = []
+        while True:
+            answer = await self.call(methods.LIST_DEFINITIONS, request)
+            found += map(convert.definition, answer.definitions)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
+
+    async def deprecate(self, reference: str, reason: str) -> Definition:
+        """Says why `NAME@VERSION` should not be launched any more; agents that run go on."""
+        request = registry_pb2.DeprecateDefinitionRequest(reference=reference, reason=reason)
+        return convert.definition((await self.call(methods.DEPRECATE_DEFINITION, request)).definition)
+
+    async def review(self, unused: float | timedelta | None = None) -> list[ReviewFinding]:
+        """What somebody should look at; `unused` is how long (seconds) a grant may go unused, 30 days if not said."""
+        answer = await self.call(methods.REVIEW, convert.review_request(unused), timeout_seconds=0)
+        return [convert.review_finding(message) for message in answer.findings]
+
+    async def running(self) -> list[RunningAgent]:
+        """Every live agent, and what it can do now."""
+        request = registry_pb2.ListRunningRequest()
+        found: list[RunningAgent] = []
+        while True:
+            answer = await self.call(methods.LIST_RUNNING, request)
+            found += map(convert.running, answer.agents)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
 
     async def diff(self, agent: str, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
         """What the agent changed in its overlay workspace so far; with `patch`, text files line by line."""

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict, TypeVar, Unpack
 from google.protobuf.json_format import MessageToDict
 
 from stockade.client import values
-from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, policies_pb2, requests_pb2, system_pb2
+from stockade.v1 import (
+    actions_pb2,
+    agents_pb2,
+    changes_pb2,
+    grants_pb2,
+    policies_pb2,
+    registry_pb2,
+    requests_pb2,
+    system_pb2,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +92,8 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         spend=values.Spend(spend.input_tokens, spend.output_tokens, spend.cost_usd, spend.estimated),
         failure=message.failure,
         changes_kept=message.changes_kept,
+        definition=message.definition,
+        definition_digest=message.definition_digest,
         counters=dict(message.counters),
         effective=struct(message.effective),
     )
@@ -270,6 +281,76 @@ def proof(message: actions_pb2.ProveResponse) -> values.Proof:
     return values.Proof(message.entry, message.leaf_index, tuple(message.audit_path), message.checkpoint)
 
 
+def consistency(message: actions_pb2.ProveConsistencyResponse) -> values.Consistency:
+    return values.Consistency(message.old_size, message.old_root, message.size, message.root, tuple(message.path))
+
+
+def risk(number: registry_pb2.RiskClass) -> str:
+    """The class as a word; empty where none is said."""
+    word = registry_pb2.RiskClass.Name(number).removeprefix("RISK_CLASS_").lower()
+    return "" if word == "unspecified" else word
+
+
+def definition(message: registry_pb2.Definition) -> values.Definition:
+    reach = message.reach
+    return values.Definition(
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        owner=message.owner,
+        purpose=message.purpose,
+        risk=risk(message.risk),
+        contact=message.contact,
+        policy=message.policy,
+        models=tuple(message.models),
+        data=tuple(message.data),
+        scopes=tuple(message.scopes),
+        reach=values.Reach(tuple(reach.files), tuple(reach.hosts), tuple(reach.models), tuple(reach.tools)),
+        labels=dict(message.labels),
+        registered_by=message.registered_by,
+        registered_at=time_of(message, "registered_at"),
+        deprecated=message.deprecated,
+        deprecated_by=message.deprecated_by,
+        deprecated_at=time_of(message, "deprecated_at"),
+        problem=message.problem,
+    )
+
+
+def review_finding(message: registry_pb2.ReviewFinding) -> values.ReviewFinding:
+    return values.ReviewFinding(
+        kind=message.kind,
+        subject=message.subject,
+        agent_id=message.agent_id,
+        owner=message.owner,
+        detail=message.detail,
+        remedy=message.remedy,
+    )
+
+
+def running(message: registry_pb2.RunningAgent) -> values.RunningAgent:
+    return values.RunningAgent(
+        agent=agent(message.agent),
+        risk=risk(message.risk),
+        policy_risk=risk(message.policy_risk),
+        contact=message.contact,
+        deprecated=message.deprecated,
+        grants=tuple(map(grant, message.grants)),
+        budget=dict(message.budget),
+        budget_left=dict(message.budget_left),
+    )
+
+
+def register_request(content: bytes, path: str) -> registry_pb2.RegisterDefinitionRequest:
+    return registry_pb2.RegisterDefinitionRequest(content=content, filename=path, directory=directory_of(path))
+
+
+def review_request(unused: float | timedelta | None) -> registry_pb2.ReviewRequest:
+    message = registry_pb2.ReviewRequest()
+    if unused is not None:
+        set_seconds(message.unused, unused)
+    return message
+
+
 def policy(message: policies_pb2.Policy) -> values.Policy:
     return values.Policy(
         name=message.name,
@@ -355,8 +436,14 @@ class LaunchOptions(TypedDict, total=False):
     purpose: str
     definition: bytes  # the text of a file of kind Agent; everything above goes before what it says
     definition_path: str
+    registered: str  # a definition of the registry, NAME or NAME@VERSION; what is above may narrow it
     agent_id: str  # chosen by the caller, so that a retry finds the first attempt
     idempotency_key: str
+
+
+def directory_of(path: str) -> str:
+    """The absolute directory of a file, no links followed; empty for no file and for stdin."""
+    return os.path.dirname(os.path.abspath(path)) if path and path != "-" else ""  # noqa: PTH100, PTH120 - resolve() would follow them
 
 
 def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptions]) -> agents_pb2.LaunchRequest:
@@ -392,7 +479,8 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
         spec=spec,
         definition_yaml=options.get("definition"),
         definition_filename=path,
-        definition_directory=os.path.dirname(os.path.abspath(path)) if path else "",  # noqa: PTH100, PTH120 - as above
+        definition_directory=directory_of(path),
+        registered=options.get("registered"),
         agent_id=options.get("agent_id"),
         idempotency_key=options.get("idempotency_key"),
     )
@@ -428,11 +516,20 @@ def _bounded(message: Bounded, terms: values.Terms) -> Bounded:
 
 
 def query_request(
-    *, agent: str, verb: str, verdict: str, since: datetime | None, after_seq: int, page_token: str
+    *,
+    agent: str,
+    verb: str,
+    verdict: str,
+    since: datetime | None,
+    after_seq: int,
+    page_token: str,
+    until: datetime | None = None,
 ) -> actions_pb2.QueryActionsRequest:
     message = actions_pb2.QueryActionsRequest(
         agent=agent, verb=verb, verdict=verdict, after_seq=after_seq, page_token=page_token
     )
     if since is not None:
         message.since.FromDatetime(since.astimezone(UTC))
+    if until is not None:
+        message.until.FromDatetime(until.astimezone(UTC))
     return message

@@ -11,6 +11,7 @@ from stockade.v1 import agents_pb2 as agents
 from stockade.v1 import changes_pb2 as changes
 from stockade.v1 import grants_pb2 as grants
 from stockade.v1 import policies_pb2 as policies
+from stockade.v1 import registry_pb2 as registry
 from stockade.v1 import requests_pb2 as requests
 from stockade.v1 import system_pb2 as system
 
@@ -74,6 +75,20 @@ LIST_POLICIES: Final = Method("PolicyService/ListPolicies", policies.ListPolicie
 GET_POLICY: Final = Method("PolicyService/GetPolicy", policies.GetPolicyRequest, policies.GetPolicyResponse)
 CHECK_POLICY: Final = Method("PolicyService/CheckPolicy", policies.CheckPolicyRequest, policies.CheckPolicyResponse)
 EXPLAIN: Final = Method("PolicyService/Explain", policies.ExplainRequest, policies.ExplainResponse)
+REGISTER_DEFINITION: Final = Method(
+    "RegistryService/RegisterDefinition", registry.RegisterDefinitionRequest, registry.RegisterDefinitionResponse
+)
+GET_DEFINITION: Final = Method(
+    "RegistryService/GetDefinition", registry.GetDefinitionRequest, registry.GetDefinitionResponse
+)
+LIST_DEFINITIONS: Final = Method(
+    "RegistryService/ListDefinitions", registry.ListDefinitionsRequest, registry.ListDefinitionsResponse
+)
+DEPRECATE_DEFINITION: Final = Method(
+    "RegistryService/DeprecateDefinition", registry.DeprecateDefinitionRequest, registry.DeprecateDefinitionResponse
+)
+REVIEW: Final = Method("RegistryService/Review", registry.ReviewRequest, registry.ReviewResponse)
+LIST_RUNNING: Final = Method("RegistryService/ListRunning", registry.ListRunningRequest, registry.ListRunningResponse)
 VERSION: Final = Method("SystemService/Version", system.VersionRequest, system.VersionResponse)
 DOCTOR: Final = Method("SystemService/Doctor", system.DoctorRequest, system.DoctorResponse)
 READY: Final = Method("SystemService/Ready", system.ReadyRequest, system.ReadyResponse)

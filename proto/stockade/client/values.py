@@ -90,6 +90,9 @@ class AgentInfo:
     counters: Mapping[str, int] = field(default_factory=dict)
     """How often it met its limits; only there when one agent is asked for."""
     changes_kept: bool = False
+    definition: str = ""
+    """Of the registry, `NAME@VERSION`; empty where it was launched by none."""
+    definition_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +318,82 @@ class Proof:
     leaf_index: int
     audit_path: tuple[bytes, ...]
     checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consistency:
+    """That the log of `size` entries is the continuation of that of `old_size` (RFC 6962 section 2.1.2)."""
+
+    old_size: int
+    old_root: bytes
+    size: int
+    root: bytes
+    path: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What an agent may reach by definition and policy: `ro:/path`, `host:port`, models, `server/tool`."""
+
+    files: tuple[str, ...]
+    hosts: tuple[str, ...]
+    models: tuple[str, ...]
+    tools: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One version of an agent in the registry. `risk` is high, limited, minimal, or empty where nobody said."""
+
+    name: str
+    version: int
+    digest: str
+    owner: str
+    purpose: str
+    risk: str
+    contact: str
+    policy: str
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    scopes: tuple[str, ...]
+    reach: Reach
+    labels: Mapping[str, str]
+    registered_by: str
+    registered_at: datetime | None
+    deprecated: str
+    deprecated_by: str
+    deprecated_at: datetime | None
+    problem: str
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewFinding:
+    """Something to look at; `kind` is a stable word such as `unused-grant`."""
+
+    kind: str
+    subject: str
+    agent_id: str
+    owner: str
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningAgent:
+    """A live agent and what it can do now. What `budget` does not name is not bounded."""
+
+    agent: AgentInfo
+    risk: str
+    policy_risk: str
+    contact: str
+    deprecated: str
+    grants: tuple[Grant, ...]
+    budget: Mapping[str, float]
+    budget_left: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

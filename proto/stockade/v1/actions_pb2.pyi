@@ -33,7 +33,7 @@ class Action(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., time_unix_nanos: _Optional[int] = ..., agent_id: _Optional[str] = ..., actor: _Optional[str] = ..., verb: _Optional[str] = ..., object: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[str] = ..., details_json: _Optional[bytes] = ...) -> None: ...
 
 class QueryActionsRequest(_message.Message):
-    __slots__ = ("agent", "verb", "verdict", "since", "after_seq", "page_size", "page_token")
+    __slots__ = ("agent", "verb", "verdict", "since", "after_seq", "page_size", "page_token", "until")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERB_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class QueryActionsRequest(_message.Message):
     AFTER_SEQ_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
     agent: str
     verb: str
     verdict: str
@@ -48,7 +49,8 @@ class QueryActionsRequest(_message.Message):
     after_seq: int
     page_size: int
     page_token: str
-    def __init__(self, agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., after_seq: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    until: _timestamp_pb2.Timestamp
+    def __init__(self, agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., after_seq: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class QueryActionsResponse(_message.Message):
     __slots__ = ("actions", "next_page_token")
@@ -121,18 +123,28 @@ class ProveResponse(_message.Message):
     def __init__(self, entry: _Optional[bytes] = ..., leaf_index: _Optional[int] = ..., audit_path: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class ProveConsistencyRequest(_message.Message):
-    __slots__ = ("old_size",)
+    __slots__ = ("old_size", "size")
     OLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     old_size: int
-    def __init__(self, old_size: _Optional[int] = ...) -> None: ...
+    size: int
+    def __init__(self, old_size: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ProveConsistencyResponse(_message.Message):
-    __slots__ = ("consistency_path", "checkpoint")
-    CONSISTENCY_PATH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("old_size", "old_root", "size", "root", "path", "checkpoint")
+    OLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    OLD_ROOT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
-    consistency_path: _containers.RepeatedScalarFieldContainer[bytes]
+    old_size: int
+    old_root: bytes
+    size: int
+    root: bytes
+    path: _containers.RepeatedScalarFieldContainer[bytes]
     checkpoint: str
-    def __init__(self, consistency_path: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    def __init__(self, old_size: _Optional[int] = ..., old_root: _Optional[bytes] = ..., size: _Optional[int] = ..., root: _Optional[bytes] = ..., path: _Optional[_Iterable[bytes]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class LogStatusRequest(_message.Message):
     __slots__ = ()

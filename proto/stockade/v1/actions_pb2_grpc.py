@@ -115,7 +115,7 @@ class ActionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ProveConsistency(self, request, context):
-        """Proves that the tree of a new checkpoint continues an older one.
+        """Proves that the log of one size is the continuation of a smaller one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

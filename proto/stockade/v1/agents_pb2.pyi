@@ -75,7 +75,7 @@ class Spend(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cost_usd: _Optional[float] = ..., estimated: _Optional[bool] = ...) -> None: ...
 
 class Agent(_message.Message):
-    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept")
+    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept", "definition", "definition_digest")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class Agent(_message.Message):
     EFFECTIVE_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     CHANGES_KEPT_FIELD_NUMBER: _ClassVar[int]
+    DEFINITION_FIELD_NUMBER: _ClassVar[int]
+    DEFINITION_DIGEST_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     name: str
     state: AgentState
@@ -140,7 +142,9 @@ class Agent(_message.Message):
     effective: _struct_pb2.Struct
     counters: _containers.ScalarMap[str, int]
     changes_kept: bool
-    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ...) -> None: ...
+    definition: str
+    definition_digest: str
+    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ..., definition: _Optional[str] = ..., definition_digest: _Optional[str] = ...) -> None: ...
 
 class Workspace(_message.Message):
     __slots__ = ("path", "mode")
@@ -220,7 +224,7 @@ class LaunchSpec(_message.Message):
     def __init__(self, command: _Optional[_Iterable[bytes]] = ..., name: _Optional[str] = ..., policy: _Optional[str] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., scopes: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., budget: _Optional[_Mapping[str, float]] = ..., env: _Optional[_Mapping[str, str]] = ..., tty: _Optional[_Union[TerminalSize, _Mapping]] = ..., stdin: _Optional[bool] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ...) -> None: ...
 
 class LaunchRequest(_message.Message):
-    __slots__ = ("spec", "definition_yaml", "definition_filename", "definition_directory", "agent_id", "idempotency_key", "dry_run")
+    __slots__ = ("spec", "definition_yaml", "definition_filename", "definition_directory", "agent_id", "idempotency_key", "dry_run", "registered")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_YAML_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_FILENAME_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +232,7 @@ class LaunchRequest(_message.Message):
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
     spec: LaunchSpec
     definition_yaml: bytes
     definition_filename: str
@@ -235,7 +240,8 @@ class LaunchRequest(_message.Message):
     agent_id: str
     idempotency_key: str
     dry_run: bool
-    def __init__(self, spec: _Optional[_Union[LaunchSpec, _Mapping]] = ..., definition_yaml: _Optional[bytes] = ..., definition_filename: _Optional[str] = ..., definition_directory: _Optional[str] = ..., agent_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    registered: str
+    def __init__(self, spec: _Optional[_Union[LaunchSpec, _Mapping]] = ..., definition_yaml: _Optional[bytes] = ..., definition_filename: _Optional[str] = ..., definition_directory: _Optional[str] = ..., agent_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., dry_run: _Optional[bool] = ..., registered: _Optional[str] = ...) -> None: ...
 
 class LaunchResponse(_message.Message):
     __slots__ = ("agent", "plan_text", "existed")

@@ -16,6 +16,7 @@ import pymerkle  # type: ignore[import-untyped]  # it has no types
 import pytest
 
 from supervisord.actions import encoding, merkle, segments
+from supervisord.actions.checkpoint import size_of
 from supervisord.actions.log import ActionLog
 from supervisord.actions.proofs import consistency_text, inclusion_text
 from supervisord.actions.types import Action
@@ -54,7 +55,8 @@ def write(base: Path) -> Path:
                     witness.write(f"{await log.checkpoint()}\n")
         proof = await log.proof(5)
         (base / "5.tlog-proof").write_text(inclusion_text(4, proof.entry, proof.path, proof.checkpoint))
-        path, note = await log.growth(11)
+        note = await log.checkpoint()
+        path = await log.consistency(11, size_of(note))
         (base / "growth").write_text(consistency_text(11, path, note))
         await log.close()
 

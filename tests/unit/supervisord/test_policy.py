@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -25,6 +26,7 @@ from supervisord.policy import (
     OnDeny,
     OnLoss,
     Policy,
+    Registered,
     Risk,
     RootfsName,
     User,
@@ -259,6 +261,7 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
         ("disk_quota", "disk_quota: required", "disk_quota: preferred"),
         ("on_supervisor_loss", "on_supervisor_loss: kill", "on_supervisor_loss: contain"),
         ("canary", "canary: true", "canary: false"),
+        ("registered", "registered: required", "registered: optional"),
         ("require", "require: [landlock, nftables]", "require: [landlock]"),
     ],
 )
@@ -272,7 +275,7 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
     cases = {key for key, _ in WIDER} | {
-        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require"
+        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require", "registered"
     }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
@@ -286,7 +289,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
-        disk_quota=Demand.REQUIRED,
+        disk_quota=Demand.REQUIRED, registered=Registered.REQUIRED,
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
@@ -301,6 +304,36 @@ def test_the_digest_is_of_what_has_an_effect() -> None:
     assert policy("kind: Policy\nname: x\nscopes: ['llm:g']\n").digest != plain.digest
     assert plain.digest.startswith("sha256:")
     assert len(plain.digest) == 71
+
+
+def test_what_the_registry_asks_of_an_agent() -> None:
+    plain = agent("command: [id]")
+    assert (plain.risk, plain.models, plain.data, plain.contact, plain.deprecated) == (None, (), (), "", "")
+    full = agent(
+        "command: [id]\nrisk: high\nmodels: ['gpt-*']\ndata: [tickets]\ncontact: a@b.example\ndeprecated: old\n"
+        "scopes: ['llm:gpt-5']"
+    )
+    assert (full.risk, full.models, full.data) == (Risk.HIGH, ("gpt-*",), ("tickets",))
+    assert (full.contact, full.deprecated) == ("a@b.example", "old")
+    assert full.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("risk: prohibited", "Article 5"),
+        ("risk: unacceptable", "none of prohibited, high, limited, minimal"),
+        ("models: ['gpt-*']\nscopes: ['llm:*']", "not among `models`"),
+        ("models: ['a b']", "models"),
+        ('contact: "a\\nb"', "contact"),
+        ("deprecated: true", "deprecated"),
+        ("data: nothing", "data"),
+        ("risks: high", "did you mean risk"),
+    ],
+)
+def test_what_the_registry_does_not_take(text: str, said: str) -> None:
+    with pytest.raises(InvalidDocument, match=re.escape(said)):
+        agent(f"command: [id]\n{text}")
 
 
 def test_an_agent() -> None:
@@ -377,6 +410,7 @@ documents = st.fixed_dictionaries(
         "degraded_ok": st.lists(st.sampled_from(["idmap", "landlock"]), unique=True),
         "require": st.lists(st.sampled_from(["nftables", "workspace-quota"]), unique=True),
         "canary": st.booleans(),
+        "registered": st.sampled_from(["required", "optional"]),
     },
 )
 
