@@ -210,7 +210,7 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         if not 1 <= request.old_size <= size <= self._actions.size:
             raise NotFound(
                 f"cannot prove {size} entries from {request.old_size}: the log has {self._actions.size}",
-                remedy="ask for sizes from 1 to that, the smaller first; where a kept checkpoint has more entries, the log"
+                remedy="ask for sizes from 1 to that, the smaller first; where a kept checkpoint has more, the log"
                 " was put back to an earlier state",
             )
         return actions_pb2.ProveConsistencyResponse(
