@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stockade.client import Stockade
 
-from tests.support.census import launcher_pid, of_agent, settled
+from tests.support.census import launcher_pid, link, of_agent, settled
 from tests.support.instance import OWNER, Instance
 
 if TYPE_CHECKING:
@@ -294,7 +294,10 @@ def test_a_retry_finds_the_grant_that_is_there(stockade: Instance, data: Path) -
 def test_it_is_there_and_gone_within_a_blink(stockade: Instance, data: Path) -> None:
     """From the order until the agent has it, or has it no more, as its own root shows."""
     agent = stockade.launch("--name", "quick", "--", "sleep", "1000")
-    seen = Path(f"/proc/{of_agent(agent)[0]}/root{data}/note")
+    ours = link(Path("/proc/self/ns/mnt"))
+    # Not the process that holds its user namespace: that one is in the host's mount namespace.
+    inside = next(pid for pid in of_agent(agent) if link(Path(f"/proc/{pid}/ns/mnt")) != ours)
+    seen = Path(f"/proc/{inside}/root{data}/note")
     appeared, vanished = [], []
     with Stockade(f"unix:{stockade.run_dir}/control.sock") as client, ThreadPoolExecutor(1) as eyes:
         for _ in range(ROUNDS):
