@@ -87,7 +87,10 @@ def spawn(
         for fd in moved.values():
             os.close(fd)
     if record is not None:
-        record.write_text(json.dumps({"pid": pid, "start": start_time(pid)}))
+        # Whole or not at all: who reads it after a crash must know whose process it was.
+        fresh = record.with_suffix(".new")
+        fresh.write_text(json.dumps({"pid": pid, "start": start_time(pid)}))
+        fresh.replace(record)
     log.info("process started", process=name, pid=pid)
     return Child(name, pid, on_exit)
 

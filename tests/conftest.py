@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hypothesis import settings
 
@@ -16,6 +16,31 @@ EXIT_SKIPPED = 1
 # How long an example takes is a fact about the machine, not about the code.
 settings.register_profile("stockade", deadline=None)
 settings.load_profile("stockade")
+
+
+# Without these ./bootstrap test is over in a quarter of an hour; CI runs them too. By file, so that it is one list.
+DEEP: Final = frozenset(
+    {
+        "test_every_step.py",
+        "test_gateway_down.py",
+        "test_kill_only.py",
+        "test_litellm_conformance.py",
+        "test_litellm_identity.py",
+        "test_openai_gateways.py",
+        "test_mcp_egress.py",
+        "test_races.py",
+        "test_report.py",
+        "test_stress.py",
+        "test_taken_back.py",
+        "test_transparent.py",
+    }
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in DEEP:
+            item.add_marker("deep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,6 +152,16 @@ def test_blocked_answers_are_an_error_of_the_dialect(shim: Shim, path: str, mode
         assert start not in text + streamed
 
 
+def all_told() -> int:
+    """How many verdicts were told, once no more come."""
+    count, since = len(TOLD), time.monotonic()
+    while time.monotonic() - since < 0.5:
+        time.sleep(0.02)
+        if len(TOLD) != count:
+            count, since = len(TOLD), time.monotonic()
+    return count
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_blocked_and_masked_questions(shim: Shim, path: str) -> None:
     status, text = post(shim, path, "guarded", f"what is {SECRET}?", stream=True)
@@ -165,9 +176,10 @@ def test_blocked_and_masked_questions(shim: Shim, path: str) -> None:
 def test_a_model_no_rule_names_is_left_alone_and_each_verdict_is_told(shim: Shim) -> None:
     _, text = post(shim, PATHS[0], "free", "mail, please", stream=True)
     assert said(text) == f"Write to {MAIL} or BADGE-123456."
-    before = len(TOLD)
+    before = all_told()  # of the tests before: a verdict may be told after its answer
     post(shim, PATHS[0], "guarded", f"mail {MAIL}", stream=True)
     post(shim, PATHS[0], "guarded", "leak it", stream=True)
+    all_told()
     told = [{key: each[key] for key in ("direction", "action", "rules", "patterns")} for each in TOLD[before:]]
     assert told == [
         {"direction": "request", "action": "mask", "rules": ["no-pii"], "patterns": {"email": 1}},

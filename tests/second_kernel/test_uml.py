@@ -52,11 +52,18 @@ def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
 
 @pytest.fixture(scope="module")
 def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
+    """A short life of the guest: that what bounds an agent does so there too."""
+    directory = tmp_path_factory.mktemp("guest")
+    yield guest(directory, "tests/kernel/test_cgroups_launch.py", seconds_max=200)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def much(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
     directory = tmp_path_factory.mktemp("guest")
     yield guest(
         directory,
         "tests/kernel/test_cgroups.py",
-        "tests/kernel/test_cgroups_launch.py",
         "tests/kernel/test_limits.py",
         f"{LAUNCH}::test_identity_and_environment_come_from_the_plan_alone",
         f"{LAUNCH}::test_one_route_and_the_proxy_only",
@@ -97,6 +104,7 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
     assert limits.outcome(f"test_{resource}_limit_holds_for_an_agent") == "passed"
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "name",
     [
@@ -130,8 +138,8 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_kernel_that_cannot_deny_opens_is_shown_nothing",  # its kernel has no permission events
     ],
 )
-def test_it_holds_on_v2(limits: uml.Report, name: str) -> None:
-    assert limits.outcome(name) == "passed"
+def test_it_holds_on_v2(much: uml.Report, name: str) -> None:
+    assert much.outcome(name) == "passed"
 
 
 @pytest.mark.long

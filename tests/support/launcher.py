@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -39,7 +40,8 @@ ENV = (
     ("LANG", "C.UTF-8"),
 )
 # Slots high up, so that tests stay clear of a daemon on the same host.
-_slots = iter(range(2000 + secrets.randbelow(1000), 4000))
+# In a circle, begun at random: a whole run launches more agents than there are ranges, and none lives for so long.
+_slots = itertools.islice(itertools.cycle(range(2000, 4000)), secrets.randbelow(2000), None)
 
 
 class LauncherError(Exception):
