@@ -119,8 +119,10 @@ def give_up(plan: SandboxPlan) -> None:
             syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> None:
+def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> int:
     """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
+
+    Returns the listener of the filter, -1 where the plan has nothing told: whoever gets it answers for every exec.
 
     Landlock is for the first process and all its descendants. A process that exec starts later cannot join that domain,
     and from a domain of its own it cannot see the agent in /proc: it has one where the policy requires it, and
@@ -133,7 +135,7 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
     if wanted and "landlock" not in plan.weaken and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
-    install(filters, plan)
+    return install(filters, plan, listens=plan.listens)
 
 
 def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
@@ -154,13 +156,22 @@ def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
-def install(filters: bytes, plan: SandboxPlan) -> None:
-    """Load the seccomp programs. Last, because it forbids what the other steps need."""
+def install(filters: bytes, plan: SandboxPlan, *, listens: bool = False) -> int:
+    """Load the seccomp programs. Last, because it forbids what the other steps need.
+
+    Returns a listener on the first where it `listens`, else -1. The kernel lets nobody add a second one below it
+    (EBUSY, seccomp_unotify(2)), and the filter lets nobody try.
+    """
+    listener = -1
     if "seccomp" in plan.weaken:
-        return
+        return listener
     with step("load seccomp filter"):
-        for program in unpack_filters(filters):
-            syscalls.seccomp_filter(program)
+        for index, program in enumerate(unpack_filters(filters)):
+            if listens and index == 0:
+                listener = syscalls.seccomp_listener(program)
+            else:
+                syscalls.seccomp_filter(program)
+    return listener
 
 
 def _limit(plan: SandboxPlan, *, core: bool) -> None:

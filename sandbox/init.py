@@ -34,7 +34,7 @@ from typing import Any, Final, NoReturn
 
 from sandbox import canaries, confine, etc, mounts, syscalls
 from sandbox.plan import INIT_INSIDE, SandboxPlan
-from sandbox.sync import StepError, receive, send, step
+from sandbox.sync import StepError, close_all, receive, send, step
 
 FLAGS: Final = (
     syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
@@ -45,6 +45,8 @@ FD_STDOUT: Final = 4
 FD_STDERR: Final = 5
 FD_TERMINAL: Final = 6
 FD_CONTROL: Final = 7  # until it has given up everything
+FD_TOLD: Final = 8  # until the agent process has sent its listener
+FD_LISTENER: Final = 9  # of the agent's seccomp filter: while pid 1 lives, calls that ask wait and do not fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,7 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
     if "user_namespace" not in weak:
         with step("enter user namespace"):
             syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
-    _reap(plan, filters, agent, control, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
+    _reap(plan, filters, agent, (control, told), exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
 
 
 def _terminal(plan: SandboxPlan) -> tuple[int | None, int | None]:
@@ -264,14 +266,22 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         os.chdir("/")
         with step("take standard streams"):
             _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
-        confine.keep_only((control.fileno(),))
-        confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        confine.keep_only((control.fileno(), built.fileno()))
+        listener = confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        listening = [] if listener < 0 else [listener]
+        with built:
+            send(built, {"listener": listener >= 0}, listening)
         clock.mark("stub close in")
         said: dict[str, Any] = {"ready": True, "securebits": syscalls.prctl(syscalls.PR_GET_SECUREBITS)}
         if plan.canary:
+            if listening:  # what the canaries try asks already
+                send(control, {"listener": True}, listening)
+                os.close(listening.pop())
             said["canary"] = canaries.run(plan)
             clock.mark("stub canaries")
-        send(control, said | {"timings_us": answer["timings_us"] | clock.steps})
+        send(control, said | {"timings_us": answer["timings_us"] | clock.steps}, listening)
+        # Before the agent's directory and program are looked up, which go where the agent has made them go.
+        close_all(listening)
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run
@@ -302,7 +312,7 @@ def _reap(
     plan: SandboxPlan,
     filters: bytes,
     agent: int,
-    control: socket.socket,
+    channels: tuple[socket.socket, socket.socket],
     *,
     exit_fd: int,
     keep: tuple[int | None, int | None],
@@ -310,13 +320,15 @@ def _reap(
 ) -> NoReturn:
     """Give up everything, say so, reap until the agent's first process ends, write its status, end.
 
-    What is kept open: the file for the status, and the far ends of the agent's output, so that a launcher that dies
-    blocks an agent that writes and does not break it. When pid 1 ends, the kernel kills what is left in its namespace.
+    `channels` are those to the launcher and to the agent process. What is kept open: the file for the status, the far
+    ends of the agent's output, and the listener of its filter, so that a launcher that dies blocks an agent that writes
+    or executes and does not break it. When pid 1 ends, the kernel kills what is left in its namespace.
     """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     confine.take_stdio(null, null, null)
-    numbers = (FD_EXIT, FD_STDOUT, FD_STDERR, FD_TERMINAL, FD_CONTROL)
-    _keep(dict(zip(numbers, (exit_fd, *keep, master, control.detach()), strict=True)))
+    control, told = channels
+    numbers = (FD_EXIT, FD_STDOUT, FD_STDERR, FD_TERMINAL, FD_CONTROL, FD_TOLD)
+    _keep(dict(zip(numbers, (exit_fd, *keep, master, control.detach(), told.detach()), strict=True)))
     if "private_pid" in plan.weaken:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with socket.socket(fileno=FD_CONTROL) as launcher, _reporting(launcher, ends=False):
@@ -324,6 +336,11 @@ def _reap(
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
         confine.install(filters, plan)
         send(launcher, {"sealed": True})
+        with socket.socket(fileno=FD_TOLD) as process:
+            _, listener = receive(process)  # nothing where it died
+        if listener and listener[0] != FD_LISTENER:
+            os.dup2(listener[0], FD_LISTENER, inheritable=False)
+            os.close(listener[0])
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     while True:

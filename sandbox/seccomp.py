@@ -261,9 +261,19 @@ def _errno(where: str, value: object) -> str:
 # --- compiling -----------------------------------------------------------------------------------------------------
 
 
-def compile(profile: Profile) -> Filters:  # noqa: A001 - always used as seccomp.compile
-    """The programs for this machine's architecture; raises `InvalidProfile` where there is none."""
-    main, unknown = _allow_list(profile)
+EXEC_CALLS: Final = ("execve", "execveat")
+TOLD_ANSWER: Final = "EPERM"  # what a process answers that does not know the profile (sandbox/watcher.py)
+
+
+def compile(profile: Profile, *, execs: bool = False, refusals: bool = False) -> Filters:  # noqa: A001 - always used as seccomp.compile
+    """The programs for this machine's architecture; raises `InvalidProfile` where there is none.
+
+    With `execs` every execve asks whoever listens on the first program, with `refusals` so does what no group allows.
+    Nobody listening is ENOSYS for all of these (seccomp_unotify(2)): they fail closed.
+    """
+    if refusals and profile.default != TOLD_ANSWER:
+        raise InvalidProfile(f"profile {profile.name}: refusals can be told of only where the default is {TOLD_ANSWER}")
+    main, unknown = _allow_list(profile, execs=execs, refusals=refusals)
     programs = (main, _second(profile))
     for program in programs:
         if len(program) // 8 > INSTRUCTIONS_MAX:
@@ -278,23 +288,32 @@ def _refuse(name: str) -> int:
     return int(pyseccomp.ERRNO(getattr(errno, name)))
 
 
-def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
+def call_name(number: int) -> str:
+    """Return the name of a call of this machine, or its number where this libseccomp has none."""
+    name = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, number)
+    return name.decode() if isinstance(name, bytes) else str(name or number)
+
+
+def _allow_list(profile: Profile, *, execs: bool, refusals: bool) -> tuple[bytes, list[str]]:
     """The first program, and the calls that this libseccomp does not know, which stay refused."""
-    built = pyseccomp.SyscallFilter(_refuse(profile.default))
+    built = pyseccomp.SyscallFilter(int(pyseccomp.NOTIFY) if refusals else _refuse(profile.default))
     # Also the answer to x32 numbers and to int 0x80: only the native ABI is in the filter.
     built.set_attr(pyseccomp.Attr.ACT_BADARCH, _refuse(profile.other_architectures))
     unknown = []
     for group in profile.groups:
         action = int(pyseccomp.ALLOW) if group.action == ALLOW else _refuse(group.action)
         if action == _refuse(profile.default):
-            continue
+            continue  # also where the default is told of: it is the same answer
         conditions = [pyseccomp.Arg(c.argument, pyseccomp.MASKED_EQ, c.mask, c.equals) for c in group.when]
         for call in group.calls:
             number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
             if number == -1:  # __NR_SCMP_ERROR
                 unknown.append(call)
             elif number >= 0:  # below -1: a call of other architectures only
-                built.add_rule(action, number, *conditions)
+                told = execs and call in EXEC_CALLS and group.action == ALLOW
+                if told and refusals:
+                    continue  # the default; libseccomp takes no rule that says the same
+                built.add_rule(int(pyseccomp.NOTIFY) if told else action, number, *conditions)
     with tempfile.TemporaryFile() as file:
         built.export_bpf(file)
         file.seek(0)

@@ -25,8 +25,8 @@
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
 (agent_id, meta, posture + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id,
-status) and `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there); a status is
-`{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
+status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there) and `called` (agent_id, stream_id,
+events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
@@ -66,6 +66,7 @@ KILL_DEADLINE_MS: Final = 10_000
 FREEZE_SECONDS_MAX: Final = 5.0
 FREEZE_POLL_SECONDS: Final = 0.002
 DESCRIPTORS_MAX: Final = 2
+TOLD_MAX: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 SUPERVISOR_LOSS_SECONDS: Final = 5.0  # a daemon that is restarted or upgraded is back by then
 
@@ -158,6 +159,8 @@ class Server:
         self.connections: set[Connection] = set()
         self.on_change: list[Callable[[Agent, str], None]] = []
         self.watch = Watch(self.loop, self.agents, self._met_limit)
+        self.told: deque[dict[str, Any]] = deque(maxlen=TOLD_MAX)  # while no daemon is there
+        workshop.watching.say = self._told
         self._follows: dict[str, Follow] = {}
         self._listener = listener
         listener.setblocking(False)
@@ -297,6 +300,8 @@ class Server:
             if a.pidfd >= 0:
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
                 connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta, "posture": a.posture}, its)
+        while self.told:
+            connection.send(self.told.popleft())
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -621,6 +626,13 @@ class Server:
         if kind in limit:
             details["limit"] = limit[kind]
         self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+
+    def _told(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
+        event = {"ev": "called", "agent_id": agent_id, "stream_id": stream_id, "events": events}
+        if any(connection.greeted for connection in self.connections):
+            self.broadcast(event)
+        else:
+            self.told.append(event)
 
     def _show(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         bind = decode(Bind, message["bind"], "bind")
