@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import tempfile
 import time
@@ -27,6 +28,7 @@ from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
 from supervisord.authorities import Authorities, read_or_make_secret
+from supervisord.call_actions import called_action
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -43,7 +45,7 @@ from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
-from supervisord.launching import Launching
+from supervisord.launching import Launching, Variant
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
@@ -429,6 +431,8 @@ class Daemon:
                 self._exited(agent_id, message)
             case "met_limit":
                 self._met_limit(agent_id, message)
+            case "called":
+                self._called(agent_id, message)
             case "exec_exited":
                 status = message.get("status")
                 self._acts.exec_ended(
@@ -461,6 +465,18 @@ class Daemon:
         action = met_limit_action(agent, str(message.get("kind")), details)
         if action is not None:
             self._in_background(self._record_met(action))
+
+    def _called(self, agent_id: str, message: Message) -> None:
+        """What processes of an agent executed or were refused; also the last of one that has just ended."""
+        agent, events = self._agents.get(agent_id), message.get("events")
+        if agent is None or not isinstance(events, list):
+            return
+        actions = [called_action(agent_id, str(message.get("stream_id")), event, seccomp.call_name) for event in events]
+        self._in_background(self._record_called([action for action in actions if action is not None]))
+
+    async def _record_called(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            await self._record_met(action)
 
     async def _record_met(self, action: Action) -> None:
         try:
@@ -669,12 +685,14 @@ def _publish(note: str, config: Config) -> None:
         log.error("no checkpoint in the witness directory", cause=str(error))
 
 
-def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
-    """Every shipped seccomp profile, compiled once: {name: (digest, programs)}."""
+def _compile_filters() -> dict[Variant, tuple[str, tuple[bytes, ...]]]:
+    """Every shipped seccomp profile, compiled once for each thing that can be told of: {variant: (digest, programs)}."""
     filters = {}
     for path in sorted((SHIPPED_DIR / "seccomp").glob("*.json")):
-        compiled = seccomp.compile(seccomp.load(path))
-        filters[path.stem] = (compiled.digest, compiled.programs)
+        profile = seccomp.load(path)
+        for execs, refusals in itertools.product((False, True), repeat=2):
+            compiled = seccomp.compile(profile, execs=execs, refusals=refusals)
+            filters[path.stem, execs, refusals] = (compiled.digest, compiled.programs)
     return filters
 
 

@@ -110,6 +110,15 @@ class GrantRules:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordRules:
+    """Which acts of an agent's processes are recorded; `arguments` of each exec, from the first, in plain text."""
+
+    execs: bool = True
+    refusals: bool = True
+    arguments: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RootfsName:
     """A root file system other than the host's: a path on the host, and which image of it where it has several."""
 
@@ -173,6 +182,7 @@ class Policy:
     require: frozenset[str] = frozenset()
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
+    record: RecordRules = RecordRules()
     digest: str = ""
     source: str = ""
 
@@ -267,6 +277,8 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "require": not base.require <= policy.require,
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
+        "record.execs": base.record.execs and not policy.record.execs,
+        "record.refusals": base.record.refusals and not policy.record.refusals,
     }
     yield from (key for key, is_wider in checks.items() if is_wider)
 
@@ -317,6 +329,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "require": sorted(policy.require),
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
+        "record": asdict(policy.record),
     }
     return words
 

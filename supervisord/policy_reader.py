@@ -31,6 +31,7 @@ from supervisord.policy import (
     GrantRules,
     LimitsWanted,
     Policy,
+    RecordRules,
     RootfsName,
     Workspace,
     digest,
@@ -318,6 +319,11 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         require=base.require if require is None else require,
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
+        record=RecordRules(
+            read.flag(("record", "execs"), default=base.record.execs),
+            read.flag(("record", "refusals"), default=base.record.refusals),
+            read.whole(("record", "arguments"), base.record.arguments),
+        ),
         source=read.document.source,
     )
 

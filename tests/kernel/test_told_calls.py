@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandbox import watcher
+from sandbox import notices, watcher
 from sandbox.plan import Record
-from tests.support.launcher import TELLING, Launcher
+from tests.support.launcher import ROOT, TELLING, Launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.support.launcher import Agent
 
-TOLD = {"filter_digest": TELLING, "record": Record(execs=True, refusals=True, arguments=4)}
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
+
+TOLD: dict[str, Any] = {"filter_digest": TELLING, "record": Record(execs=True, refusals=True, arguments=4)}
+UNSHARE = 272 if os.uname().machine == "x86_64" else 97
+PYTHON = "/usr/bin/python3"
+SECONDS_MAX = 20.0
 
 
 @pytest.fixture
@@ -28,30 +35,271 @@ def launcher() -> Iterator[Launcher]:
         yield started
 
 
-def called(launcher: Launcher, agent: Agent, *, seconds: float = 3.0) -> list[dict[str, Any]]:
-    """Everything told of an agent that has ended; what it was told last comes with its end."""
-    deadline = time.monotonic() + seconds
+def called(launcher: Launcher, agent: Agent, until: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """Everything told of an agent, as soon as it is what is waited for; each with its stream."""
+    deadline = time.monotonic() + SECONDS_MAX
     found: list[dict[str, Any]] = []
     while time.monotonic() < deadline:
-        launcher.request("stats", agent_ids=[])
+        launcher.request("stats", agent_ids=[])  # reads what came before the answer
         for event in [e for e in launcher.events if e.get("ev") == "called" and e["agent_id"] == agent.agent_id]:
             launcher.events.remove(event)
             found += [one | {"stream": event["stream_id"]} for one in event["events"]]
-        if found and not (launcher.run_dir / "agents" / agent.agent_id / "state.json").parent.joinpath("x").exists():
-            time.sleep(0.05)
-            launcher.request("stats", agent_ids=[])
-            for event in [e for e in launcher.events if e.get("ev") == "called" and e["agent_id"] == agent.agent_id]:
-                launcher.events.remove(event)
-                found += [one | {"stream": event["stream_id"]} for one in event["events"]]
+        if until(found):
             return found
-        time.sleep(0.01)
-    return found
+        time.sleep(0.005)
+    raise AssertionError(f"not told in {SECONDS_MAX:g} s: {found}")
 
 
-def test_smoke(launcher: Launcher) -> None:
-    agent = launcher.sh("/bin/echo a b; unshare -U true; true", **TOLD)
-    print(agent.status, agent.stdout, agent.stderr)
-    for e in called(launcher, agent):
-        print(e)
-    print(agent.timings_us)
-    assert 0
+def executed(events: list[dict[str, Any]]) -> list[str]:
+    return [event["path"] for event in events if event["kind"] == "exec"]
+
+
+def refused(events: list[dict[str, Any]]) -> dict[int, int]:
+    times: dict[int, int] = {}
+    for event in events:
+        if event["kind"] == "refused":
+            times[event["call"]] = times.get(event["call"], 0) + event["times"]
+    return times
+
+
+def watcher_pid(launcher: Launcher) -> int:
+    pid = launcher.process.pid
+    deadline = time.monotonic() + SECONDS_MAX
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with_name = Path(f"/proc/{child}")
+            try:
+                status = (with_name / "status").read_text()
+            except OSError:
+                continue
+            if "Name:\tstockade-watch\n" in status and "Seccomp:\t2\n" in status:
+                return int(child)
+        time.sleep(0.005)
+    raise AssertionError("no watcher")
+
+
+def test_who_ran_what_is_told_and_without_it_nothing(launcher: Launcher) -> None:
+    script = "/bin/echo $$ a b c d; exec /bin/true"
+    agent = launcher.sh(script, **TOLD)
+    events = called(launcher, agent, lambda found: len(executed(found)) == 3)
+    first, second, third = events
+    assert [first["path"], second["path"], third["path"]] == ["/bin/sh", "/bin/echo", "/bin/true"]
+    inside = int(agent.stdout.split()[0])
+    assert (first["pid"], first["ppid"], second["ppid"], third["pid"]) == (inside, 1, inside, inside)
+    assert second["args"] == ["/bin/echo", str(inside), "a", "b"], "as many as the plan says"
+    assert (second["argc"], second["digest"][:7]) == (6, "sha256:")
+    assert first["stream"] == agent.agent_id
+    assert agent.posture["record"] == {"execs": True, "refusals": True}
+
+    plain = launcher.sh(script)
+    assert plain.status == agent.status
+    other = launcher.sh("true", **TOLD)
+    called(launcher, other, lambda found: len(executed(found)) >= 1)
+    assert not [e for e in launcher.events if e.get("ev") == "called" and e["agent_id"] == plain.agent_id]
+
+
+HIDDEN = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+fd = os.memfd_create("hidden")
+os.write(fd, open("/bin/true", "rb").read())
+if os.fork() == 0:
+    os.execve(fd, ["x"], {})
+print(os.wait()[1])
+for path, argv in ((b"/no/such", None), (ctypes.c_void_p(1), None), (b"\\xff\\n", ctypes.c_void_p(8))):
+    print(libc.execve(path, argv, None), ctypes.get_errno())
+"""
+
+
+def test_files_without_a_name_failing_execs_and_wild_pointers_are_told(launcher: Launcher) -> None:
+    agent = launcher.run([PYTHON, "-c", HIDDEN], **TOLD)
+    assert agent.stdout.split() == ["0", "-1", "2", "-1", "14", "-1", "2"], agent.stderr
+    events = called(launcher, agent, lambda found: len(executed(found)) == 5)
+    assert executed(events)[1].startswith("fd:")
+    assert executed(events)[2:] == ["/no/such", "", "\udcff\n"]
+    assert [event["argc"] for event in events[2:]] == [0, -1, -1]
+
+
+def test_long_arguments_are_cut_and_many_are_not_read(launcher: Launcher) -> None:
+    code = "import os; os.execv('/bin/true', ['x' * 100000] + ['y'] * 5000)"
+    agent = launcher.run([PYTHON, "-c", code], **TOLD)
+    event = called(launcher, agent, lambda found: len(executed(found)) == 2)[1]
+    assert event["args"] == ["x" * watcher.ARGUMENT_BYTES_MAX, "y", "y", "y"]
+    assert event["argc"] == watcher.ARGUMENTS_READ_MAX + 1, "one more than are read: or more"
+
+
+def test_refused_calls_are_told_with_their_number_of_times_and_answered_alike(launcher: Launcher) -> None:
+    code = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for call in [lambda: libc.unshare(0x10000000)] * 7 + [lambda: libc.ptrace(0, 0, 0, 0), lambda: libc.unshare(0x400)]:
+    print(call(), ctypes.get_errno())
+    ctypes.set_errno(0)
+"""
+    agent = launcher.run([PYTHON, "-c", code], **TOLD)
+    plain = launcher.run([PYTHON, "-c", code])
+    assert agent.stdout == plain.stdout == "-1 1\n" * 8 + "0 0\n", "what is allowed still is"
+    times = refused(called(launcher, agent, lambda found: refused(found).get(UNSHARE) == 7))
+    assert times[UNSHARE] == 7
+    ptrace = 101 if os.uname().machine == "x86_64" else 117
+    assert times[ptrace] == 1
+
+
+def test_canaries_are_no_acts_of_the_agent(launcher: Launcher) -> None:
+    agent = launcher.run(["/bin/true"], canary=True, **TOLD)
+    events = called(launcher, agent, lambda found: bool(executed(found)))
+    assert refused(events) == {}
+    assert agent.posture["canary"]["attempts"] >= 50
+
+
+def test_what_an_operator_starts_is_told_as_that_and_also_what_outlives_it(launcher: Launcher) -> None:
+    agent = launcher.launch(["/bin/sleep", "1000"], **TOLD)
+    script = "(/bin/sleep 0.3; /bin/echo late) > /dev/null 2>&1 & exec /bin/true"
+    done = launcher.exec(agent, ["/bin/sh", "-c", script], stream_id="op1")
+    assert done["status"]["code"] == 0
+    events = called(launcher, agent, lambda found: "/bin/echo" in executed(found))
+    streams = {event["path"]: event["stream"] for event in events if event["kind"] == "exec"}
+    assert (streams["/bin/echo"], streams["/bin/sh"]) == ("op1", "op1")
+    assert all(event["ppid"] in (0, 1) for event in events if event["path"] == "/bin/sh")
+
+
+def test_the_agent_can_have_no_listener_of_its_own(launcher: Launcher) -> None:
+    code = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+program = (ctypes.c_uint64 * 1)(0x7fff000000000006)  # return ALLOW
+fprog = (ctypes.c_uint64 * 2)(1, ctypes.addressof(program))
+for flags in (8, 0):
+    print(libc.syscall(%d, 1, flags, fprog), ctypes.get_errno())
+    ctypes.set_errno(0)
+""" % (317 if os.uname().machine == "x86_64" else 277)
+    agent = launcher.run([PYTHON, "-c", code], **TOLD)
+    assert agent.stdout.splitlines() == ["-1 1", "0 0"], "a filter of its own it can have"
+
+
+LOOP = "while :; do /bin/echo x; done"
+
+
+def test_execs_wait_for_a_watcher_that_was_killed_and_for_a_launcher(launcher: Launcher) -> None:
+    agent = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
+    size = grown(agent, 0)
+    os.kill(watcher_pid(launcher), signal.SIGKILL)
+    size = grown(agent, size)
+
+    frozen = watcher_pid(launcher)
+    os.kill(frozen, signal.SIGSTOP)
+    still = settled(agent)
+    os.kill(frozen, signal.SIGCONT)
+    size = grown(agent, still)
+
+    launcher.restart()
+    launcher.request("hello")
+    grown(agent, size)
+    launcher.events.clear()
+    called(launcher, agent, lambda found: "/bin/echo" in executed(found))
+    assert launcher.kill(agent)["verified_empty"]
+
+
+def grown(agent: Agent, size: int) -> int:
+    deadline = time.monotonic() + SECONDS_MAX
+    while time.monotonic() < deadline:
+        if len(agent.stdout) > size + 20:
+            return len(agent.stdout)
+        time.sleep(0.005)
+    raise AssertionError(f"the agent executes nothing any more: {size} bytes")
+
+
+def settled(agent: Agent) -> int:
+    """How much there is once nothing comes any more."""
+    deadline = time.monotonic() + SECONDS_MAX
+    size = -1
+    while time.monotonic() < deadline:
+        if len(agent.stdout) == size:
+            return size
+        size = len(agent.stdout)
+        time.sleep(0.2)
+    raise AssertionError("execs go on without a watcher")
+
+
+def test_without_anybody_who_could_answer_an_exec_fails() -> None:
+    """The filter alone, with its listener closed: what is told of is not done instead."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from sandbox import syscalls
+from sandbox.plan import unpack_filters
+from tests.support.launcher import default_filter
+programs = unpack_filters(default_filter(telling=True))
+syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+listener = syscalls.seccomp_listener(programs[0])
+os.close(listener)
+try:
+    os.execv("/bin/true", ["true"])
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    assert done.stdout == "38\n", done.stderr  # ENOSYS
+
+
+STORM = """
+import os, ctypes
+libc = ctypes.CDLL(None)
+children = 4
+for _ in range(children):
+    if os.fork() == 0:
+        for _ in range(%d): libc.execve(b"/no/such", None, None)
+        for _ in range(50): libc.unshare(0x10000000)
+        os._exit(0)
+for _ in range(children): os.wait()
+"""
+
+
+def test_a_storm_is_counted_whole_told_in_part_and_delays_nobody(launcher: Launcher) -> None:
+    each = (notices.ASKED_AT_ONCE_MAX + 1000) // 4
+    storm = launcher.launch([PYTHON, "-c", STORM % each], **TOLD)
+    began = time.monotonic()
+    other = launcher.sh("/bin/true; /bin/true; /bin/true", **TOLD)
+    beside = time.monotonic() - began
+    assert other.status == {"code": 0, "signal": None}
+    launcher.wait(storm)
+    seconds = time.monotonic() - began
+    assert beside < seconds, "it did not wait for the storm"
+
+    def total(found: list[dict[str, Any]]) -> int:
+        return len(executed(found)) + sum(event["times"] for event in found if event["kind"] == "execs")
+
+    events = called(launcher, storm, lambda found: total(found) == 4 * each + 1 and refused(found).get(UNSHARE) == 200)
+    assert len(executed(events)) <= notices.TOLD_AT_ONCE_MAX + notices.TOLD_PER_SECOND * (seconds + 1)
+    assert len(events) <= len(executed(events)) + 10
+
+
+def test_the_watcher_has_one_capability_and_opens_nothing_for_writing(launcher: Launcher) -> None:
+    status = Path(f"/proc/{watcher_pid(launcher)}/status").read_text()
+    for line in ("CapEff:\t0000000000080000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+        assert line in status, status
+    assert f"Uid:\t{watcher.OWN_ID}\t{watcher.OWN_ID}" in status
+    code = f"""
+import os, socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+from sandbox import watcher
+def tried():
+    for act in (
+        lambda: os.close(os.open("/proc/self/status", os.O_RDONLY)),
+        lambda: os.open("/dev/null", os.O_RDWR),
+        lambda: os.open("/dev/null", os.O_WRONLY),
+        lambda: socket.socket(),
+        lambda: os.kill(os.getppid(), 0),
+        lambda: os.pidfd_open(1),
+    ):
+        try:
+            act()
+            yield "done"
+        except PermissionError:
+            yield "refused"
+print(*tried())
+watcher.confine()
+print(*tried())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    assert done.stdout.split() == ["done"] * 6 + ["done"] + ["refused"] * 5, done.stderr
