@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from sandbox import confine, sync, syscalls
+from sandbox.cgroups import CannotConfine
 from sandbox.init import forget_launcher
 from sandbox.loop import READ, AnyLoop
 from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_environment, check_strings, check_target, check_terminal
@@ -191,6 +192,7 @@ class Stream:
             reap(self.loop, self.pid)
             os.close(self.pidfd)
             self.pidfd = -1
+        self.loop.later(REAP_SECONDS, self.agent.drop_trees)
         for pump in self.pumps:
             pump.drain()
         if self.feed is not None:
@@ -231,8 +233,12 @@ def start(
         undo.callback(sync.close_all, mine)
         with contextlib.ExitStack() as always:
             always.callback(sync.close_all, [fd for fd in given if fd is not None])
+            try:
+                tree = agent.tree_for(order.stream_id)
+            except CannotConfine as error:
+                raise StepError("make cgroup", 0, str(error), "see `stockadectl doctor`") from error
             with step("start exec helper"):
-                pid, pidfd = syscalls.clone3(0, cgroup=agent.group.fd_for_clone())
+                pid, pidfd = syscalls.clone3(0, cgroup=tree.fd_for_clone())
             if pid == 0:
                 _helper(agent, order, theirs, given)
         stream.helper, stream.helper_fd = pid, pidfd

@@ -447,7 +447,7 @@ class Follow:
             self._is_built()
 
     def _take_listener(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Have the agent's calls answered from now on, and told of once it is ready: canaries are no acts of its own."""
+        """Have the agent's calls answered from now on, and told of once it is ready: canaries are not its acts."""
         agent = self._agent
         if agent.watching is None or agent.state is not State.BUILDING:
             return

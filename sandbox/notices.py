@@ -1,9 +1,9 @@
 """What of an agent's system calls is told, and how fast an agent may ask (pure).
 
-Every exec, and every call that no rule of the filter allows, waits for the watcher's answer. The answer never depends on
-what is decided here; only how soon it comes does. An agent that asks faster than `ASKED_PER_SECOND` is answered at that
-rate, so that a storm costs a bounded share of one processor and delays nobody else. Of execs the first are told one by
-one and the rest as a number; refused calls are told by name and number of times.
+Every exec, and every call that no rule of the filter allows, waits for the watcher's answer. The answer never depends
+on what is decided here; only how soon it comes does. An agent that asks faster than `ASKED_PER_SECOND` is answered at
+that rate, so that a storm costs a bounded share of one processor and delays nobody else. Of execs the first are told
+one by one and the rest as a number; refused calls are told by name and number of times.
 """
 
 from dataclasses import dataclass, field

@@ -107,6 +107,7 @@ class Agent:
     feed: "Feed | None" = None
     terminal: int = -1
     streams: "dict[str, Stream]" = field(default_factory=dict)
+    trees: "dict[str, Group]" = field(default_factory=dict)  # by stream: what it started, also what outlives it
     mounted: "dict[str, Mounted]" = field(default_factory=dict)  # by target
     stubs: tuple[str, ...] = ()  # places that could not be removed yet
     entered: bool = False  # a child of ours changes its mounts
@@ -152,6 +153,21 @@ class Agent:
         if self.agent_pidfd < 0:
             raise OSError(errno.ESRCH, "the first process is not known")
         syscalls.pidfd_send_signal(self.agent_pidfd, number)
+
+    def tree_for(self, stream_id: str) -> "Group":
+        """Make the group of a stream's processes, below the agent's own; raises `CannotConfine` or `OSError`."""
+        assert self.group is not None  # noqa: S101 - it runs
+        self.drop_trees()
+        self.trees[stream_id] = self.group.sub(f"x-{stream_id}")
+        return self.trees[stream_id]
+
+    def drop_trees(self) -> None:
+        """Remove the groups of streams of which nothing is left."""
+        for stream_id, tree in list(self.trees.items()):
+            if stream_id not in self.streams and not tree.populated():
+                with contextlib.suppress(CannotConfine, OSError):
+                    tree.remove(seconds_max=0.0)  # else with the agent's own group
+                del self.trees[stream_id]
 
     def watch_death(self) -> None:
         """Have `end` called when pid 1 is dead."""
@@ -274,6 +290,9 @@ class Agent:
 
     def _remove_group(self, ending: Ending) -> bool:
         group, self.group = self.group, None
+        for tree in self.trees.values():
+            tree.close()
+        self.trees.clear()
         if group is None:
             return False
         ending.left = tuple(group.pids()[:PIDS_SHOWN_MAX])

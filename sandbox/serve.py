@@ -12,6 +12,7 @@
     signal   agent_id or stream_id, signal -> ok
     kill     agent_id, deadline_ms         -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left,
                                               problem
+    end_exec agent_id, stream_id           -> processes_killed, verified_empty, left: of that exec, all descendants
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
     layer    agent_id                      -> ok + [top of what the agent changed, read-only]
@@ -25,8 +26,9 @@
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
 (agent_id, meta, posture + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id,
-status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there) and `called` (agent_id, stream_id,
-events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
+status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there) and `called` (agent_id,
+stream_id, events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`, one of them null. The stream_id
+of an agent's first process is its agent_id. The peer
 must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
 """
 
@@ -176,6 +178,7 @@ class Server:
             "resize": self._resize,
             "signal": self._signal,
             "kill": self._kill,
+            "end_exec": self._end_exec,
             "freeze": self._freeze,
             "thaw": self._thaw,
             "stats": self._stats,
@@ -508,6 +511,24 @@ class Server:
             return group.pids()[:PIDS_SHOWN_MAX]
         finally:
             group.close()
+
+    def _end_exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent = self.agent(message)
+        tree = agent.trees.get(str(message["stream_id"]))
+        if tree is None:  # nothing of it is left, or never was
+            answer(processes_killed=0, verified_empty=True, left=[])
+            return
+        count = len(tree.pids())
+        tree.kill()
+        self._await_empty(agent, str(message["stream_id"]), (count, time.monotonic() + KILL_DEADLINE_MS / 1000), answer)
+
+    def _await_empty(self, agent: Agent, stream_id: str, since: tuple[int, float], answer: Answer) -> None:
+        tree = agent.trees.get(stream_id)
+        left = [] if tree is None or not tree.populated() else tree.pids()[:PIDS_SHOWN_MAX]
+        if left and time.monotonic() < since[1]:
+            self.loop.later(FREEZE_POLL_SECONDS, lambda: self._await_empty(agent, stream_id, since, answer))
+            return
+        answer(processes_killed=since[0], verified_empty=not left, left=left)
 
     def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)

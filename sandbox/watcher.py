@@ -1,13 +1,13 @@
 """A small program that answers the system calls of agents that ask, and tells of them (see `watching.py`).
 
 Started as `watcher.py` with a socket to the launcher as descriptor 3, over which it is given listeners of seccomp
-filters. It gives up everything but the capability to read other processes (CAP_SYS_PTRACE) and the few calls that takes.
-Its answers are fixed: an exec goes on, anything else is refused. What it reads of a process is bounded, taken apart
-nowhere, and advisory: another thread can change a path between this look and the kernel's own (seccomp_unotify(2)).
-It ends with the launcher; calls that ask then wait for the next one.
+filters. It gives up everything but the capability to read other processes (CAP_SYS_PTRACE) and the few calls that this
+takes. Its answers are fixed: an exec goes on, anything else is refused. What it reads of a process is bounded, taken
+apart nowhere, and advisory: another thread can change a path between this look and the kernel's own
+(seccomp_unotify(2)). It ends with the launcher; calls that ask then wait for the next one.
 """
 
-# ruff: noqa: PTH100, PTH115, PTH120, PTH123 - strings and descriptors, as in the launcher
+# ruff: noqa: PTH100, PTH120, PTH123 - strings and descriptors, as in the launcher
 
 import os
 import sys
@@ -44,8 +44,8 @@ _EXECVE, _EXECVEAT = (221, 281) if os.uname().machine == "aarch64" else (59, 322
 _REFUSED: Final = errno.EPERM
 _AT_FDCWD_LOW: Final = 0xFFFFFF9C
 _ALLOWED: Final = (
-    # read, write, close, fstat, lseek, poll or ppoll, sendmsg, recvmsg, ioctl, process_vm_readv, mmap, munmap, mremap,
-    # mprotect, madvise, brk, futex, rt_sigreturn, rt_sigaction, rt_sigprocmask, clock_gettime, exit_group, exit
+    # For files: read, write, close, fstat, lseek, poll or ppoll, sendmsg, recvmsg, ioctl. For memory: process_vm_readv,
+    # mmap, munmap, mremap, mprotect, madvise, brk. Then futex, three of signals, clock_gettime, exit_group and exit.
     (63, 64, 57, 80, 62, 73, 211, 212, 29, 270, 222, 215, 216, 226, 233, 214, 98, 139, 134, 135, 113, 94, 93)
     if os.uname().machine == "aarch64"
     else (0, 1, 3, 5, 8, 7, 46, 47, 16, 310, 9, 11, 25, 10, 28, 12, 202, 15, 13, 14, 228, 231, 60)

@@ -1,8 +1,9 @@
 """The launcher's side of the watcher: which listener is whose, and a watcher that died is started again.
 
-The watcher (`watcher.py`) is a process of its own because it serves calls of hostile programs one after another, and the
-launcher must not wait for any of that. The launcher keeps every listener open too, and so does pid 1 of the agent: with
-the watcher gone, calls that ask wait, and are answered by the next one. With nobody left who could answer they fail.
+The watcher (`watcher.py`) is a process of its own because it serves calls of hostile programs one after another, and
+the launcher must not wait for any of that. The launcher keeps every listener open too, and so does pid 1 of the agent:
+with the watcher gone, calls that ask wait, and are answered by the next one. With nobody left who could answer they
+fail.
 """
 
 # ruff: noqa: PTH100 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = os.path.abspath(watcher.__file__)
 RESTART_SECONDS: Final = 0.05
 MESSAGES_PER_TURN_MAX: Final = 64
+
 
 class _Listener:
     """One filter's listener, kept until its agent or stream ends."""

@@ -76,6 +76,7 @@ class Description:
     authority: str = ""
     """The name of its certificate authority; empty where it has none."""
     transparent: bool = False
+    lease_seconds: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

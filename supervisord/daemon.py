@@ -47,6 +47,7 @@ from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching, Variant
 from supervisord.layers import Layers
+from supervisord.leases import Leases
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.outlets import dialer_configuration, worker_configuration
@@ -76,6 +77,7 @@ log = structlog.get_logger()
 
 SLOTS_DIR_NAME: Final = "stockade-slots"
 ENDINGS_DIR_NAME: Final = "ended-grants"
+LEASES_DIR_NAME: Final = "leases"
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 2.0
 ROOM_BYTES_MIN: Final = 256 * 1024
@@ -137,6 +139,7 @@ class Daemon:
         await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
         self._in_background(self._gateway_health.watch())
+        self._in_background(self._leases.watch_forever())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
@@ -284,6 +287,15 @@ class Daemon:
             entropy=os.urandom,
             now_ns=time.time_ns,
         )
+        self._leases = Leases(
+            agents=self._agents,
+            acts=self._acts,
+            killswitch=self._killswitch,
+            actions=self._actions,
+            directory=config.run_dir / "private" / LEASES_DIR_NAME,
+            now=time.monotonic,
+        )
+        self._agents.on_change.append(self._leases.changed)
 
     # --- the API
 
@@ -303,6 +315,7 @@ class Daemon:
                 policies=self._policies,
                 launcher=self._launcher,
                 layers=self._layers,
+                leases=self._leases,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,
@@ -686,7 +699,7 @@ def _publish(note: str, config: Config) -> None:
 
 
 def _compile_filters() -> dict[Variant, tuple[str, tuple[bytes, ...]]]:
-    """Every shipped seccomp profile, compiled once for each thing that can be told of: {variant: (digest, programs)}."""
+    """Every shipped seccomp profile, compiled for what can be told of: {variant: (digest, programs)}."""
     filters = {}
     for path in sorted((SHIPPED_DIR / "seccomp").glob("*.json")):
         profile = seccomp.load(path)

@@ -296,6 +296,7 @@ class Launching:
             budget=budget.to_json(),
             grants=self._grants(order, policy, caller),
             launched_at_ns=self._now_ns(),
+            lease_seconds=order.lease_seconds,
         )
 
     def _grants(self, order: LaunchOrder, policy: Policy, caller: Caller) -> tuple[LaunchGrant, ...]:

@@ -59,6 +59,7 @@ class LaunchOrder:
     stdin: bool = False
     owner: str = ""
     purpose: str = ""
+    lease_seconds: float = 0.0  # 0: it has none
 
 
 @dataclass(frozen=True, slots=True)

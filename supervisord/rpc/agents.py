@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import structlog
 from stockade.v1 import agents_pb2, agents_pb2_grpc
 
-from supervisord.callers import current_caller
-from supervisord.errors import InvalidInput, StockadeError
+from supervisord.callers import Role, current_caller
+from supervisord.errors import InvalidInput, PermissionDenied, StockadeError
 from supervisord.holds import Hold
 from supervisord.ids import agent_id as parse_agent_id
 from supervisord.ids import agent_name as parse_name
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
     from supervisord.layers import Layers
+    from supervisord.leases import Leases
     from supervisord.policies import PolicyShelf
 
 log = structlog.get_logger()
@@ -59,6 +60,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         policies: PolicyShelf,
         launcher: LauncherLink,
         layers: Layers,
+        leases: Leases,
         output_dir: Path,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -71,6 +73,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._policies = policies
         self._launcher = launcher
         self._layers = layers
+        self._leases = leases
         self._output_dir = output_dir
         self._entropy = entropy
         self._now_ns = now_ns
@@ -95,7 +98,8 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         return agents_pb2.LaunchResponse(agent=self._shown(agent), existed=existed)
 
     def _shown(self, agent: Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
-        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id))
+        left = self._leases.left(agent)
+        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id), lease_left=left)
 
     def _definition(self, request: agents_pb2.LaunchRequest) -> AgentSpec | None:
         if not request.definition_yaml:
@@ -272,6 +276,25 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         reason = convert.text("reason", request.reason)
         await self._acts.thaw(chosen, actor=current_caller().actor, reason=reason)
         return agents_pb2.ThawResponse(agents=[self._shown(agent) for agent in chosen])
+
+    async def Renew(self, request: agents_pb2.RenewRequest, _context: Context) -> agents_pb2.RenewResponse:
+        agent, caller = self._agents.find(request.agent), current_caller()
+        if caller.actor != agent.what.launched_by and caller.role < Role.ADMIN:
+            raise PermissionDenied(
+                f"cannot renew the lease of {agent.name}: {agent.what.launched_by} holds it",
+                remedy="have its holder renew it, or an admin",
+            )
+        await self._leases.renew(agent, actor=caller.actor)
+        return agents_pb2.RenewResponse(agent=self._shown(agent))
+
+    async def KillExec(self, request: agents_pb2.KillExecRequest, _context: Context) -> agents_pb2.KillExecResponse:
+        agent = self._agents.find_live(request.agent)
+        reason = convert.text("reason", request.reason)
+        stream_id = convert.text("stream_id", request.stream_id)
+        killed = await self._acts.kill_exec(agent, stream_id, actor=current_caller().actor, reason=reason)
+        return agents_pb2.KillExecResponse(
+            processes_killed=killed.processes, verified_empty=killed.verified_empty, left_pids=killed.left_pids
+        )
 
     async def Hold(self, request: agents_pb2.HoldRequest, _context: Context) -> agents_pb2.HoldResponse:
         kind = request.target.WhichOneof("target")

@@ -18,6 +18,7 @@ from supervisord.approvals import Offer
 from supervisord.budgets import MICROUSD_PER_USD, parse_budget
 from supervisord.errors import InvalidInput
 from supervisord.ids import LABELS_MAX, agent_name, label, policy_name
+from supervisord.leases import lease_seconds
 from supervisord.lifecycle import State
 from supervisord.plan import LaunchOrder
 from supervisord.policy import AgentSpec, LimitsWanted, Policy, Workspace
@@ -112,6 +113,7 @@ def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> L
         stdin=spec.stdin,
         owner=text("owner", spec.owner or base.owner),
         purpose=text("purpose", spec.purpose or base.purpose),
+        lease_seconds=lease_seconds(seconds(spec.lease)) if spec.HasField("lease") else 0.0,
     )
 
 
@@ -251,7 +253,13 @@ def timestamp(nanoseconds: int | None) -> Timestamp | None:
     return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
-def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes: bool = False) -> agents_pb2.Agent:
+def agent(
+    value: core.Agent,
+    usage: Mapping[str, int] | None = None,
+    *,
+    changes: bool = False,
+    lease_left: float | None = None,
+) -> agents_pb2.Agent:
     what = value.what
     message = agents_pb2.Agent(
         agent_id=value.agent_id,
@@ -277,6 +285,8 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
         changes_kept=changes,
     )
     json_format.ParseDict(value.posture, message.posture)
+    if lease_left is not None:
+        message.lease_left.FromNanoseconds(int(lease_left * 1e9))
     if what.workspace:
         mode = _WORKSPACE_MODES.get(what.workspace_mode, agents_pb2.WORKSPACE_MODE_READ_ONLY)
         message.workspace.CopyFrom(agents_pb2.Workspace(path=what.workspace, mode=mode))

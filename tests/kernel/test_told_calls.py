@@ -164,15 +164,16 @@ def test_what_an_operator_starts_is_told_as_that_and_also_what_outlives_it(launc
 
 
 def test_the_agent_can_have_no_listener_of_its_own(launcher: Launcher) -> None:
-    code = """
+    number = 317 if os.uname().machine == "x86_64" else 277
+    code = f"""
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 program = (ctypes.c_uint64 * 1)(0x7fff000000000006)  # return ALLOW
 fprog = (ctypes.c_uint64 * 2)(1, ctypes.addressof(program))
 for flags in (8, 0):
-    print(libc.syscall(%d, 1, flags, fprog), ctypes.get_errno())
+    print(libc.syscall({number}, 1, flags, fprog), ctypes.get_errno())
     ctypes.set_errno(0)
-""" % (317 if os.uname().machine == "x86_64" else 277)
+"""
     agent = launcher.run([PYTHON, "-c", code], **TOLD)
     assert agent.stdout.splitlines() == ["-1 1", "0 0"], "a filter of its own it can have"
 
@@ -238,7 +239,9 @@ try:
 except OSError as error:
     print(error.errno)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False
+    )
     assert done.stdout == "38\n", done.stderr  # ENOSYS
 
 
@@ -301,5 +304,7 @@ print(*tried())
 watcher.confine()
 print(*tried())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False
+    )
     assert done.stdout.split() == ["done"] * 6 + ["done"] + ["refused"] * 5, done.stderr

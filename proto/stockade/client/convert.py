@@ -85,12 +85,17 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         changes_kept=message.changes_kept,
         counters=dict(message.counters),
         effective=struct(message.effective),
+        lease_left=message.lease_left.ToTimedelta().total_seconds() if message.HasField("lease_left") else None,
     )
 
 
 def struct(message: Struct) -> values.JsonObject:
     """A Struct as a mapping, its whole numbers as such."""
     return {key: whole(value) for key, value in MessageToDict(message).items()}
+
+
+def killed_exec(message: agents_pb2.KillExecResponse) -> values.KilledExec:
+    return values.KilledExec(message.processes_killed, message.verified_empty, tuple(message.left_pids))
 
 
 def workspace(message: agents_pb2.Workspace) -> values.Workspace:
@@ -353,6 +358,7 @@ class LaunchOptions(TypedDict, total=False):
     stdin: bool  # it will be written by attach(); else stdin is empty
     owner: str
     purpose: str
+    lease: float | timedelta  # not renewed for so long, it is frozen, and killed after as long again
     definition: bytes  # the text of a file of kind Agent; everything above goes before what it says
     definition_path: str
     agent_id: str  # chosen by the caller, so that a retry finds the first attempt
@@ -385,6 +391,8 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
         spec.limits.cpus = options["cpus"]
     if "pids" in options:
         spec.limits.pids = options["pids"]
+    if "lease" in options:
+        set_seconds(spec.lease, options["lease"])
     if "terminal" in options:
         spec.tty.rows, spec.tty.cols = options["terminal"]
     path = options.get("definition_path", "")

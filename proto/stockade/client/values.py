@@ -90,6 +90,17 @@ class AgentInfo:
     counters: Mapping[str, int] = field(default_factory=dict)
     """How often it met its limits; only there when one agent is asked for."""
     changes_kept: bool = False
+    lease_left: float | None = None
+    """Seconds until it is frozen, or killed where it is frozen for that already; None without a lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class KilledExec:
+    """What ending the processes of one exec found."""
+
+    processes_killed: int
+    verified_empty: bool
+    left_pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
