@@ -168,7 +168,7 @@ class Launching:
                 known = self._known(order, caller=caller, agent_id=agent_id, idempotency_key=idempotency_key)
                 if known is not None:
                     return known, True
-                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name, rootfs_digest=image.digest)
             files, opened = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
             root = None
             if image is not None:

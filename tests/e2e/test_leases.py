@@ -46,7 +46,7 @@ def test_without_renewal_an_agent_is_frozen_then_killed_and_with_it_neither(stoc
         stockade.wait(lambda: state(stockade, "kept") == "FROZEN", 10)
         assert kept.renew().state.value == "RUNNING", "its holder is back in time"
     seen = verbs(stockade, "left")
-    assert [verb for verb in seen if verb in ("lease.lapse", "agent.freeze", "agent.kill")][0] == "lease.lapse"
+    assert next(verb for verb in seen if verb in ("lease.lapse", "agent.freeze", "agent.kill")) == "lease.lapse"
     assert {"agent.freeze", "agent.kill"} <= set(seen)
     assert "agent.thaw" in verbs(stockade, "kept")
     assert "lease.lapse" not in verbs(stockade, "free")

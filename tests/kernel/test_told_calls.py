@@ -270,7 +270,7 @@ def test_a_storm_is_counted_whole_told_in_part_and_delays_nobody(launcher: Launc
     assert beside < seconds, "it did not wait for the storm"
 
     def total(found: list[dict[str, Any]]) -> int:
-        return len(executed(found)) + sum(event["times"] for event in found if event["kind"] == "execs")
+        return len(executed(found)) + sum(int(event["times"]) for event in found if event["kind"] == "execs")
 
     events = called(launcher, storm, lambda found: total(found) == 4 * each + 1 and refused(found).get(UNSHARE) == 200)
     assert len(executed(events)) <= notices.TOLD_AT_ONCE_MAX + notices.TOLD_PER_SECOND * (seconds + 1)
