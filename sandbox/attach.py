@@ -322,6 +322,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         listener = confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         if listener >= 0:
             send(control, {"listener": True}, [listener])
+            os.close(listener)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)
     except StepError as error:
