@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import grp
+import json
 import os
+import pwd
 import signal
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from stockade.client import Stockade
 
 from supervisord.leases import GRACE_SECONDS_MIN
-from tests.support.instance import Instance
+from tests.support.instance import Instance, bin_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,9 +22,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
 
 
+OTHER = pwd.getpwnam("nobody")
+
+
 @pytest.fixture(scope="module")
 def stockade() -> Iterator[Instance]:
-    with Instance.start() as instance:
+    group = grp.getgrgid(OTHER.pw_gid).gr_name
+    with Instance.start(f'[control]\ngroup = "{group}"\n') as instance:
         yield instance
 
 
@@ -94,3 +102,38 @@ def test_one_exec_is_killed_by_itself(stockade: Instance) -> None:
             assert session.stream_id == stream
     assert state(stockade, "entered") == "RUNNING"
     assert "exec.kill" in verbs(stockade, "entered")
+
+
+def test_nobody_but_its_holder_or_an_admin_renews_a_lease(stockade: Instance) -> None:
+    def as_other(*words: str) -> int:
+        return subprocess.run(
+            [bin_dir() / "stockadectl", *words],
+            env=stockade.environment,
+            user=OTHER.pw_uid,
+            group=OTHER.pw_gid,
+            extra_groups=[],
+            capture_output=True,
+            timeout=30,
+            check=False,
+        ).returncode
+
+    stockade.launch("--name", "ours", "--lease", "100s", "--", "sleep", "1000")
+    assert as_other("launch", "--name", "theirs", "--lease", "100s", "--", "sleep", "1000") == 0
+    assert as_other("renew", "ours") == 4
+    assert as_other("renew", "theirs") == 0
+    assert stockade.ctl("renew", "theirs").code == 0, "root is an admin"
+
+
+def test_kills_by_owner_and_at_once_share_one_receipt(stockade: Instance) -> None:
+    for name, owner in (("a1", "red"), ("a2", "red"), ("b1", "blue")):
+        stockade.launch("--name", name, "--owner", owner, "--", "sleep", "1000")
+    command = [bin_dir() / "stockadectl", "-o", "json", "kill", "--owner", "red"]
+    kills = [subprocess.Popen(command, env=stockade.environment, stdout=subprocess.PIPE) for _ in range(4)]
+    answers = [json.loads(kill.communicate(timeout=60)[0]) for kill in kills]
+    by_agent: dict[str, set[str]] = {}
+    for receipt in [receipt for answer in answers for receipt in answer]:
+        assert receipt["verified_empty"]
+        by_agent.setdefault(receipt["name"], set()).add(receipt["receipt_id"])
+    assert set(by_agent) == {"a1", "a2"}
+    assert all(len(receipts) == 1 for receipts in by_agent.values())
+    assert state(stockade, "b1") == "RUNNING"

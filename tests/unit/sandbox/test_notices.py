@@ -1,0 +1,61 @@
+"""How much of what agents execute and are refused is told, and how fast they may ask."""
+
+from __future__ import annotations
+
+from sandbox import notices
+from sandbox.notices import Account
+
+BEGIN = 1000.0
+
+
+def test_execs_are_told_one_by_one_up_to_the_limit_and_then_at_its_rate() -> None:
+    account = Account.opened(BEGIN)
+    told = [account.executes(BEGIN) for _ in range(notices.TOLD_AT_ONCE_MAX + 1)]
+    assert told == [True] * notices.TOLD_AT_ONCE_MAX + [False]
+    assert account.due(BEGIN) == [], "not at once: a storm would be a line each"
+    assert account.due(BEGIN + notices.SUMMARY_SECONDS_MIN) == [{"kind": "execs", "times": 1}]
+    later = BEGIN + 1
+    assert sum(account.executes(later) for _ in range(100)) == int(notices.TOLD_PER_SECOND)
+
+
+def test_nothing_is_lost_where_everything_is_asked_for() -> None:
+    account = Account.opened(BEGIN)
+    account.leave_out(7, BEGIN)
+    account.refuses(5, BEGIN)
+    assert account.due(BEGIN, everything=True) == [
+        {"kind": "refused", "call": 5, "times": 1},
+        {"kind": "execs", "times": 7},
+    ]
+    assert account.due(BEGIN, everything=True) == []
+
+
+def test_a_refused_call_is_told_at_once_and_then_summed_up() -> None:
+    account = Account.opened(BEGIN)
+    account.refuses(101, BEGIN)
+    assert account.due(BEGIN) == [{"kind": "refused", "call": 101, "times": 1}]
+    for _ in range(3):
+        account.refuses(101, BEGIN + 1)
+    account.refuses(102, BEGIN + 1)
+    assert account.due(BEGIN + 1) == [{"kind": "refused", "call": 102, "times": 1}]
+    due = account.due(BEGIN + notices.SUMMARY_SECONDS_MIN)
+    assert due == [{"kind": "refused", "call": 101, "times": 3}]
+
+
+def test_numbers_that_an_agent_makes_up_are_bounded() -> None:
+    account = Account.opened(BEGIN)
+    for number in range(notices.CALLS_MAX + 50):
+        account.refuses(number, BEGIN)
+    assert len(account.refused) == notices.CALLS_MAX + 1
+    assert {"kind": "refused", "call": -1, "times": 50} in account.due(BEGIN)
+    account.refuses(9999, BEGIN + 2 * notices.SUMMARY_SECONDS_MIN)
+    assert len(account.refused) < notices.CALLS_MAX, "what was told long ago is forgotten"
+
+
+def test_who_asks_too_fast_waits_and_no_longer_than_it_overdrew() -> None:
+    account = Account.opened(BEGIN)
+    for _ in range(notices.ASKED_AT_ONCE_MAX):
+        account.asked.take(BEGIN)
+    assert account.asked.wait_seconds(BEGIN) == 0
+    account.asked.take(BEGIN)
+    assert account.asked.wait_seconds(BEGIN) == 1 / notices.ASKED_PER_SECOND
+    assert account.asked.wait_seconds(BEGIN + 1) == 0
