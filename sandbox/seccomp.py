@@ -289,9 +289,12 @@ def _refuse(name: str) -> int:
 
 
 def call_name(number: int) -> str:
-    """Return the name of a call of this machine, or its number where this libseccomp has none."""
-    name = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, number)
-    return name.decode() if isinstance(name, bytes) else str(name or number)
+    """Return the name of a call of this machine, or its number where this libseccomp has none: agents make them up."""
+    try:
+        name = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, number)
+    except ValueError:
+        return str(number)
+    return name.decode() if isinstance(name, bytes) else str(number)
 
 
 def _allow_list(profile: Profile, *, execs: bool, refusals: bool) -> tuple[bytes, list[str]]:

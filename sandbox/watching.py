@@ -10,6 +10,7 @@ fail.
 
 import contextlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -91,8 +92,11 @@ class Watching:
             self._send({"key": listener.key, "told": False})
 
     def close(self) -> None:
+        """End the process; it would end by itself, and nothing here is to wait for that."""
         if self._pidfd >= 0:
             self._loop.forget(self._pidfd)
+            with contextlib.suppress(OSError):
+                syscalls.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             os.close(self._pidfd)
             self._pidfd = -1
         self._hang_up()
@@ -114,7 +118,7 @@ class Watching:
         except OSError:
             # It reads nothing: the next one will.
             with contextlib.suppress(OSError):
-                syscalls.pidfd_send_signal(self._pidfd, 9)
+                syscalls.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _hear(self) -> None:
         for _ in range(MESSAGES_PER_TURN_MAX):

@@ -141,6 +141,8 @@ for call in [lambda: libc.unshare(0x10000000)] * 7 + [lambda: libc.ptrace(0, 0, 
     assert agent.stdout == plain.stdout == "-1 1\n" * 8 + "0 0\n", "what is allowed still is"
     times = refused(called(launcher, agent, lambda found: refused(found).get(UNSHARE) == 7))
     assert times[UNSHARE] == 7
+    made_up = launcher.run([PYTHON, "-c", "import ctypes; ctypes.CDLL(None).syscall(400)"], **TOLD)
+    assert refused(called(launcher, made_up, lambda found: refused(found) != {})) == {400: 1}
     ptrace = 101 if os.uname().machine == "x86_64" else 117
     assert times[ptrace] == 1
 
