@@ -127,7 +127,7 @@ def test_nobody_but_its_holder_or_an_admin_renews_a_lease(stockade: Instance) ->
 def test_kills_by_owner_and_at_once_share_one_receipt(stockade: Instance) -> None:
     for name, owner in (("a1", "red"), ("a2", "red"), ("b1", "blue")):
         stockade.launch("--name", name, "--owner", owner, "--", "sleep", "1000")
-    command = [bin_dir() / "stockadectl", "-o", "json", "kill", "--owner", "red"]
+    command = [str(bin_dir() / "stockadectl"), "-o", "json", "kill", "--owner", "red"]
     kills = [subprocess.Popen(command, env=stockade.environment, stdout=subprocess.PIPE) for _ in range(4)]
     answers = [json.loads(kill.communicate(timeout=60)[0]) for kill in kills]
     by_agent: dict[str, set[str]] = {}
