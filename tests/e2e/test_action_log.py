@@ -32,7 +32,7 @@ def test_a_log_is_shown_proven_handed_over_and_copied(tmp_path: Path) -> None:
         stockade.wait(lambda: len(lines(out)) >= stockade.json("log", "status")["size"] - 1, 20)
         gone = {sink["name"]: sink for sink in stockade.json("log", "status")["sinks"]}["gone"]
         assert gone["delivered_seq"] == 0
-        stockade.wait(lambda: stockade.json("actions", "--verb", "log.sink") != [], 30)
+        stockade.wait(lambda: stockade.actions("--verb", "log.sink") != [], 30)
         doctor = json.loads(stockade.ctl("-o", "json", "doctor").out)["findings"]
         sinks = {item["control"]: item for item in doctor if item["control"].startswith("log sink")}
         assert (sinks["log sink file"]["present"], sinks["log sink gone"]["present"]) == (True, False)

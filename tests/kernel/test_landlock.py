@@ -13,20 +13,21 @@ if TYPE_CHECKING:
     from tests.support.launcher import Launcher
 
 SERVER = """
-import signal, socket, sys
-signal.signal(signal.SIGUSR1, lambda *_: (print('signalled', flush=True), sys.exit(0)))
+import signal, socket
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # one that comes before it is waited for stays pending
 local = socket.socket(); local.bind(('127.0.0.1', 8080)); local.listen()
 own = socket.socket(); own.connect(('127.0.0.1', 8080))
 named = socket.socket(socket.AF_UNIX); named.bind('\\0sktest'); named.listen()
 print('ready', flush=True)
 named.accept()
-signal.pause()
+signal.sigwait([signal.SIGUSR1])
+print('signalled', flush=True)
 """
 CLIENT = """
 import os, signal, socket
 socket.socket(socket.AF_UNIX).connect('\\0sktest')
 def command(pid): return open(f'/proc/{pid}/cmdline', 'rb').read()
-pid = next(entry for entry in os.listdir('/proc') if entry.isdigit() and b'signal.pause' in command(entry))
+pid = next(entry for entry in os.listdir('/proc') if entry.isdigit() and b'signal.sigwait' in command(entry))
 os.kill(int(pid), signal.SIGUSR1)
 """
 # A ruleset that scopes signals (2) or abstract sockets (1), as Landlock's ABI 6 offers.
