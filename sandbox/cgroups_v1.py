@@ -226,6 +226,8 @@ class HybridLayout(Layout):
         }
 
     def _limit_memory(self, memory: Path, limits: Limits) -> None:
+        if self._swap_limited:  # of an earlier plan; memory alone may not go above it
+            write(memory / "memory.memsw.limit_in_bytes", "-1", remedy=_REMEDY)
         write(memory / "memory.limit_in_bytes", str(limits.memory_bytes), remedy=_REMEDY)
         if self._swap_limited:  # memory and swap together, so equal means no swap; it may not be set below the first
             both = min(limits.memory_bytes + limits.swap_bytes, 1 << 62)

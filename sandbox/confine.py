@@ -77,12 +77,6 @@ def resize(terminal: int, tty: Tty) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", tty.rows, tty.cols, 0, 0))
 
 
-def lower(plan: SandboxPlan) -> None:
-    """Start a session and set resource limits; comes before the user namespace, whose /proc files would not open."""
-    start_session()
-    limit(plan)
-
-
 def start_session() -> None:
     with step("start session"):
         os.setsid()
@@ -151,6 +145,16 @@ def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
         if not keep_capabilities:
             capabilities.drop()
     # The change of ids set it anew from fs.suid_dumpable: until execve nobody of these ids may look into this process.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+
+
+def rehearse() -> None:
+    """Do what `become` does, as root of the host that stays so: what it touches is in place when that is for good."""
+    for number in range(capabilities.LAST + 1):
+        syscalls.prctl(syscalls.PR_CAPBSET_READ, number)
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 

@@ -18,8 +18,6 @@ regain govern nothing, and a fresh /proc mounts where the host's has covers. The
 namespace because from inside it could not be joined.
 """
 
-# ruff: noqa: PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
-
 import contextlib
 import fcntl
 import gc
@@ -32,9 +30,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from sandbox import canaries, confine, etc, mounts, syscalls
+from sandbox import canaries, confine, etc, javatrust, mounts, syscalls
 from sandbox.plan import INIT_INSIDE, SandboxPlan
-from sandbox.sync import StepError, receive, send, step
+from sandbox.sync import StepError, close_all, receive, send, step
 
 FLAGS: Final = (
     syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
@@ -97,8 +95,9 @@ def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], 
             syscalls.unshare(syscalls.CLONE_NEWCGROUP)
         with step("make mounts private"):
             syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        store = None
         if standard is not None:
-            mounts.make_standard(standard.base, standard.plan, None, Clock().mark)
+            store = mounts.make_standard(standard.base, standard.plan, None, Clock().mark)
         built, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with step("start agent process"):
             pid, pidfd = syscalls.clone3(0)
@@ -112,29 +111,22 @@ def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], 
         os.close(pidfd)
         if standard is not None:
             _warm(standard.plan)
-        _build(control, told, pid, standard)
+        _build(control, told, pid, store)
 
 
 def _warm(plan: SandboxPlan) -> None:
-    """Do what a launch does with values, so that by then the pages it touches are this process's own."""
-    SandboxPlan.from_json(plan.to_json())
-    etc.files(plan)
+    """Do what a launch does, where it changes nothing, so that by then the pages it touches are this process's own.
 
-
-def _own_pages() -> None:
-    """Copy what this process shares with its parent before a launch waits for it; execve gives it all back.
-
-    A page that is copied when it is first written costs a fault, 1 to 4 us each, and Python writes to whatever it
-    reads.
+    Not all pages at once, as the stub does: this process lives as long as its agent.
     """
-    with open("/proc/self/maps") as maps:
-        lines = maps.read().splitlines()
-    for line in lines:
-        words = line.split()
-        if words[1] == "rw-p" and (len(words) < 6 or words[5] in ("[heap]", "[stack]")):  # noqa: PLR2004 - named or not
-            start, end = (int(word, 16) for word in words[0].split("-"))
-            with contextlib.suppress(OSError):
-                syscalls.populate(start, end - start)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        send(ours, {"plan": plan.to_json()}, [0])
+        message, fds = receive(theirs)
+        close_all(fds)
+    if message is not None:
+        etc.files(SandboxPlan.from_json(message["plan"]))
+    confine.rehearse()
 
 
 @contextlib.contextmanager
@@ -165,8 +157,11 @@ def forget_launcher(control: socket.socket, keep: Sequence[int] = ()) -> None:
     syscalls.set_process_name("stockade-init")
 
 
-def _build(control: socket.socket, told: socket.socket, agent: int, standard: Standard | None) -> NoReturn:
-    """Perform the plan when it comes; with the launcher's end of file instead there is nothing to do."""
+def _build(control: socket.socket, told: socket.socket, agent: int, store: javatrust.Begun | None) -> NoReturn:
+    """Perform the plan when it comes; with the launcher's end of file instead there is nothing to do.
+
+    `store` is there where the standard mounts are.
+    """
     message, fds = receive(control)
     if message is None:
         os._exit(0)
@@ -185,14 +180,14 @@ def _build(control: socket.socket, told: socket.socket, agent: int, standard: St
             syscalls.setdomainname("(none)")
     clock.mark("namespaces")
 
-    if standard is None:
+    if store is None:
         tree = given["rootfs"]
-        mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
+        store = mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
     staged = {
         name: None if given[name] is None else mounts.Staged(fds[given[name]], f"{message['stage']}/{name}")
         for name in ("image", "home")
     }
-    mounts.make_own(plan, staged["image"], staged["home"], clock.mark)
+    mounts.make_own(plan, store, image=staged["image"], home=staged["home"], mark=clock.mark)
     mounts.attach_binds(plan, [fds[index] for index in given["binds"]], message["stage"])
     mounts.hide(plan.hide)
     clock.mark("binds")
@@ -239,7 +234,8 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         # The root that pid 1 pivots to becomes the root of whoever has the old one.
         os.chdir("/")
         if standard is not None:
-            _own_pages()
+            _warm(standard.plan)
+        confine.start_session()
         message, fds = receive(control)
         if message is None:
             os._exit(0)
@@ -251,7 +247,7 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         if "network" not in weak:
             with step("enter network namespace"):
                 syscalls.setns(fds[given["network"]], syscalls.CLONE_NEWNET)
-        confine.lower(plan)
+        confine.limit(plan)
         if "user_namespace" not in weak:
             with step("enter user namespace"):
                 syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)

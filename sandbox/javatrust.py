@@ -11,7 +11,10 @@ import hashlib
 import re
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _MAGIC: Final = 0xFEEDFEED
 _VERSION: Final = 2
@@ -35,20 +38,39 @@ class Change:
     tail: bytes
 
 
-def with_certificates(store: bytes, pem: str) -> Change:
-    """Give how to add the certificates of a PEM text; a store of another format than JKS counts as empty."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A store that was looked at and hashed, to become one with `more` certificates."""
+
+    head: bytes
+    at: int
+    more: int
+    digest: hashlib._Hash
+
+    def with_certificates(self, added: Sequence[bytes]) -> Change:
+        """Give how to add these, in DER; as many as it was begun for."""
+        entries = b"".join(_entry(f"stockade-{number}", der) for number, der in enumerate(added))
+        digest = self.digest.copy()
+        digest.update(entries)
+        return Change(self.head, self.at, entries + digest.digest())
+
+
+def begin(store: bytes, more: int) -> Begun:
+    """Look at a store ahead of need; one of another format than JKS counts as empty."""
     at, count = _HEAD.size, 0
     if len(store) >= _HEAD.size + _DIGEST_BYTES:
         magic, version, there = _HEAD.unpack_from(store)
         if (magic, version) == (_MAGIC, _VERSION):
             at, count = len(store) - _DIGEST_BYTES, there
-    added = [base64.b64decode(text) for text in _PEM.findall(pem)]
-    entries = b"".join(_entry(f"stockade-{number}", der) for number, der in enumerate(added))
-    head = _HEAD.pack(_MAGIC, _VERSION, count + len(added))
+    head = _HEAD.pack(_MAGIC, _VERSION, count + more)
     digest = hashlib.sha1(_SEASONING + head)  # noqa: S324 - the format's own
     digest.update(memoryview(store)[_HEAD.size : at])
-    digest.update(entries)
-    return Change(head, at, entries + digest.digest())
+    return Begun(head, at, more, digest)
+
+
+def certificates(pem: str) -> list[bytes]:
+    """Give the certificates of a PEM text, in DER."""
+    return [base64.b64decode(text) for text in _PEM.findall(pem)]
 
 
 def _entry(alias: str, der: bytes) -> bytes:

@@ -24,7 +24,7 @@ import stat
 import time
 from typing import Final
 
-from sandbox import cgroups, syscalls
+from sandbox import cgroups, pages, syscalls
 from sandbox.guard import Guard
 from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
@@ -196,6 +196,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
     loop, workshop = server.loop, server.workshop
     last = time.monotonic()
     full = False
+    made = 0
     while loop.running:
         busy = loop.turn(WAIT_SECONDS if full else IDLE_SECONDS)
         now = time.monotonic()
@@ -209,6 +210,9 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             # Stocks are filled when nobody waits, one piece a turn.
             more = workshop.holders.refill() or workshop.starters.refill() or workshop.stock.refill()
             full = workshop.pool.refill(1) == 0 and not more
+            if full and workshop.starters.made + workshop.holders.made != made:
+                made = workshop.starters.made + workshop.holders.made
+                pages.own()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sandbox.cgroups import Layout
 from sandbox.guard import Guard
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
-from sandbox.plan import OWNER_INSIDE, SandboxPlan
+from sandbox.plan import OWNER_INSIDE, SandboxPlan, dumps
 from sandbox.running import EXEC_SECONDS_MAX, Agent, State
 from sandbox.scratch import HOME_ID, UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
@@ -159,13 +159,14 @@ def begin(
             message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
             message["stage"] = f"{workshop.run_dir}/stage"
             with step("send plan"):
-                send(starter.stub, message, given)
-                send(starter.control, message, given)
+                data = dumps(message)
+                sync.send_encoded(starter.control, data, given)
+                sync.send_encoded(starter.stub, data, given)
             clock.mark("send")
         agent.pid = starter.pid
         # While they build, and before anybody hears of it: what a later launcher does not know it kills.
         with step("keep what a restart needs", "make room in the run directory (`df /run`)"):
-            save(agent)
+            save(agent, wire, starter.start_ticks)
         undo.pop_all()
     agent.pidfd = starter.pidfd
     agent.control, agent.builder = starter.stub, starter.control
@@ -596,23 +597,18 @@ def swaps() -> bool:
         return len(file.read(4096).splitlines()) > 1
 
 
-def save(agent: Agent) -> None:
+def save(agent: Agent, wire: dict[str, Any], start_ticks: int) -> None:
     """Leave what a restarted launcher needs to find the agent again."""
     path = f"{agent.directory}/state.json"
     state = {
-        "plan": agent.plan.to_json(),
+        "plan": wire,
         "meta": agent.meta,
         "pid": agent.pid,
-        "start_ticks": start_ticks(agent.pid),
+        "start_ticks": start_ticks,
         "group": agent.group_name,
     }
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(state, file)
+    # Not json.dump, which writes piece by piece and does without the encoder in C.
+    with open(path, "xb") as file:
+        file.write(json.dumps(state).encode())
     if agent.mounted:
         mounted.save(agent)
-
-
-def start_ticks(pid: int) -> int:
-    """Return when the process began, in clock ticks since boot; with the pid this names it for good (proc(5))."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read(4096).rpartition(b")")[2].split()[19])

@@ -61,10 +61,11 @@ _TTY_GROUP_INSIDE: Final = 5
 _IN_ROOT: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
-def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> None:
+def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable[[str], None]) -> javatrust.Begun:
     """Build at `base` (an existing directory) what does not depend on who the agent is, and go there.
 
-    `tree` is a detached mount of the directory that stands for `/`; None for the host's own.
+    `tree` is a detached mount of the directory that stands for `/`; None for the host's own. Returns what `make_own`
+    goes on from.
     """
     weak = frozenset(plan.weaken)
     with step("make root"):
@@ -78,7 +79,7 @@ def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable
         _show_rootfs(plan, rootfs, read_only="read_only_root" not in weak, safe="mount_flags" not in weak)
     mark("rootfs")
     with step("show /etc"):
-        _show_etc(plan, rootfs)
+        store = _show_etc(plan, rootfs)
         os.close(rootfs)
     mark("etc")
     with step("mount /dev"):
@@ -87,6 +88,7 @@ def make_standard(base: str, plan: SandboxPlan, tree: int | None, mark: Callable
     with step("mount /proc"):
         _make_proc(weak)
     mark("proc")
+    return store
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +108,21 @@ class Staged:
         return os.open(self.stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def make_own(plan: SandboxPlan, image: Staged | None, home: Staged | None, mark: Callable[[str], None]) -> None:
+def make_own(
+    plan: SandboxPlan,
+    store: javatrust.Begun,
+    *,
+    image: Staged | None,
+    home: Staged | None,
+    mark: Callable[[str], None],
+) -> None:
     """Add what is this agent's own: files below /etc, the group of its terminals, scratch. Works in the root to be.
 
     `image` is the agent's disk-backed scratch, None for memory; `home` the image of a home that is kept.
     """
     weak = frozenset(plan.weaken)
     with step("write /etc"):
-        _write_etc(plan)
+        _write_etc(plan, store)
     mark("own etc")
     with step("mount scratch"):
         if "devices" not in weak:
@@ -206,26 +215,34 @@ def _names(directory: int) -> list[str]:
         os.close(fd)
 
 
-def _show_etc(plan: SandboxPlan, rootfs: int) -> None:
-    """Show what is shown of the /etc of the root file system."""
+def _show_etc(plan: SandboxPlan, rootfs: int) -> javatrust.Begun:
+    """Show what is shown of the /etc of the root file system, and write what is the same for all."""
     os.symlink("/proc/self/mounts", "etc/mtab")
     os.mkdir("etc/stockade", 0o755)
     _write(f"etc/{etc.CA_BUNDLE_INSIDE}", _file_of(rootfs, etc.CA_BUNDLE) + b"\n")
-    _write(f"etc/{etc.JAVA_STORE_INSIDE}", _file_of(rootfs, etc.JAVA_STORE))
+    store = _file_of(rootfs, etc.JAVA_STORE)
+    _write(f"etc/{etc.JAVA_STORE_INSIDE}", store)
+    for name, text in etc.FIXED.items():
+        _write(f"etc/{name}", text.encode())
+    # Nearly always it is the agent's own authority that is added.
+    begun = javatrust.begin(store, len(javatrust.certificates(plan.ca_certificate or "")) or 1)
     try:
         source = os.open("etc", _DIRECTORY, dir_fd=rootfs)
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return begun
     host = plan.rootfs.kind == "host"
     for name in os.listdir(source):
         if name not in etc.NEVER and name not in etc.OWN and (etc.wanted(name) if host else True):
             _show_entry(source, name, f"etc/{name}", _RO | _SAFE)
     os.close(source)
+    return begun
 
 
-def _write_etc(plan: SandboxPlan) -> None:
+def _write_etc(plan: SandboxPlan, begun: javatrust.Begun) -> None:
     """Write the agent's own files; one that stands where the root file system's is shown takes its place."""
-    files = etc.files(plan)
+    files = {name: text for name, text in etc.files(plan).items() if etc.FIXED.get(name) != text}
+    for name in etc.FIXED.keys() & files.keys():
+        os.unlink(f"etc/{name}")
     for top in {name.split("/", 1)[0] for name in files} - etc.OWN:
         if os.path.lexists(f"etc/{top}"):
             _uncover(f"etc/{top}")
@@ -237,8 +254,11 @@ def _write_etc(plan: SandboxPlan) -> None:
             os.write(fd, plan.ca_certificate.encode())
         finally:
             os.close(fd)
+        added = javatrust.certificates(plan.ca_certificate)
         with open(f"etc/{etc.JAVA_STORE_INSIDE}", "r+b", buffering=0, opener=_no_link) as store:
-            change = javatrust.with_certificates(store.read(), plan.ca_certificate)
+            if begun.more != len(added):
+                begun = javatrust.begin(store.read(), len(added))
+            change = begun.with_certificates(added)
             store.seek(0)
             store.write(change.head)
             store.seek(change.at)

@@ -280,7 +280,7 @@ class SandboxPlan:
     VERSION: ClassVar[int] = 1
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"version": self.VERSION}
+        return {"version": self.VERSION, **_plain_values(self)}
 
     @classmethod
     def from_json(cls, value: object) -> "SandboxPlan":
@@ -461,6 +461,15 @@ def unpack_filters(blob: bytes) -> tuple[bytes, ...]:
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _plain_values(value: Any) -> Any:
+    """Do what `dataclasses.asdict` does, without its copies: what is in a plan cannot change."""
+    if type(value) is tuple:
+        return [_plain_values(item) for item in value]
+    slots = getattr(type(value), "__slots__", None)
+    return value if slots is None else {name: _plain_values(getattr(value, name)) for name in slots}
+
 
 T = TypeVar("T")
 Decoder = Callable[[object, str], Any]

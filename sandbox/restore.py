@@ -16,11 +16,11 @@ from typing import Final
 
 from sandbox import cgroups, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
-from sandbox.launching import start_ticks
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
 from sandbox.scratch import Image, again
 from sandbox.serve import Server
+from sandbox.starters import start_ticks
 from sandbox.stdio import Feed, Pump, RotatingFile
 
 STORED_FIRST: Final = 3

@@ -5,7 +5,7 @@ none makes one on the spot, by the same code. A starter has seen nothing of any 
 the host, its /etc) is compared before it is used, and one that is stale is thrown away.
 """
 
-# ruff: noqa: PTH116 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH116, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import os
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sandbox.cgroups import Group
 
 READY: Final = 2
-USUAL_MEMORY_BYTES_MIN: Final = 64 << 20
+# A starter begun under less than this would be late, or killed.
+ROOMY: Final = Limits(memory_bytes=64 << 20, cpus=0.5, pids=16)
 # Lowered before a plan is sent; until then only code of ours runs.
 UNLIMITED: Final = Limits(memory_bytes=1 << 50, cpus=1024, pids=4 << 20)
 
@@ -37,6 +38,8 @@ class Starter:
     group: "Group"
     pid: int
     pidfd: int
+    start_ticks: int
+    limits: Limits
     control: socket.socket
     stub: socket.socket
     standard: init.Standard | None
@@ -50,9 +53,11 @@ class Starters:
         self._layout = layout
         self._instance = instance
         self._size = size
-        self._number = 0
+        self.made = 0
         self._stock: list[Starter] = []
         self._leaving: list[Starter] = []
+        # Of the last plan: the next one most often has the same, and finds them in force.
+        self._limits = UNLIMITED
         self._mounts = 0
         self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._mounts_changed = select.poll()
@@ -70,12 +75,16 @@ class Starters:
                 self.discard(starter)
                 starter = None
         if starter is None:
-            starter = self._make(init.flags(plan.weaken), self._standard if usual else None, seen, plan.limits)
+            rates = (plan.limits.io_read_bytes_per_second, plan.limits.io_write_bytes_per_second)
+            limits = replace(UNLIMITED, io_read_bytes_per_second=rates[0], io_write_bytes_per_second=rates[1])
+            starter = self._make(init.flags(plan.weaken), self._standard if usual else None, seen, limits)
         try:
-            self._layout.limit(self._instance, starter.name, plan.limits)
+            if starter.limits != plan.limits:
+                self._layout.limit(self._instance, starter.name, plan.limits)
         except (CannotConfine, OSError) as error:
             self.discard(starter)
             raise StepError("limit cgroup", getattr(error, "errno", 0) or 0, str(error)) from error
+        self._limits = plan.limits if usual and _roomy(plan.limits) else UNLIMITED
         return starter
 
     def _usual(self, plan: SandboxPlan) -> bool:
@@ -98,7 +107,7 @@ class Starters:
         if len(self._stock) < self._size:
             # A launch tells of the problem, if it lasts.
             with contextlib.suppress(StepError):
-                self._stock.append(self._make(init.FLAGS, self._standard, seen, UNLIMITED))
+                self._stock.append(self._make(init.FLAGS, self._standard, seen, self._limits))
                 return len(self._stock) < self._size
         return bool(self._leaving)
 
@@ -110,16 +119,11 @@ class Starters:
         return (self._mounts, *(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr")))
 
     def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...], limits: Limits) -> Starter:
-        self._number += 1
-        name = f"s{os.getpid()}-{self._number}"
+        self.made += 1
+        name = f"s{os.getpid()}-{self.made}"
         with contextlib.ExitStack() as undo:
             try:
-                rates = (limits.io_read_bytes_per_second, limits.io_write_bytes_per_second)
-                group = self._layout.create(
-                    self._instance,
-                    name,
-                    replace(UNLIMITED, io_read_bytes_per_second=rates[0], io_write_bytes_per_second=rates[1]),
-                )
+                group = self._layout.create(self._instance, name, limits)
             except (CannotConfine, OSError) as error:
                 number = getattr(error, "errno", 0) or 0
                 raise StepError("make cgroup", number, str(error), "see `stockadectl doctor`") from error
@@ -136,7 +140,7 @@ class Starters:
                 if pid == 0:
                     init.main(theirs, their_stub, group.entry_fds(), standard)
             undo.pop_all()
-        return Starter(name, group, pid, pidfd, control, stub, standard, seen)
+        return Starter(name, group, pid, pidfd, start_ticks(pid), limits, control, stub, standard, seen)
 
     def discard(self, starter: Starter) -> None:
         """Kill it; its processes and group are let go of when they are dead."""
@@ -167,6 +171,16 @@ class Starters:
 def _remove(group: "Group") -> None:
     with contextlib.suppress(CannotConfine, OSError):
         group.remove()
+
+
+def _roomy(limits: Limits) -> bool:
+    return all(getattr(limits, name) >= getattr(ROOMY, name) for name in ("memory_bytes", "cpus", "pids"))
+
+
+def start_ticks(pid: int) -> int:
+    """Return when the process began, in clock ticks since boot; with the pid this names it for good (proc(5))."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read(4096).rpartition(b")")[2].split()[19])
 
 
 def _usual(instance: str) -> SandboxPlan:

@@ -80,7 +80,11 @@ def enlarge(sock: socket.socket) -> None:
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message; raises `BlockingIOError` where the socket does not block and is full."""
-    data = dumps(message)
+    send_encoded(sock, dumps(message), fds)
+
+
+def send_encoded(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Do the same with a message that is bytes already, for those that go to more than one."""
     if len(data) > MESSAGE_BYTES_MAX:
         raise OSError(errno.EMSGSIZE, f"message of {len(data)} bytes is longer than {MESSAGE_BYTES_MAX}")
     if len(fds) > FDS_MAX:
@@ -94,8 +98,10 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
     Raises `ValueError` on a message that is cut, not JSON, or not an object; its descriptors are closed.
     """
+    # Room for what comes and not for the most that may: a mebibyte that is freed again stays with the heap.
+    size = sock.recv_into(bytearray(1), 0, socket.MSG_PEEK | socket.MSG_TRUNC)
     data, ancillary, flags, _ = sock.recvmsg(
-        MESSAGE_BYTES_MAX + 1, socket.CMSG_SPACE(4 * (FDS_MAX + 3)), socket.MSG_CMSG_CLOEXEC
+        min(size, MESSAGE_BYTES_MAX) + 1, socket.CMSG_SPACE(4 * (FDS_MAX + 3)), socket.MSG_CMSG_CLOEXEC
     )
     fds: list[int] = []
     for level, kind, content in ancillary:

@@ -45,12 +45,14 @@ class Holders:
         self._size = size
         self._ready: list[_Holder] = []
         self._used: list[_Holder] = []
+        self.made = 0
 
     def refill(self) -> bool:
         """Let go of those that were used, make one more if one is missing; True where more are missing still."""
         self.end_used()
         if len(self._ready) < self._size:
             self._ready.append(_hold())
+            self.made += 1
         return len(self._ready) < self._size
 
     def begin(self, owner: int) -> "Making":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STOCK: Final = 4
 FRESH_MAX: Final = 64
+FILL_SECONDS: Final = 0.05
 NAME_BYTES: Final = 8
 CA_FILE_BYTES_MAX: Final = 64 * 1024
 
@@ -64,7 +65,8 @@ class Authorities:
         """Make some ahead, one at a time between other things."""
         if not self._filling:
             self._filling = True
-            asyncio.get_running_loop().call_soon(self._fill_one)
+            # Later: each costs what a launch that goes on would have to wait for.
+            asyncio.get_running_loop().call_later(FILL_SECONDS, self._fill_one)
 
     def _fill_one(self) -> None:
         self._filling = False

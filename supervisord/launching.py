@@ -320,13 +320,13 @@ class Launching:
             for file in files:
                 if file.wanted.layer:
                     self._layers.add(agent, file, fd=fds[file.index])
-            intent = asyncio.ensure_future(self._actions.record(_intent(agent, policy, plan, caller)))
+            # The launcher first: both are waited for before anything runs, and it takes longer than the log.
             building = asyncio.ensure_future(self._build(agent, plan, fds))
+            intent = asyncio.ensure_future(self._admit(agent, _intent(agent, policy, plan, caller)))
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             if sockets is not None:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
-            self.give_scopes(agent)
             self.open_gate(agent)
             await self.open_transparent(agent)
             _check_wanted(agent)
@@ -339,6 +339,10 @@ class Launching:
             await asyncio.shield(undo)
             raise
         await recorded[0]
+
+    async def _admit(self, agent: Agent, intent: Action) -> Entry:
+        self.give_scopes(agent)
+        return await self._actions.record(intent)
 
     async def _build(self, agent: Agent, plan: SandboxPlan, fds: list[int]) -> Reply:
         _check_wanted(agent)  # in one go with the order: after it a kill finds the agent at the launcher

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 30.0
 END_SECONDS = 20.0
+# In memory, as /run is wherever systemd runs.
+RUN = Path("/run") if Path("/run").is_mount() else Path("/dev/shm")
 SLOTS = Path("/run/stockade-slots")  # where instances claim ranges of uids
 OWNER = 1000  # somebody who is not root: workspaces belong to people
 
@@ -66,7 +68,7 @@ class Instance:
         name = f"t{secrets.token_hex(3)}"
         directory = Path(tempfile.mkdtemp(prefix="sktest-", dir="/var/tmp"))
         directory.chmod(0o755)
-        run_dir = Path("/run") / f"sktest-{name}"
+        run_dir = RUN / f"sktest-{name}"
         (directory / "policies").mkdir()
         for file, text in (policies or {}).items():
             (directory / "policies" / file).write_text(text)

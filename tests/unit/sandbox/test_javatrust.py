@@ -6,14 +6,15 @@ import base64
 import hashlib
 import struct
 
-from sandbox.javatrust import with_certificates
+from sandbox.javatrust import begin, certificates
 
 DER = b"0\x82certificate"
 PEM = "-----BEGIN CERTIFICATE-----\n" + base64.b64encode(DER).decode() + "\n-----END CERTIFICATE-----\n"
 
 
 def added(store: bytes, pem: str) -> bytes:
-    change = with_certificates(store, pem)
+    added = certificates(pem)
+    change = begin(store, len(added)).with_certificates(added)
     return change.head + store[len(change.head) : change.at] + change.tail
 
 
