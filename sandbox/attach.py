@@ -288,6 +288,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         forget_launcher(control, keep=[target, *(fd for fd in given if fd is not None)])
         # Here: in the sandbox's /proc this process does not exist, and in its user namespace it has no say.
         confine.limit(agent.plan)
+        confine.let_be_killed()
         weak = set(agent.plan.weaken)
         wanted = _ALL
         wanted &= ~syscalls.CLONE_NEWPID if "private_pid" in weak else ~0

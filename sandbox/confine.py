@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NoReturn
 
 from sandbox import capabilities, landlock, syscalls
-from sandbox.plan import SandboxPlan, Tty, unpack_filters
+from sandbox.plan import SandboxPlan, Tty, agent_filters
 from sandbox.sync import StepError, step
 
 SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -87,10 +87,9 @@ def start_session() -> None:
 
 
 def limit(plan: SandboxPlan) -> None:
-    """Set resource limits and the score; while still root of the host, and with a /proc that shows this process."""
+    """Set resource limits; while still root of the host."""
     with step("set resource limits"):
         _limit(plan, core="rlimits" not in plan.weaken)
-        let_be_killed()
 
 
 def let_be_killed() -> None:
@@ -127,7 +126,8 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
     if wanted and "landlock" not in plan.weaken and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
-    install(filters, plan)
+    if "seccomp" not in plan.weaken:
+        install(agent_filters(filters))
 
 
 def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
@@ -158,12 +158,10 @@ def rehearse() -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
-def install(filters: bytes, plan: SandboxPlan) -> None:
-    """Load the seccomp programs. Last, because it forbids what the other steps need."""
-    if "seccomp" in plan.weaken:
-        return
+def install(programs: Sequence[bytes]) -> None:
+    """Load seccomp programs. Last, because they forbid what the other steps need."""
     with step("load seccomp filter"):
-        for program in unpack_filters(filters):
+        for program in programs:
             syscalls.seccomp_filter(program)
 
 

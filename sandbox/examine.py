@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox.plan import INIT_INSIDE, SandboxPlan, unpack_filters
+from sandbox.plan import INIT_INSIDE, SandboxPlan, agent_filters
 
 if TYPE_CHECKING:
     from sandbox.running import Agent
@@ -108,11 +108,14 @@ def at_launch(agent: "Agent") -> dict[str, Any]:
     return confinement(pid) | identity(pid)
 
 
-def drift(plan: SandboxPlan, filters: bytes, seen: Mapping[str, Any]) -> list[str]:
-    """Name every way in which a process is less confined than planned; more confined is the program's own affair."""
+def drift(plan: SandboxPlan, programs: int, seen: Mapping[str, Any]) -> list[str]:
+    """Name every way in which a process is less confined than planned; more confined is the program's own affair.
+
+    `programs` is how many of seccomp it should have.
+    """
     weak = frozenset(plan.weaken)
     found = []
-    planned = 0 if "seccomp" in weak else len(unpack_filters(filters))
+    planned = 0 if "seccomp" in weak else programs
     if seen["seccomp_filters"] < planned or (planned and seen["seccomp_mode"] != 2):  # noqa: PLR2004 - filter mode
         found.append(f"seccomp: mode {seen['seccomp_mode']}, {seen['seccomp_filters']} filters of {planned}")
     if not seen["no_new_privs"] and "new_privileges" not in weak:
@@ -139,6 +142,11 @@ def drift(plan: SandboxPlan, filters: bytes, seen: Mapping[str, Any]) -> list[st
     return found
 
 
+def programs(agent: "Agent") -> int:
+    """Say how many seccomp programs the agent's own processes have at least."""
+    return len(agent_filters(agent.filters)) if agent.filters else 0
+
+
 # --- when somebody asks --------------------------------------------------------------------------------------------
 
 
@@ -147,7 +155,7 @@ def examine(agent: "Agent") -> dict[str, Any]:
     plan = agent.plan
     pid = pid_of(agent.agent_pidfd)
     seen = confinement(pid) | identity(pid)
-    found = drift(plan, agent.filters, seen)
+    found = drift(plan, programs(agent), seen)
     more: dict[str, Any] = {
         "limits": agent.group.in_force() if agent.group is not None else {},
         "rlimits": rlimits(_read(f"/proc/{pid}/limits")),
@@ -184,7 +192,8 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     init = dataclasses.replace(agent.plan, uid=INIT_INSIDE, gid=INIT_INSIDE)
     for pid in [pid for pid in pids if pid != first][: PROCESSES_MAX - 1]:
         try:
-            differs = drift(init if pid == agent.pid else agent.plan, agent.filters, confinement(pid))
+            seen = confinement(pid)
+            differs = drift(init, 1, seen) if pid == agent.pid else drift(agent.plan, programs(agent), seen)
         except (OSError, LookupError):
             continue  # it ended meanwhile
         count += 1

@@ -23,6 +23,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import signal
 import socket
 import time
@@ -31,8 +32,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from sandbox import canaries, confine, etc, javatrust, mounts, syscalls
-from sandbox.plan import INIT_INSIDE, SandboxPlan
-from sandbox.sync import StepError, close_all, receive, send, step
+from sandbox.plan import INIT_INSIDE, SandboxPlan, init_filter
+from sandbox.sync import StepError, close_all, receive, receive_bytes, send, send_bytes, step
 
 FLAGS: Final = (
     syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
@@ -51,6 +52,26 @@ class Standard:
 
     base: str
     plan: SandboxPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the launcher tells both processes: a plan that it has checked, and which descriptor is what."""
+
+    plan: SandboxPlan
+    fds: dict[str, Any]
+    base: str
+    stage: str
+
+    def dumps(self) -> bytes:
+        """Write it for children of this very process; quicker to read than JSON, and nobody else can write to them."""
+        return pickle.dumps(self, pickle.HIGHEST_PROTOCOL)
+
+
+def _receive(control: socket.socket) -> tuple[Order | None, list[int]]:
+    data, fds = receive_bytes(control)
+    order: Order | None = pickle.loads(data) if data else None  # noqa: S301 - of the parent that this was forked from
+    return order, fds
 
 
 class Clock:
@@ -121,11 +142,11 @@ def _warm(plan: SandboxPlan) -> None:
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        send(ours, {"plan": plan.to_json()}, [0])
-        message, fds = receive(theirs)
+        send_bytes(ours, Order(plan, {}, "", "").dumps(), [0])
+        order, fds = _receive(theirs)
         close_all(fds)
-    if message is not None:
-        etc.files(SandboxPlan.from_json(message["plan"]))
+    if order is not None:
+        etc.files(order.plan)
     confine.rehearse()
 
 
@@ -162,12 +183,11 @@ def _build(control: socket.socket, told: socket.socket, agent: int, store: javat
 
     `store` is there where the standard mounts are.
     """
-    message, fds = receive(control)
-    if message is None:
+    order, fds = _receive(control)
+    if order is None:
         os._exit(0)
     clock = Clock()
-    plan = SandboxPlan.from_json(message["plan"])
-    given: dict[str, Any] = message["fds"]
+    plan, given = order.plan, order.fds
     weak = frozenset(plan.weaken)
     clock.mark("receive")
 
@@ -182,13 +202,13 @@ def _build(control: socket.socket, told: socket.socket, agent: int, store: javat
 
     if store is None:
         tree = given["rootfs"]
-        store = mounts.make_standard(message["base"], plan, None if tree is None else fds[tree], clock.mark)
+        store = mounts.make_standard(order.base, plan, None if tree is None else fds[tree], clock.mark)
     staged = {
-        name: None if given[name] is None else mounts.Staged(fds[given[name]], f"{message['stage']}/{name}")
+        name: None if given[name] is None else mounts.Staged(fds[given[name]], f"{order.stage}/{name}")
         for name in ("image", "home")
     }
     mounts.make_own(plan, store, image=staged["image"], home=staged["home"], mark=clock.mark)
-    mounts.attach_binds(plan, [fds[index] for index in given["binds"]], message["stage"])
+    mounts.attach_binds(plan, [fds[index] for index in given["binds"]], order.stage)
     mounts.hide(plan.hide)
     clock.mark("binds")
     with step("enter root"):
@@ -236,12 +256,11 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         if standard is not None:
             _warm(standard.plan)
         confine.start_session()
-        message, fds = receive(control)
-        if message is None:
+        order, fds = _receive(control)
+        if order is None:
             os._exit(0)
         clock = Clock()
-        plan = SandboxPlan.from_json(message["plan"])
-        given: dict[str, Any] = message["fds"]
+        plan, given = order.plan, order.fds
         weak = frozenset(plan.weaken)
         filters = b"" if "seccomp" in weak else _read(fds[given["filter"]])
         if "network" not in weak:
@@ -318,7 +337,8 @@ def _reap(
     with socket.socket(fileno=FD_CONTROL) as launcher, _reporting(launcher, ends=False):
         confine.become(INIT_INSIDE, INIT_INSIDE)
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-        confine.install(filters, plan)
+        if filters:
+            confine.install((init_filter(filters),))
         send(launcher, {"sealed": True})
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

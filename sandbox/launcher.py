@@ -195,24 +195,33 @@ def _discard(fd: int) -> None:
 def _run(server: Server, linger_seconds: float | None) -> None:
     loop, workshop = server.loop, server.workshop
     last = time.monotonic()
-    full = False
-    made = 0
+    full = filling = False
+    forks = 0
     while loop.running:
-        busy = loop.turn(WAIT_SECONDS if full else IDLE_SECONDS)
+        busy = loop.turn(0 if filling else WAIT_SECONDS if full else IDLE_SECONDS)
         now = time.monotonic()
         if busy or server.agents or server.connections:
             last = now
         if linger_seconds is not None and now - last > linger_seconds:
             return
         if busy:
-            full = False
+            full = filling = False
         elif not any(agent.state in _BEGINNING for agent in server.agents.values()):
-            # Stocks are filled when nobody waits, one piece a turn.
-            more = workshop.holders.refill() or workshop.starters.refill() or workshop.stock.refill()
-            full = workshop.pool.refill(1) == 0 and not more
-            if full and workshop.starters.made + workshop.holders.made != made:
-                made = workshop.starters.made + workshop.holders.made
+            # Stocks are filled when there was nothing to do for a moment, one piece a turn.
+            full, filling = _refill(workshop)
+            if full and workshop.forks != forks:
+                forks = workshop.forks
                 pages.own()
+
+
+def _refill(workshop: Workshop) -> tuple[bool, bool]:
+    """Make a piece or two for the stocks; whether they are full, and whether to go on at once."""
+    forks = workshop.forks
+    more = workshop.holders.refill() or workshop.starters.refill()
+    image = not more and workshop.stock.refill()
+    networks = workshop.pool.refill(1)
+    # Not at once where it is the end of a discarded one that is waited for.
+    return not (more or image or networks), bool(image or networks or workshop.forks != forks)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from sandbox.cgroups import Layout
 from sandbox.guard import Guard
 from sandbox.loop import READ, Loop
 from sandbox.netpool import CannotMakeNetwork, Net, Pool
-from sandbox.plan import OWNER_INSIDE, SandboxPlan, dumps
+from sandbox.plan import SandboxPlan
 from sandbox.running import EXEC_SECONDS_MAX, Agent, State
 from sandbox.scratch import HOME_ID, UPPER, CannotMakeScratch, Image, Stock, geometry
 from sandbox.starters import Starters
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sweeper import Sweeper
 from sandbox.sync import StepError, ToldError, receive, send, step
-from sandbox.userns import Holders, Making
+from sandbox.userns import Ahead, Holders, Making
 
 # Below what the daemon waits for an answer (launcher_link): it hears of a failure, and that nothing is left.
 BUILD_SECONDS_MAX: Final = 20.0
@@ -58,6 +58,11 @@ class Workshop:
     filters: dict[str, bytes] = field(default_factory=dict)
 
     leaving: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+
+    @property
+    def forks(self) -> int:
+        """Count the processes made ahead: each shares this one's memory, which is copied when it is next written to."""
+        return self.starters.made + self.holders.made
 
     def put_away(self, image: Image) -> None:
         """Let go of an image; until that is done, `when_free` of its path waits."""
@@ -135,7 +140,7 @@ def begin(
     clock = init.Clock()
     with contextlib.ExitStack() as undo:
         with step("make user namespace"):
-            users = workshop.holders.begin(plan.ids.host(OWNER_INSIDE))
+            users = workshop.holders.begin(plan.ids)
         undo.callback(workshop.holders.end_used)
         starter = workshop.starters.take(plan)
         undo.callback(workshop.starters.discard, starter)
@@ -156,12 +161,11 @@ def begin(
             order, given = _gather(workshop, agent, (fds, users), mine, undo)
             agent.degraded = degraded(plan, agent.lacking)
             clock.mark("gather")
-            message = {"plan": wire, "base": f"{workshop.run_dir}/root", "fds": order}
-            message["stage"] = f"{workshop.run_dir}/stage"
+            begun = init.Order(plan, order, base=f"{workshop.run_dir}/root", stage=f"{workshop.run_dir}/stage")
             with step("send plan"):
-                data = dumps(message)
-                sync.send_encoded(starter.control, data, given)
-                sync.send_encoded(starter.stub, data, given)
+                data = begun.dumps()
+                sync.send_bytes(starter.control, data, given)
+                sync.send_bytes(starter.stub, data, given)
             clock.mark("send")
         agent.pid = starter.pid
         # While they build, and before anybody hears of it: what a later launcher does not know it kills.
@@ -210,7 +214,7 @@ def _put_away(agent: Agent) -> None:
 def _gather(
     workshop: Workshop,
     agent: Agent,
-    sources: tuple[list[int], Making],
+    sources: tuple[list[int], Making | Ahead],
     mine: contextlib.ExitStack,
     undo: contextlib.ExitStack,
 ) -> tuple[dict[str, Any], list[int]]:
@@ -528,7 +532,7 @@ def _verify(agent: Agent, said: dict[str, Any]) -> None:
     agent.seen["securebits"] = hex(said["securebits"])
     if "canary" in said:
         agent.seen["canary"] = {"digest": canaries.digest(), **said["canary"]}
-    drift = examine.drift(agent.plan, agent.filters, agent.seen)
+    drift = examine.drift(agent.plan, examine.programs(agent), agent.seen)
     # Only the process itself can read these (capabilities(7)); it was ours when it said so.
     if said["securebits"] != capabilities.SECUREBITS and "capabilities" not in agent.plan.weaken:
         drift.append(f"securebits: {said['securebits']:#x}, not {capabilities.SECUREBITS:#x}")

@@ -460,6 +460,16 @@ def unpack_filters(blob: bytes) -> tuple[bytes, ...]:
     return tuple(programs)
 
 
+def agent_filters(blob: bytes) -> tuple[bytes, ...]:
+    """Give the programs of an agent's own processes: all but the first."""
+    return unpack_filters(blob)[1:]
+
+
+def init_filter(blob: bytes) -> bytes:
+    """Give the program of pid 1, which is the first: it waits and ends, and needs little for that."""
+    return unpack_filters(blob)[0]
+
+
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,13 @@ _U64_MAX: Final = 2**64 - 1
 _JUMP_MAX: Final = 255
 _Instruction: TypeAlias = tuple[int, str, str, int]
 
+# What pid 1 of a sandbox does once it has given up everything: tell the launcher, wait, write one file, end; and what
+# its interpreter needs for that (memory, signals).
+INIT_CALLS: Final = (
+    "brk", "clock_gettime", "close", "exit", "exit_group", "futex", "madvise", "mmap", "mremap", "munmap", "pwrite64",
+    "restart_syscall", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sendmsg", "wait4", "write",
+)  # fmt: skip
+
 # <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>: only what the second program uses.
 _LD_W_ABS, _JEQ_K, _JGE_K, _RET_K, _AND_K = 0x20, 0x15, 0x35, 0x06, 0x54
 _OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARGUMENTS = 0, 4, 16
@@ -102,10 +109,14 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """BPF programs in the order of installation; `unknown` are calls this libseccomp has no number for (refused)."""
+    """BPF programs in the order of installation, and the one of pid 1.
+
+    `unknown` are calls that this libseccomp has no number for; they are refused.
+    """
 
     digest: str
     programs: tuple[bytes, ...]
+    init: bytes
     unknown: tuple[str, ...] = ()
 
 
@@ -264,14 +275,24 @@ def _errno(where: str, value: object) -> str:
 def compile(profile: Profile) -> Filters:  # noqa: A001 - always used as seccomp.compile
     """The programs for this machine's architecture; raises `InvalidProfile` where there is none."""
     main, unknown = _allow_list(profile)
-    programs = (main, _second(profile))
-    for program in programs:
+    programs, init = (main, _second(profile)), _init(profile)
+    for program in (init, *programs):
         if len(program) // 8 > INSTRUCTIONS_MAX:
             raise InvalidProfile(f"profile {profile.name}: more than {INSTRUCTIONS_MAX} instructions")
     digest = hashlib.sha256()
-    for program in programs:
+    for program in (init, *programs):
         digest.update(struct.pack("<I", len(program)) + program)
-    return Filters(f"sha256:{digest.hexdigest()}", programs, tuple(unknown))
+    return Filters(f"sha256:{digest.hexdigest()}", programs, init, tuple(unknown))
+
+
+def _init(profile: Profile) -> bytes:
+    """The program of pid 1, whatever the profile allows the agent."""
+    built = _filter(profile)
+    for call in INIT_CALLS:
+        number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
+        if number >= 0:
+            built.add_rule(pyseccomp.ALLOW, number)
+    return _exported(built)
 
 
 def _refuse(name: str) -> int:
@@ -280,9 +301,7 @@ def _refuse(name: str) -> int:
 
 def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
     """The first program, and the calls that this libseccomp does not know, which stay refused."""
-    built = pyseccomp.SyscallFilter(_refuse(profile.default))
-    # Also the answer to x32 numbers and to int 0x80: only the native ABI is in the filter.
-    built.set_attr(pyseccomp.Attr.ACT_BADARCH, _refuse(profile.other_architectures))
+    built = _filter(profile)
     # A binary tree: the kernel runs a program for every call number when it is loaded (seccomp_cache_prepare).
     built.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)
     unknown = []
@@ -297,10 +316,21 @@ def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
                 unknown.append(call)
             elif number >= 0:  # below -1: a call of other architectures only
                 built.add_rule(action, number, *conditions)
+    return _exported(built), unknown
+
+
+def _filter(profile: Profile) -> pyseccomp.SyscallFilter:
+    built = pyseccomp.SyscallFilter(_refuse(profile.default))
+    # Also the answer to x32 numbers and to int 0x80: only the native ABI is in the filter.
+    built.set_attr(pyseccomp.Attr.ACT_BADARCH, _refuse(profile.other_architectures))
+    return built
+
+
+def _exported(built: pyseccomp.SyscallFilter) -> bytes:
     with tempfile.TemporaryFile() as file:
         built.export_bpf(file)
         file.seek(0)
-        return file.read(), unknown
+        return bytes(file.read())
 
 
 def _second(profile: Profile) -> bytes:

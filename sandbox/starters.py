@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from sandbox import init, sync, syscalls
 from sandbox.cgroups import CannotConfine, Layout
+from sandbox.mounts import HOST_ROOT
 from sandbox.plan import AGENT_ID_FIRST, IdRange, Limits, SandboxPlan, Scratch
 from sandbox.sync import StepError, step
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sandbox.cgroups import Group
 
 READY: Final = 2
+SHOWN: Final = frozenset(name.encode() for name in (*HOST_ROOT, "etc", "dev"))
 # A starter begun under less than this would be late, or killed.
 ROOMY: Final = Limits(memory_bytes=64 << 20, cpus=0.5, pids=16)
 # Lowered before a plan is sent; until then only code of ours runs.
@@ -58,10 +60,10 @@ class Starters:
         self._leaving: list[Starter] = []
         # Of the last plan: the next one most often has the same, and finds them in force.
         self._limits = UNLIMITED
-        self._mounts = 0
         self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._mounts_changed = select.poll()
         self._mounts_changed.register(self._mountinfo, select.POLLPRI)
+        self._mounts = self._shown_mounts()
         self._standard = init.Standard(base, _usual(instance))
 
     def take(self, plan: SandboxPlan) -> Starter:
@@ -113,10 +115,20 @@ class Starters:
 
     def _signature(self) -> tuple[int, ...]:
         """Return what changes when the host mounts something, or its root or /etc gets, loses or replaces an entry."""
-        # The kernel tells of a change to the mounts of this process once a change (proc(5), mountinfo).
+        # The kernel tells of a change to the mounts of this process once a change (proc(5), mountinfo). Most are of
+        # others: of containers, and of network namespaces that have a name.
         if self._mounts_changed.poll(0):
-            self._mounts += 1
+            self._mounts = self._shown_mounts()
         return (self._mounts, *(os.stat(path).st_mtime_ns for path in ("/", "/etc", "/usr")))
+
+    def _shown_mounts(self) -> int:
+        """Return what changes with the mounts that a starter shows a part of."""
+        os.lseek(self._mountinfo, 0, os.SEEK_SET)
+        text = b""
+        while piece := os.read(self._mountinfo, 1 << 16):
+            text += piece
+        # Field 5 is where it is mounted, escaped.
+        return hash(tuple(line for line in text.splitlines() if _shows(line.split(b" ", 5)[4])))
 
     def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...], limits: Limits) -> Starter:
         self.made += 1
@@ -171,6 +183,10 @@ class Starters:
 def _remove(group: "Group") -> None:
     with contextlib.suppress(CannotConfine, OSError):
         group.remove()
+
+
+def _shows(place: bytes) -> bool:
+    return place == b"/" or place[1:].split(b"/", 1)[0] in SHOWN
 
 
 def _roomy(limits: Limits) -> bool:

@@ -80,11 +80,11 @@ def enlarge(sock: socket.socket) -> None:
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message; raises `BlockingIOError` where the socket does not block and is full."""
-    send_encoded(sock, dumps(message), fds)
+    send_bytes(sock, dumps(message), fds)
 
 
-def send_encoded(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
-    """Do the same with a message that is bytes already, for those that go to more than one."""
+def send_bytes(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Do the same with a message that is bytes already."""
     if len(data) > MESSAGE_BYTES_MAX:
         raise OSError(errno.EMSGSIZE, f"message of {len(data)} bytes is longer than {MESSAGE_BYTES_MAX}")
     if len(fds) > FDS_MAX:
@@ -98,6 +98,21 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
     Raises `ValueError` on a message that is cut, not JSON, or not an object; its descriptors are closed.
     """
+    data, fds = receive_bytes(sock)
+    if not data and not fds:
+        return None, []
+    try:
+        message = json.loads(data.decode("utf-8", "surrogateescape"))
+        if not isinstance(message, dict):
+            raise ValueError("message is not a JSON object")  # noqa: TRY004 - one class for what the peer sent
+    except (ValueError, RecursionError) as error:
+        close_all(fds)
+        raise ValueError(f"cannot read message: {error}") from error
+    return message, fds
+
+
+def receive_bytes(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """Do the same with a message of `send_bytes`; both are empty at end-of-file. Raises `ValueError` on a cut one."""
     # Room for what comes and not for the most that may: a mebibyte that is freed again stays with the heap.
     size = sock.recv_into(bytearray(1), 0, socket.MSG_PEEK | socket.MSG_TRUNC)
     data, ancillary, flags, _ = sock.recvmsg(
@@ -109,18 +124,12 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
             received = array.array("i")
             received.frombytes(content[: len(content) - len(content) % received.itemsize])
             fds += received
-    if not data and not fds:
-        return None, []
-    try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MESSAGE_BYTES_MAX:
-            raise ValueError(f"message is longer than {MESSAGE_BYTES_MAX} bytes or has more than {FDS_MAX} descriptors")
-        message = json.loads(data.decode("utf-8", "surrogateescape"))
-        if not isinstance(message, dict):
-            raise ValueError("message is not a JSON object")  # noqa: TRY004 - one class for what the peer sent
-    except (ValueError, RecursionError) as error:
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MESSAGE_BYTES_MAX:
         close_all(fds)
-        raise ValueError(f"cannot read message: {error}") from error
-    return message, fds
+        raise ValueError(
+            f"cannot read message: it is longer than {MESSAGE_BYTES_MAX} bytes or has more than {FDS_MAX} descriptors"
+        )
+    return data, fds
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from sandbox import confine, syscalls
-from sandbox.plan import IdRange
+from sandbox.plan import AGENT_ID_LAST, OWNER_INSIDE, IdRange
 
 HOLDERS: Final = 3
 USED_MAX: Final = 8
@@ -46,17 +46,41 @@ class Holders:
         self._ready: list[_Holder] = []
         self._used: list[_Holder] = []
         self.made = 0
+        # Id ranges are given out one after the other: the next agent most often has the one after the last.
+        self._next: IdRange | None = None
+        self._ahead: dict[int, int] = {}
 
     def refill(self) -> bool:
         """Let go of those that were used, make one more if one is missing; True where more are missing still."""
         self.end_used()
+        if self._next is not None and self._next.start not in self._ahead:
+            self._make_ahead(self._next)
         if len(self._ready) < self._size:
             self._ready.append(_hold())
             self.made += 1
         return len(self._ready) < self._size
 
-    def begin(self, owner: int) -> "Making":
-        """Have one make its namespace, owned by this host id; to be finished, or let be."""
+    def _make_ahead(self, ids: IdRange) -> None:
+        self._forget_ahead()
+        try:
+            self._ahead[ids.start] = self._begin(ids.host(OWNER_INSIDE)).for_agent(ids)
+        except OSError:
+            self._next = None  # a launch tells of the problem, if it lasts
+
+    def _forget_ahead(self) -> None:
+        while self._ahead:
+            os.close(self._ahead.popitem()[1])
+
+    def begin(self, ids: IdRange) -> "Making | Ahead":
+        """Have the namespace of an agent made, unless there is one for these ids; to be finished, or let be."""
+        after = ids.start + ids.size
+        self._next = IdRange(after) if after + ids.size - 1 <= AGENT_ID_LAST else None
+        if ids.start in self._ahead:
+            return Ahead(self._ahead)
+        return self._begin(ids.host(OWNER_INSIDE))
+
+    def _begin(self, owner: int) -> "Making":
+        """Have one make its namespace, owned by this host id."""
         if len(self._used) > USED_MAX:
             self.end_used()
         holder = self._ready.pop() if self._ready else _hold()
@@ -68,9 +92,10 @@ class Holders:
     def for_mount(self, *, disk_uid: int, disk_gid: int, host_uid: int, host_gid: int) -> int:
         """Return a namespace for an idmapped mount: files of the owner on disk belong to the agent's ids."""
         # Nothing ever runs in it: whose it is does not matter.
-        return self.begin(0).finish(f"{disk_uid} {host_uid} 1", f"{disk_gid} {host_gid} 1")
+        return self._begin(0).finish(f"{disk_uid} {host_uid} 1", f"{disk_gid} {host_gid} 1")
 
     def close(self) -> None:
+        self._forget_ahead()
         self._used += self._ready
         self._ready.clear()
         self.end_used()
@@ -114,6 +139,16 @@ class Making:
         return fd
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """One that is made already; it stays in the stock until it is taken."""
+
+    _stock: dict[int, int]
+
+    def for_agent(self, ids: IdRange) -> int:
+        return self._stock.pop(ids.start)
+
+
 def _hold() -> _Holder:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(MAKE_SECONDS_MAX)
@@ -142,6 +177,7 @@ def _live(control: socket.socket) -> NoReturn:
         confine.limit_counted()
         # Capabilities outlast the change of id: hosts that keep user namespaces from users ask for CAP_SYS_ADMIN.
         syscalls.prctl(syscalls.PR_SET_SECUREBITS, _NO_SETUID_FIXUP)
+        confine.rehearse()
         order = control.recv(_OWNER.size)
         if not order:
             os._exit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -102,6 +103,9 @@ async def _run(config: Config) -> None:
         task.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGHUP, reload)
+    # What is there now stays: no collection looks at all of it while somebody waits.
+    gc.collect()
+    gc.freeze()
     notify("READY=1\nSTATUS=")
     await stop.wait()
     notify("STOPPING=1")

@@ -80,7 +80,9 @@ class Description:
     definition_digest: str = ""
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        # Not asdict of it all: its copies would be made while a launch waits.
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {"grants": [asdict(grant) for grant in self.grants]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> Description:

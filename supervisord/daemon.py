@@ -706,7 +706,7 @@ def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
     filters = {}
     for path in sorted((SHIPPED_DIR / "seccomp").glob("*.json")):
         compiled = seccomp.compile(seccomp.load(path))
-        filters[path.stem] = (compiled.digest, compiled.programs)
+        filters[path.stem] = (compiled.digest, (compiled.init, *compiled.programs))
     return filters
 
 

@@ -327,10 +327,18 @@ class Launching:
             self._built(agent, reply)
             if sockets is not None:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
-            self.open_gate(agent)
-            await self.open_transparent(agent)
+            ahead = agent.what.transparent or agent.what.dedicated_worker
+            if ahead:
+                self.open_gate(agent)
+                await self.open_transparent(agent)
             _check_wanted(agent)
-            await self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
+            going = self._keep(
+                self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
+            )
+            if not ahead:
+                await asyncio.sleep(0)  # the order is on its way
+                self.open_gate(agent)  # an agent that is quicker waits in the listener's queue
+            await going
         except BaseException as error:
             if sockets is not None:
                 await asyncio.wait({sockets})  # it reads descriptors that are closed after this

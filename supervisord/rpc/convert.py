@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -281,7 +281,7 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
         definition=what.definition,
         definition_digest=what.definition_digest,
     )
-    json_format.ParseDict(value.posture, message.posture)
+    message.posture.update(cast("dict[str, Any]", value.posture))  # quicker than json_format, and every launch waits
     if what.workspace:
         mode = _WORKSPACE_MODES.get(what.workspace_mode, agents_pb2.WORKSPACE_MODE_READ_ONLY)
         message.workspace.CopyFrom(agents_pb2.Workspace(path=what.workspace, mode=mode))

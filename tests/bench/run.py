@@ -62,14 +62,26 @@ def starts(stockade: Instance, directory: Path, rounds: int) -> Results:
     with Stockade(f"unix:{stockade.run_dir}/control.sock") as client:
         for number in range(rounds + 2):  # two to warm up
             current: Results = {} if number < 2 else results
-            timed(current, "launch RPC to exec", lambda: client.launch(command=["true"]))
+            launched(current, client)
             timed(current, "bubblewrap true", peers.bwrap_true)
             timed(current, "stockadectl run -- true", lambda: stockade.ctl("run", "--", "true"))
             timed(current, "bubblewrap true with a veth", lambda: peers.bwrap_veth_true(f"{stockade.name}b"))
+            timed(current, "the same by ip -batch", lambda: peers.bwrap_veth_batch_true(f"{stockade.name}b"))
             timed(current, "crun run true", crun.true)
             show_progress(f"starts {number + 1}/{rounds + 2}")
     crun.close()
     return results
+
+
+def launched(results: Results, client: Stockade) -> None:
+    """Launch, with the moment at which the daemon knew of the execve, and that of the answer."""
+    began, clock = time.time(), time.perf_counter()
+    agent = client.launch(command=["true"])
+    results.setdefault("launch RPC to answer", []).append((time.perf_counter() - clock) * 1000)
+    if agent.info.started_at is None:
+        raise SystemExit("bench: an agent was launched and has not started")
+    results.setdefault("launch RPC to exec", []).append((agent.info.started_at.timestamp() - began) * 1000)
+    time.sleep(PAUSE_SECONDS)
 
 
 def kills(stockade: Instance, directory: Path, rounds: int) -> Results:
@@ -150,7 +162,7 @@ def memory(stockade: Instance) -> Results:
             if Path(f"/proc/{state['pid']}").exists():
                 results.setdefault("idle agent, KiB PSS", []).append(float(peers.pss_kib(state["pid"])))
         stockade.ctl("kill", "--all")
-    bwrap = [subprocess.Popen([*peers.BWRAP, "sleep", "1000"]) for _ in range(IDLE_AGENTS)]
+    bwrap = [subprocess.Popen([*peers.BWRAP, "--die-with-parent", "sleep", "1000"]) for _ in range(IDLE_AGENTS)]
     time.sleep(0.5)
     for process in bwrap:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -184,6 +196,8 @@ def ratios(medians: dict[str, float]) -> dict[str, float]:
     return {
         "launch_vs_bwrap": launch / medians["bubblewrap true"],
         "launch_vs_bwrap_veth": launch / medians["bubblewrap true with a veth"],
+        "launch_vs_bwrap_veth_batch": launch / medians["the same by ip -batch"],
+        "answer_vs_bwrap": medians["launch RPC to answer"] / medians["bubblewrap true"],
         "launch_vs_crun": launch / medians["crun run true"],
         "run_vs_crun": medians["stockadectl run -- true"] / medians["crun run true"],
         "kill_1000_vs_bare": medians[f"kill of {KILL_MANY} processes"]

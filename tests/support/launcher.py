@@ -325,5 +325,5 @@ def default_filter() -> bytes:
     """Return the default profile, compiled once a test run."""
     if not _compiled:
         filters = seccomp.compile(seccomp.load(ROOT / "policies" / "seccomp" / "default.json"))
-        _compiled.append(pack_filters(filters.programs))
+        _compiled.append(pack_filters((filters.init, *filters.programs)))
     return _compiled[0]

@@ -8,8 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Literal, TypedDict, TypeVar, Unpack
 
-from google.protobuf.json_format import MessageToDict
-
 from stockade.client import values
 from stockade.v1 import (
     actions_pb2,
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
-    from google.protobuf.struct_pb2 import Struct
+    from google.protobuf.struct_pb2 import Struct, Value
     from google.protobuf.timestamp_pb2 import Timestamp
 
 NANOS_PER_MICRO: Final = 1_000
@@ -52,19 +50,6 @@ def time_of(message: Message, name: str) -> datetime | None:
 
 def set_seconds(field: Duration, seconds: float | timedelta) -> None:
     field.FromTimedelta(seconds if isinstance(seconds, timedelta) else timedelta(seconds=seconds))
-
-
-def whole(value: object) -> object:
-    """The value with its whole numbers as such: a Struct knows only doubles."""
-    match value:
-        case float() if value.is_integer():
-            return int(value)
-        case dict():
-            return {key: whole(item) for key, item in value.items()}
-        case list():
-            return [whole(item) for item in value]
-        case _:
-            return value
 
 
 def agent(message: agents_pb2.Agent) -> values.AgentInfo:
@@ -100,8 +85,26 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
 
 
 def struct(message: Struct) -> values.JsonObject:
-    """A Struct as a mapping, its whole numbers as such."""
-    return {key: whole(value) for key, value in MessageToDict(message).items()}
+    """A Struct as a mapping, its whole numbers as such: it knows only doubles."""
+    return {key: _value(value) for key, value in message.fields.items()}
+
+
+def _value(value: Value) -> object:
+    # Not json_format: every launch's answer is read here.
+    match value.WhichOneof("kind"):
+        case "string_value":
+            return value.string_value
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return struct(value.struct_value)
+        case "list_value":
+            return [_value(item) for item in value.list_value.values]
+        case _:
+            return None
 
 
 def workspace(message: agents_pb2.Workspace) -> values.Workspace:

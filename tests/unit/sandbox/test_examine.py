@@ -13,7 +13,8 @@ from sandbox.plan import AGENT_ID_FIRST, IdRange, SandboxPlan, pack_filters
 from sandbox.sync import StepError
 
 PLAN = SandboxPlan("ag_x", "t", "host", ("/bin/true",), (), IdRange(AGENT_ID_FIRST))
-FILTERS = pack_filters([bytes(8), bytes(8)])
+FILTERS = 2
+BLOB = pack_filters([bytes(8)] * (1 + FILTERS))
 HELD = AGENT_ID_FIRST + 1000
 SEEN: dict[str, Any] = {
     "seccomp_mode": 2,
@@ -60,7 +61,7 @@ def test_what_a_test_leaves_out_is_not_missed() -> None:
     shared = SEEN["namespaces"] | {"net": examine.HOST["net"]}
     assert examine.drift(replace(PLAN, weaken=("network",)), FILTERS, SEEN | {"namespaces": shared}) == []
     bare = SEEN | {"seccomp_mode": 0, "seccomp_filters": 0}
-    assert examine.drift(replace(PLAN, weaken=("seccomp",)), b"", bare) == []
+    assert examine.drift(replace(PLAN, weaken=("seccomp",)), 0, bare) == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_what_a_test_leaves_out_is_not_missed() -> None:
 def test_what_is_not_confined_as_planned_never_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], securebits: int, told: str
 ) -> None:
-    agent: Any = SimpleNamespace(plan=PLAN, filters=FILTERS, seen={}, timings_us={})
+    agent: Any = SimpleNamespace(plan=PLAN, filters=BLOB, seen={}, timings_us={})
     monkeypatch.setattr(examine, "at_launch", lambda _agent: SEEN | changes)
     if told:
         with pytest.raises(StepError, match=f"not in force as planned: {told}"):

@@ -94,6 +94,17 @@ def test_numbers_above_the_profile_do_not_exist(filters: seccomp.Filters, docume
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86_64")
+def test_pid_1_may_wait_and_end_and_little_else(filters: seccomp.Filters) -> None:
+    allowed = {number for number in range(512) if run(filters.init, number) == 0x7FFF0000}
+    assert {60, 61, 231} <= allowed, "exit, wait4, exit_group"
+    assert len(allowed) == len(seccomp.INIT_CALLS)
+    assert all(run(filters.programs[0], number) == 0x7FFF0000 for number in allowed), "nothing that agents may not"
+    refused = {"open": 2, "openat": 257, "connect": 42, "clone": 56, "execve": 59, "kill": 62, "prctl": 157, "dup": 32}
+    assert not allowed & set(refused.values())
+    assert run(filters.init, 61, arch=0x40000003) & 0xFFFF == errno.ENOSYS
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86_64")
 def test_each_program_alone_would_not_be_enough(filters: seccomp.Filters) -> None:
     """The twin of the stack: which of the two refuses what."""
     main, second = filters.programs
