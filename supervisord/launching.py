@@ -316,6 +316,7 @@ class Launching:
         sockets: asyncio.Task[bool] | None,
     ) -> None:
         recorded: list[asyncio.Task[None]] = []
+        going: asyncio.Task[Reply] | None = None
         try:
             for file in files:
                 if file.wanted.layer:
@@ -340,6 +341,8 @@ class Launching:
                 self.open_gate(agent)  # an agent that is quicker waits in the listener's queue
             await going
         except BaseException as error:
+            if going is not None:
+                going.cancel()  # whatever came of it is undone
             if sockets is not None:
                 await asyncio.wait({sockets})  # it reads descriptors that are closed after this
             undo = self._keep(self._undo(agent, error, caller))
