@@ -37,6 +37,8 @@ mount -t cgroup2 -o nsdelegate cgroup2 /sys/fs/cgroup
 mkdir -p /run/modules/lib/modules
 ln -s "/usr/lib/uml/modules/$(uname -r)" "/run/modules/lib/modules/$(uname -r)"
 for module in ipv6 veth nf_tables nft_reject_inet overlay ext4 loop; do modprobe -d /run/modules -q "$module"; done
+# No more of them: the kernel would look in vain, and take seconds for each kind of socket that an attempt asks for.
+echo > /proc/sys/kernel/modprobe
 ip link set lo up
 
 mkdir /mnt/out /mnt/disk
