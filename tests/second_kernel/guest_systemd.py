@@ -26,7 +26,7 @@ OUT = Path(sys.argv[1])
 REPOSITORY = Path(str(Path(__file__).resolve()).removeprefix("/host")).parents[2]
 PREFIX = Path("/opt/stockade")
 AGENTS = Path("/sys/fs/cgroup/stockade.slice/stockade-agents.service/agents")
-WORKSPACE = Path("/srv/workspace")
+WORKSPACES = {name: Path("/srv/workspaces", name) for name in ("ticker", "seven", "nine")}
 WAIT_SECONDS = 60.0
 AGENT = "n=0; while :; do n=$((n+1)); echo $n > /workspace/ticks.new; mv /workspace/ticks.new /workspace/ticks; sleep 0.2; done"
 FACTS: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 def ticks() -> int:
-    return int((WORKSPACE / "ticks").read_text())
+    return int((WORKSPACES["ticker"] / "ticks").read_text())
 
 
 def goes_on() -> bool:
@@ -144,8 +144,9 @@ def install() -> dict[str, Any]:
     run("systemd-tmpfiles", "--create", "stockade.conf")
     Path("/etc/stockade/policies").mkdir(parents=True)
     shutil.copy(REPOSITORY / "supervisord/stockade.example.toml", "/etc/stockade/stockade.toml")
-    WORKSPACE.mkdir()
-    os.chown(WORKSPACE, 1000, 1000)
+    for path in WORKSPACES.values():
+        path.mkdir(parents=True)
+        os.chown(path, 1000, 1000)
     systemctl("daemon-reload")
     verified = run("systemd-analyze", "verify", "--man=no", "stockaded.service", "stockaded.socket")
     return {"verify": verified.stderr, "controllers": Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()}
@@ -191,7 +192,7 @@ def launch() -> dict[str, Any]:
         agent = stockade.launch(
             ["sh", "-c", AGENT],
             name="ticker",
-            workspace=Workspace(str(WORKSPACE), "rw"),
+            workspace=Workspace(str(WORKSPACES["ticker"]), "rw"),
             memory_bytes=64 << 20,
             pids=50,
         )
@@ -199,7 +200,7 @@ def launch() -> dict[str, Any]:
         FACTS["ids"] = {agent.agent_id: ids(agent)}
         for name, code in (("seven", 7), ("nine", 9)):
             wait = f"while [ ! -e /workspace/end-{name} ]; do sleep 0.1; done; exit {code}"
-            other = stockade.launch(["sh", "-c", wait], name=name, workspace=Workspace(str(WORKSPACE), "rw"))
+            other = stockade.launch(["sh", "-c", wait], name=name, workspace=Workspace(str(WORKSPACES[name]), "rw"))
             FACTS[name] = other.agent_id
             FACTS["ids"][other.agent_id] = ids(other)
     until(lambda: ticks() > 1)
@@ -240,7 +241,7 @@ def end_while_daemon_is_away() -> dict[str, Any]:
 
     systemctl("stop", "stockaded.service", "stockaded.socket")
     alive = goes_on()
-    (WORKSPACE / "end-seven").touch()
+    (WORKSPACES["seven"] / "end-seven").touch()
     until(lambda: not processes(FACTS["seven"]))
     systemctl("start", "stockaded.socket", "stockaded.service")
 
@@ -272,7 +273,7 @@ def end_after_launcher_restart() -> dict[str, Any]:
     """An agent that the first launcher started ends under the second; its exit code is not lost. Exec works too."""
     from stockade.client import Stockade
 
-    (WORKSPACE / "end-nine").touch()
+    (WORKSPACES["nine"] / "end-nine").touch()
 
     def nine() -> list[Any]:
         with Stockade() as stockade:
