@@ -119,7 +119,7 @@ _OPERATOR_METHODS: Final = {
 }
 # A policy that takes registered agents only would mean nothing if whoever launches could register too.
 _ADMIN_METHODS: Final = {
-    "ActionService": ("RotateKey",),
+    "ActionService": ("RotateKey", "RedactAction"),
     "RegistryService": ("RegisterDefinition", "DeprecateDefinition"),
 }
 _HEALTH: Final = "/grpc.health.v1.Health/"

@@ -48,7 +48,7 @@ from supervisord.launching import Launching
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
-from supervisord.log_retention import retire_forever
+from supervisord.log_retention import finish_redactions, retire_forever
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
@@ -150,6 +150,7 @@ class Daemon:
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
+        self._in_background(finish_redactions(self._actions))
         self._in_background(retire_forever(self._actions, config.log))
         self._sinks.start()
         await self._serve(listener)

@@ -1,4 +1,4 @@
-"""Old segments of the action log go, where the configuration says so; checked now and then."""
+"""Old segments of the action log go where the configuration says so, and content that somebody ordered away."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ async def retire_forever(actions: ActionLog, config: LogConfig) -> None:
         except (StockadeError, OSError) as error:
             log.error("cannot retire old entries of the action log", cause=str(error))
         await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def finish_redactions(actions: ActionLog) -> None:
+    """What a crash or a full disk left of redactions; the next start goes on where this one cannot."""
+    try:
+        done = await actions.finish_redactions()
+    except (StockadeError, OSError) as error:
+        log.error("cannot finish the redaction of entries of the action log", cause=str(error))
+    else:
+        if done:
+            log.info("finished redactions of entries of the action log", entries=done)

@@ -4,10 +4,10 @@ import base64
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from supervisord.actions import encoding, keys
+from supervisord.actions import encoding, keys, redaction
 from supervisord.actions.checkpoint import Checkpoint, Verifier, open_checkpoint
 from supervisord.actions.merkle import Frontier
-from supervisord.actions.segments import Frame, Kind
+from supervisord.actions.segments import Frame, Kind, mark_of
 from supervisord.actions.types import Action, BadNote
 
 RETIRE_VERB = "log.retire"
@@ -37,6 +37,8 @@ class Checker:
     kept: dict[int, bytes] = field(default_factory=dict)
     following: Verifier | None = None  # the key that an entry handed over to; in force from the next segment on
     retired: int = 0  # entries that the log itself says are kept no longer
+    redacted: dict[int, redaction.Redacted] = field(default_factory=dict)  # by seq; `unordered` judges them
+    orders: dict[int, redaction.Order] = field(default_factory=dict)  # by the order's own seq
     proven: int = 0  # the largest of those that fitted; the segments' own may come behind it and be smaller
 
     @property
@@ -55,6 +57,8 @@ class Checker:
                 self._entry(frame)
             case Kind.CHECKPOINT:
                 self._checkpoint(frame)
+            case Kind.REDACTED:
+                self._redacted(frame)
             case _:
                 assert_never(frame.kind)
 
@@ -63,6 +67,22 @@ class Checker:
         for leaf in self.unsealed:
             tree.add(leaf)
         return tree
+
+    def unordered(self) -> tuple[redaction.Redacted, str] | None:
+        """A redacted entry that no signed entry orders to be so, and what is wrong; to be asked at the log's end."""
+        for seq, found in self.redacted.items():
+            wrong = redaction.judge(found, self.orders.get(found.mark.order), sealed=self.sealed)
+            if wrong:
+                return self.redacted[seq], wrong
+        return None
+
+    def _redacted(self, frame: Frame) -> None:
+        seq = self.size + 1
+        if self.shallow:
+            cause = f"entry {seq} is redacted, and no daemon redacts in the segment that it writes"
+            raise Altered(cause, offset=frame.offset, first=seq, last=seq)
+        self.redacted[seq] = redaction.Redacted(seq, frame.offset, frame.leaf_hash, mark_of(frame))
+        self._leaf(frame, None)
 
     def _entry(self, frame: Frame) -> None:
         expected = self.size + 1
@@ -83,18 +103,25 @@ class Checker:
                 first=expected,
                 last=expected,
             )
+        self._leaf(frame, action)
+
+    def _leaf(self, frame: Frame, action: Action | None) -> None:
+        seq = self.size + 1
         if not self.unsealed:
             self.offset_unsealed = frame.offset
         self.unsealed.append(frame.leaf_hash)
         if action is not None and action.verb.startswith("log."):
             self._note(action, frame)
-        root = self.kept.pop(expected, None)
+        root = self.kept.pop(seq, None)
         if root is not None:
-            self._compare(expected, root, offset=frame.offset)
-            self.proven = expected
+            self._compare(seq, root, offset=frame.offset)
+            self.proven = seq
 
     def _note(self, action: Action, frame: Frame) -> None:
         """What entries say about the log itself."""
+        order = redaction.order_of(self.size, action)
+        if order is not None:
+            self.orders[self.size] = order
         last = action.details.get("last_seq")
         if action.verb == RETIRE_VERB and action.verdict == "done" and isinstance(last, int):
             self.retired = max(self.retired, last)

@@ -17,6 +17,7 @@ from supervisord.actions.types import BadNote, CannotOpenLog
 
 SEGMENTS: Final = "segments"
 TORN: Final = "torn"
+NEW: Final = ".new"  # a segment that is being made; opening removes what a crash left of one
 CHECKPOINT: Final = "checkpoint"
 INDEX: Final = "index.sqlite"
 LOCK: Final = "lock"
@@ -158,6 +159,31 @@ def segment_paths(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def redact_in_segment(path: Path, offset: int, mark: segments.Mark) -> None:
+    """Put a redaction's frame in the place of the entry's at `offset` of a sealed segment; durable when this returns.
+
+    By a new file and rename, so that a crash leaves the old segment or the new one. Does nothing where it is redacted
+    already. Raises OSError, or ValueError where there is no entry, or one too short for a mark.
+    """
+    data = path.read_bytes()
+    frame = segments.frame_at(data, offset)
+    if frame.kind is segments.Kind.REDACTED:
+        return
+    if frame.kind is not segments.Kind.ENTRY:
+        raise ValueError(f"there is no entry at {offset} of {path.name}")
+    redacted = segments.redacted_frame(frame, mark)
+    kept, temporary = path.stat(), path.with_suffix(NEW)
+    try:
+        _create(temporary, data[:offset] + redacted + data[offset + len(redacted) :], _FILE_MODE, replace=True)
+        os.utime(temporary, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # by it, retention knows when the segment ended
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def remove_segments(paths: Sequence[Path]) -> None:
     """Oldest first, so that what a crash leaves is still one piece."""
     for path in paths:
@@ -233,7 +259,7 @@ class SegmentFile:
         first_seq = tree.size + 1
         path = directory / SEGMENTS / segments.file_name(first_seq)
         content = segments.header(tree) + segments.checkpoint_frame(note)
-        temporary = path.with_suffix(".new")
+        temporary = path.with_suffix(NEW)
         try:
             _create(temporary, content, _FILE_MODE, replace=True)
             temporary.rename(path)

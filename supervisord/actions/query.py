@@ -16,10 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, TypeVar
 
-from supervisord.actions import encoding, segments
+from supervisord.actions import encoding, redaction, segments
 from supervisord.actions.files import INDEX, segment_paths
 from supervisord.actions.merkle import node_hash
 from supervisord.actions.types import CannotReadLog, Entry
+from supervisord.errors import Conflict, NotFound
 
 LIMIT_MAX: Final = 10_000
 QUEUE_ROWS_MAX: Final = 100_000  # beyond it rows are read from the segments again
@@ -162,7 +163,32 @@ class Index:
         """An entry's canonical bytes."""
         (row,) = self._sql("SELECT segment, offset, 0 FROM entries WHERE seq = ?", [seq])
         self._read(seq, row[0], row[1])
-        return self._frame(row[0], row[1]).payload
+        frame = self._frame(row[0], row[1])
+        if frame.kind is segments.Kind.REDACTED:
+            order = segments.mark_of(frame).order
+            raise Conflict(
+                f"cannot prove entry {seq}: its content was redacted, as entry {order} orders",
+                remedy="proofs that were taken before still hold, and `log verify` still covers its hash",
+            )
+        return frame.payload
+
+    def frame(self, seq: int) -> segments.Frame:
+        """The frame of an entry as it is in its segment."""
+        segment, offset = self._place(seq)
+        return self._frame(segment, offset)
+
+    def redacted(self, seq: int, time_ns: int) -> None:
+        """Have an entry's row say what is left of it, and its segment be opened anew: it is another file now."""
+        if self._database is None:
+            raise CannotReadLog("cannot redact an entry in the index: it is not open")
+        segment, _ = self._place(seq)
+        if segment in self._files:
+            os.close(self._files.pop(segment))
+        word = encoding.to_bytes(redaction.REDACTED)
+        self._database.execute(
+            "UPDATE entries SET time_ns = ?, agent_id = x'', verb = ?, verdict = ? WHERE seq = ?",
+            [time_ns, word, word, seq],
+        )
 
     def retire(self, last_seq: int) -> None:
         """Forget what the entries up to `last_seq` said; their hashes stay, for proofs."""
@@ -340,16 +366,12 @@ class Index:
         seq = first - 1
         try:
             for frame in segments.frames(data, segments.parse_header(data).length):
-                if frame.kind is not segments.Kind.ENTRY:
+                if frame.kind is segments.Kind.CHECKPOINT:
                     continue
                 seq += 1
                 if seq < wanted:
                     continue
-                found, time_ns, action = encoding.decode(frame.payload)
-                if found != seq:
-                    raise CannotReadLog(f"cannot index entry {seq}: entry {found} is in its place")
-                named = [encoding.to_bytes(text) for text in (action.agent_id, action.verb, action.verdict)]
-                rows.append((seq, time_ns, named[0], named[1], named[2], first, frame.offset, frame.leaf_hash))
+                rows.append(_row(seq, first, frame))
         except segments.Damaged as error:
             # The writer may be in the middle of the last frame; anything else shows as no progress.
             if not error.torn or not rows:
@@ -373,12 +395,22 @@ class Index:
     def _read(self, seq: int, segment: int, offset: int) -> Entry:
         try:
             frame = self._frame(segment, offset)
+            if frame.kind is segments.Kind.REDACTED:
+                mark = segments.mark_of(frame)
+                ordered = self._read(mark.order, *self._place(mark.order))
+                return redaction.shown(seq, frame.leaf_hash, mark, ordered)
             found, time_ns, action = encoding.decode(frame.payload)
         except (segments.Damaged, encoding.NotCanonical) as error:
             raise CannotReadLog(f"cannot read entry {seq}: {error}", remedy="run `stockadectl log verify`") from error
         if found != seq:
             raise CannotReadLog(f"cannot read entry {seq}: entry {found} is in its place", remedy="run log verify")
         return Entry(seq, time_ns, action, frame.leaf_hash)
+
+    def _place(self, seq: int) -> tuple[int, int]:
+        found = self._sql("SELECT segment, offset, 0 FROM entries WHERE seq = ? AND segment > 0", [seq])
+        if not found:
+            raise NotFound(f"cannot find entry {seq}: it was retired", remedy="see `stockadectl log status`")
+        return found[0][0], found[0][1]
 
     def _file(self, segment: int) -> int:
         fd = self._files.get(segment)
@@ -388,3 +420,15 @@ class Index:
             path = next(path for first, path in segment_paths(self._directory) if first == segment)
             fd = self._files[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return fd
+
+
+def _row(seq: int, segment: int, frame: segments.Frame) -> Row:
+    """The row of entry `seq`, from its frame."""
+    if frame.kind is segments.Kind.REDACTED:
+        time_ns, word = segments.mark_of(frame).time_seconds * 10**9, encoding.to_bytes(redaction.REDACTED)
+        return seq, time_ns, b"", word, word, segment, frame.offset, frame.leaf_hash
+    found, time_ns, action = encoding.decode(frame.payload)
+    if found != seq:
+        raise CannotReadLog(f"cannot index entry {seq}: entry {found} is in its place")
+    agent_id, verb, verdict = map(encoding.to_bytes, (action.agent_id, action.verb, action.verdict))
+    return seq, time_ns, agent_id, verb, verdict, segment, frame.offset, frame.leaf_hash

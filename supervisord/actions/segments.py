@@ -9,6 +9,12 @@ and continued without reading those before it; its first frame is a checkpoint t
 is RFC 6962's over the payload. No byte is without a check: a flipped one is a header that does not fit its sum, a
 payload that does not fit its hash, or a checkpoint whose signature is wrong.
 
+A redacted entry's frame keeps length and leaf hash, so that nothing moves and every root stays; its payload is
+
+    mark    = order:u64 time_seconds:u64 crc32-of-these-and-the-leaf-hash:u32 zero*
+
+`order` is the seq of the entry that orders the redaction: by whom, when and why is written there, and only there.
+
 A crash leaves a *prefix* of what was being written. So a frame that the end of the file interrupts is torn; a whole
 frame that contradicts itself is an edit, or a disk that lost a page it had not yet promised to keep. The two are told
 apart by checkpoints: those are only written after what they cover is durable, so damage before one is never a crash.
@@ -35,6 +41,8 @@ _FIXED: Final = struct.Struct(">16sHHQ")
 _FRAME: Final = struct.Struct(">I32s")
 _CRC: Final = struct.Struct(">I")
 FRAME_HEADER_BYTES: Final = _FRAME.size + _CRC.size
+_MARK: Final = struct.Struct(">QQ")
+MARK_BYTES: Final = _MARK.size + _CRC.size
 _KIND_SHIFT: Final = 24
 _LENGTH_MASK: Final = (1 << _KIND_SHIFT) - 1
 _SEQ_DIGITS: Final = 20
@@ -43,6 +51,7 @@ _SEQ_DIGITS: Final = 20
 class Kind(IntEnum):
     ENTRY = 1
     CHECKPOINT = 2
+    REDACTED = 3
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}
@@ -64,6 +73,14 @@ class Frame:
     kind: Kind
     leaf_hash: bytes
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What stands where a redacted entry was."""
+
+    order: int  # seq of the entry that orders it
+    time_seconds: int  # when the entry was recorded
 
 
 class Damaged(Exception):  # noqa: N818 - a finding, caught where it is judged
@@ -118,6 +135,20 @@ def entry_frame(payload: bytes, digest: bytes) -> bytes:
     return frame(Kind.ENTRY, payload, digest)
 
 
+def redacted_frame(entry: Frame, mark: Mark) -> bytes:
+    """What takes the place of an entry's frame, as long as that; ValueError where a mark is longer."""
+    if len(entry.payload) < MARK_BYTES:
+        raise ValueError(f"an entry of {len(entry.payload)} bytes has no room for a mark of {MARK_BYTES}")
+    packed = _MARK.pack(mark.order, mark.time_seconds)
+    payload = packed + _CRC.pack(zlib.crc32(packed + entry.leaf_hash))
+    return frame(Kind.REDACTED, payload.ljust(len(entry.payload), b"\0"), entry.leaf_hash)
+
+
+def mark_of(redacted: Frame) -> Mark:
+    """The mark in a whole frame of kind REDACTED."""
+    return Mark(*_MARK.unpack_from(redacted.payload))
+
+
 def checkpoint_frame(note: str) -> bytes:
     payload = note.encode()
     return frame(Kind.CHECKPOINT, payload, leaf_hash(payload))
@@ -146,9 +177,17 @@ def frame_at(data: bytes, at: int, *, base: int = 0) -> Frame:
     payload = data[body : body + length]
     if len(payload) < length:
         raise Damaged(base + at, "the file ends within a frame", torn=True)
-    if leaf_hash(payload) != digest:
+    if kind is Kind.REDACTED:
+        _check_mark(base + at, payload, digest)
+    elif leaf_hash(payload) != digest:
         raise Damaged(base + at, "a frame's content does not fit its hash", torn=False)
     return Frame(base + at, kind, digest, payload)
+
+
+def _check_mark(offset: int, payload: bytes, digest: bytes) -> None:
+    packed, rest = payload[: _MARK.size], payload[_MARK.size :]
+    if rest[: _CRC.size] != _CRC.pack(zlib.crc32(packed + digest)) or any(rest[_CRC.size :]):
+        raise Damaged(offset, "the mark of a redacted entry does not fit its checksum", torn=False)
 
 
 def intact_frames_after(data: bytes, start: int) -> Iterator[Frame]:

@@ -67,6 +67,7 @@ class Report:
     sealed: int = 0  # entries that a signed checkpoint covers
     origin: str = ""
     first_seq: int = 1  # the oldest entry that is there: those before it were retired
+    redacted: int = 0  # entries whose content a recorded `log.redact` took away
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import encoding, keys, segments
+from supervisord.actions import encoding, keys, redaction, segments
 from supervisord.actions.check import Altered, Checker
 from supervisord.actions.checkpoint import Checkpoint, Verifier
 from supervisord.actions.files import CHECKPOINT, read_checkpoint, read_public, read_rotations, segment_paths
@@ -61,6 +61,7 @@ def verify(
         sealed=checker.sealed,
         origin=verifier.name,
         first_seq=first_seq,
+        redacted=len(checker.redacted),
     )
 
 
@@ -103,6 +104,7 @@ def _segments(
         except segments.Damaged as error:
             raise _Found(_damage(path, data, error, checker)) from error
         except Altered as error:
+            _name_tampered(paths, checker, error)
             raise _Found(f"{path.name} at offset {error.offset}: {error.cause}") from error
         name, length = path.name, len(data)
     return name, length
@@ -135,7 +137,36 @@ def _check(
             f"{first.name} at offset 0: entries {checker.retired + 1} to {first_seq - 1} are missing, and no entry "
             f"says that they were retired"
         )
+    unordered = checker.unordered()
+    if unordered is not None:
+        raise _Found(_tampered(paths, *unordered))
     return first_seq
+
+
+def _tampered(paths: Sequence[tuple[int, Path]], found: redaction.Redacted, wrong: str) -> str:
+    name = next(path.name for first, path in reversed(paths) if first <= found.seq)
+    return f"{name} at offset {found.offset}: entry {found.seq} was tampered with: its content is gone, and {wrong}"
+
+
+def _name_tampered(paths: Sequence[tuple[int, Path]], checker: Checker, altered: Altered) -> None:
+    """Name the one among the entries in question whose redaction has another hash than its order says.
+
+    Orders stand behind what they order, where the check has not come yet; they are taken unproven, to locate only.
+    """
+    suspects = {each.mark.order: each for seq, each in checker.redacted.items() if altered.first <= seq <= altered.last}
+    for first, path in paths if suspects else ():
+        data = path.read_bytes()
+        seq = first - 1
+        try:
+            for frame in segments.frames(data, segments.parse_header(data).length):
+                seq += frame.kind is not segments.Kind.CHECKPOINT
+                if frame.kind is segments.Kind.ENTRY and seq in suspects:
+                    order = redaction.order_of(seq, encoding.decode(frame.payload)[2])
+                    if order is not None and order.leaf_hash != suspects[seq].leaf_hash.hex():
+                        wrong = f"its frame has another hash than entry {seq} says that orders it"
+                        raise _Found(_tampered(paths, suspects[seq], wrong)) from altered
+        except (segments.Damaged, encoding.NotCanonical):
+            continue
 
 
 def _is_by(note: str, verifier: Verifier) -> bool:

@@ -55,13 +55,17 @@ class _Pending(NamedTuple):
 
 @dataclass(slots=True)
 class _HandOver:
-    """A new key and the entry that hands the log over to it; `entry` where that happened, else `failure`."""
+    """A new segment: under a new key, with the entry that hands over to it, or as it is.
 
-    signer: Signer
-    action: Action
+    `moved` where it was begun, else `failure`.
+    """
+
+    signer: Signer | None = None
+    action: Action | None = None
     done: threading.Event = field(default_factory=threading.Event)
     written: Entry | None = None
     entry: Entry | None = None
+    moved: bool = False
     failure: OSError | None = None
 
 
@@ -192,6 +196,24 @@ class Writer:
                     f"cannot hand the action log over to a new key: {cause}", remedy=f"look after {self._directory}"
                 )
             return handing.entry
+
+    def begin_segment(self) -> None:
+        """Go on in a new segment: all before is sealed, under a signed checkpoint, and durable. Raises CannotRecord."""
+        handing = _HandOver()
+        with self.lock:
+            if self._segment.first_seq == self._tree.size + 1 and not self._pending:
+                return  # nothing was recorded since the last one was begun
+            self._handing = handing
+            self._wake.notify()
+        handing.done.wait(SEAL_WAIT_SECONDS_MAX)
+        with self.lock:
+            if self._handing is handing:
+                self._handing = None
+            if not handing.moved:
+                cause = handing.failure or self._broken or "the disk does not answer, or the log is closing"
+                raise CannotRecord(
+                    f"cannot begin a new segment of the action log: {cause}", remedy=f"look after {self._directory}"
+                )
 
     def position(self) -> Position:
         with self.lock:
@@ -324,7 +346,7 @@ class Writer:
         """Write, sync, answer, and what else is due: a checkpoint, a new segment, a new key."""
         settings = self._settings
         with self.lock:
-            if handing is not None:
+            if handing is not None and handing.action is not None:
                 handing.written, frame = self._make(handing.action)
                 self._pending.append(_Pending(handing.written, frame, None))
             with contextlib.suppress(CannotRecord):  # who waited has been told
@@ -452,7 +474,7 @@ class Writer:
         """Begin a segment; where the log is handed over, it begins with the same tree under the new key."""
         new: SegmentFile | None = None
         signer, note = self._signer, self._note
-        if handing is not None:
+        if handing is not None and handing.signer is not None:
             signer = handing.signer
             note = signer.sign(Checkpoint(signer.verifier.name, tree.size, tree.root()).text())
         if self._broken is None and self._sealed == tree.size:
@@ -470,7 +492,7 @@ class Writer:
             self._signer, self._note = signer, note
         old.close()
         if handing is not None:
-            handing.entry = handing.written
+            handing.entry, handing.moved = handing.written, True
             with contextlib.suppress(OSError):  # the next checkpoint is written over it
                 self._checkpoint_file.write(note)
                 self._checkpoint_file.sync()

@@ -37,6 +37,7 @@ def log(stockade: Stockade, options: Namespace) -> int:
         "export": _export,
         "status": _status,
         "rotate-key": _rotate_key,
+        "redact": _redact,
     }
     return deeds[options.deed](stockade, options)
 
@@ -49,7 +50,8 @@ def _verify(stockade: Stockade, options: Namespace) -> int:
     elif found["ok"]:
         first = found.get("first_seq", 1)
         kept = f", content from entry {first} on" if first > 1 else ""
-        say(f"good: {found['size']} entries{kept}, root {found['root']}")
+        gone = f", {found['redacted']} redacted" if found["redacted"] else ""
+        say(f"good: {found['size']} entries{kept}{gone}, root {found['root']}")
     if not found["ok"]:
         complain(f"{PROGRAM}: cannot verify the log: {found['problem']}")
         complain("keep the files as they are; what differs from a checkpoint kept elsewhere tells what was altered")
@@ -72,6 +74,7 @@ def _verify_files(directory: Path, options: Namespace) -> dict[str, Any]:
         "problem": report.problem,
         "first_seq": report.first_seq,
         "sealed": report.sealed,
+        "redacted": report.redacted,
     }
 
 
@@ -123,10 +126,7 @@ def _prove(stockade: Stockade, options: Namespace) -> int:
         text = consistency_text(options.from_size, path, grown.checkpoint)
         document = {"old_size": options.from_size, "consistency_path": path, "checkpoint": grown.checkpoint}
     else:
-        try:
-            seq = int(options.subject)
-        except ValueError:
-            raise WrongWord("`log prove` needs the SEQ of an entry, as `actions` shows it, or --from SIZE") from None
+        seq = _seq(options, "or --from SIZE")
         proof = convert.proof(stockade.call(methods.PROVE, actions_pb2.ProveRequest(seq=seq)))
         text = inclusion_text(proof.leaf_index, proof.entry, proof.audit_path, proof.checkpoint)
         document = plain(proof)
@@ -232,3 +232,23 @@ def _rotate_key(stockade: Stockade, options: Namespace) -> int:
     else:
         say(answer.public_key)
     return OK
+
+
+def _redact(stockade: Stockade, options: Namespace) -> int:
+    request = actions_pb2.RedactActionRequest(seq=_seq(options, "and --reason TEXT"), reason=options.reason)
+    answer = stockade.call(methods.REDACT_ACTION, request)
+    if options.output == "json":
+        print_json({"seq": request.seq, "ordered_by_seq": answer.seq, "leaf_hash": answer.leaf_hash.hex()})
+    else:
+        say(f"entry {request.seq} is redacted, as entry {answer.seq} orders; its hash {answer.leaf_hash.hex()} stays")
+    return OK
+
+
+def _seq(options: Namespace, more: str) -> int:
+    try:
+        seq = int(options.subject or "")
+    except ValueError:
+        seq = 0
+    if not 0 < seq < 1 << 63:
+        raise WrongWord(f"`log {options.deed}` needs the SEQ of an entry, as `actions` shows it, {more}")
+    return seq

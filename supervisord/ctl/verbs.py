@@ -214,20 +214,20 @@ def _actions(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="?", default="")
     parser.add_argument("-f", "--follow", action="store_true")
     parser.add_argument("--verb", dest="wanted_verb", metavar="V", default="")
-    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed"), default="")
+    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed", "redacted"), default="")
     parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
     parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=int, default=0)
 
 
 def _log(parser: ArgumentParser) -> None:
-    deeds = ("verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key")
+    deeds = ("verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key", "redact")
     add = parser.add_argument
     add("deed", choices=deeds)
-    add("subject", metavar="DIR|SEQ|FILE", nargs="?", default="", help="verify: files; prove: an entry; check-proof")
+    add("subject", metavar="DIR|SEQ|FILE", nargs="?", default="", help="verify: files; prove, redact: an entry")
     add("--public-key", metavar="FILE", default="", help="verify DIR, check-proof: the log's first key")
     add("--since", metavar="CHECKPOINT", default="", help="a checkpoint that was kept, or a witness's directory")
     add("--from", dest="from_size", metavar="SIZE", type=int, help="prove: that the log continues that of SIZE entries")
-    add("--reason", default="", help="rotate-key")
+    add("--reason", default="", help="rotate-key, redact")
 
 
 def _policy(parser: ArgumentParser) -> None:
@@ -295,7 +295,7 @@ VERBS: Final[dict[str, Verb]] = {
     "requests": Verb("what agents ask for: list, watch, approve, deny", _RULES, "requests", _requests),
     "actions": Verb("what agents and operators did or tried", _RULES, "actions", _actions),
     "log": Verb(
-        "the action log: verify, checkpoint, prove, check-proof, export, status, rotate-key", _LOG, "log", _log
+        "the action log: verify, checkpoint, prove, check-proof, export, status, rotate-key, redact", _LOG, "log", _log
     ),
     "policy": Verb("policies: list, check, show, explain", _SYSTEM, "policy", _policy),
     "registry": Verb(

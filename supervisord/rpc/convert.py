@@ -442,7 +442,9 @@ def changes_summary(value: Outcome) -> changes_pb2.ChangesSummary:
 
 
 def report(value: Report, root: bytes) -> actions_pb2.VerifyLogResponse:
-    return actions_pb2.VerifyLogResponse(ok=value.ok, size=value.size, root=root, problem=value.problem)
+    return actions_pb2.VerifyLogResponse(
+        ok=value.ok, size=value.size, root=root, problem=value.problem, redacted=value.redacted
+    )
 
 
 def policy(value: Policy) -> policies_pb2.Policy:

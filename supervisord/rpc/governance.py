@@ -20,7 +20,7 @@ from stockade.v1 import (
 from supervisord.actions.checkpoint import size_of
 from supervisord.callers import current_caller
 from supervisord.documents import InvalidDocument
-from supervisord.errors import NotFound, StockadeError
+from supervisord.errors import InvalidInput, NotFound, StockadeError
 from supervisord.explain import explain
 from supervisord.hostfiles import file_uid
 from supervisord.ids import grant_id as parse_grant_id
@@ -249,6 +249,25 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             actor=current_caller().actor, reason=convert.text("reason", request.reason)
         )
         return actions_pb2.RotateKeyResponse(public_key=self._actions.public_key, seq=entry.seq)
+
+    async def RedactAction(
+        self, request: actions_pb2.RedactActionRequest, _context: Context
+    ) -> actions_pb2.RedactActionResponse:
+        reason = convert.text("reason", request.reason)
+        if not reason:
+            raise InvalidInput("cannot redact an entry without a reason", remedy="say why: --reason TEXT")
+        ordered = await self._actions.redact(
+            request.seq,
+            actor=current_caller().actor,
+            reason=reason,
+            needed=lambda action: (
+                f"agent {action.agent_id} runs, and its launch has to be on record"
+                if action.verb == "agent.launch" and action.agent_id in {each.agent_id for each in self._agents.live()}
+                else ""
+            ),
+        )
+        leaf_hash = bytes.fromhex(str(ordered.action.details["leaf_hash"]))
+        return actions_pb2.RedactActionResponse(seq=ordered.seq, leaf_hash=leaf_hash)
 
     def _agent_id(self, name: str) -> str | None:
         if not name:

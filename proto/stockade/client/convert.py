@@ -277,7 +277,7 @@ def action(message: actions_pb2.Action) -> values.Action:
 
 
 def verification(message: actions_pb2.VerifyLogResponse) -> values.Verification:
-    return values.Verification(message.ok, message.size, message.root, message.problem)
+    return values.Verification(message.ok, message.size, message.root, message.problem, message.redacted)
 
 
 def proof(message: actions_pb2.ProveResponse) -> values.Proof:

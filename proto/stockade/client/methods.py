@@ -68,6 +68,7 @@ PROVE_CONSISTENCY: Final = Method(
 )
 LOG_STATUS: Final = Method("ActionService/LogStatus", actions.LogStatusRequest, actions.LogStatusResponse)
 ROTATE_KEY: Final = Method("ActionService/RotateKey", actions.RotateKeyRequest, actions.RotateKeyResponse)
+REDACT_ACTION: Final = Method("ActionService/RedactAction", actions.RedactActionRequest, actions.RedactActionResponse)
 DIFF: Final = Method("ChangeService/Diff", changes.DiffRequest, changes.DiffResponse)
 APPLY: Final = Method("ChangeService/Apply", changes.ApplyRequest, changes.ApplyResponse)
 DISCARD: Final = Method("ChangeService/Discard", changes.DiscardRequest, changes.DiscardResponse)

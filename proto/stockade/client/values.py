@@ -266,6 +266,7 @@ class Verification:
     size: int
     root: bytes
     problem: str
+    redacted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stockade/v1/actions.proto\x12\x0bstockade.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x01\n\x06\x41\x63tion\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x17\n\x0ftime_unix_nanos\x18\x02 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0c\n\x04verb\x18\x05 \x01(\t\x12\x0e\n\x06object\x18\x06 \x01(\t\x12\x0f\n\x07verdict\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65tails_json\x18\t \x01(\x0c\"\xd3\x01\n\x13QueryActionsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0c\n\x04verb\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tafter_seq\x18\x05 \x01(\x04\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x12\n\npage_token\x18\x07 \x01(\t\x12)\n\x05until\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"U\n\x14QueryActionsResponse\x12$\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x13.stockade.v1.Action\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"h\n\x12TailActionsRequest\x12\x16\n\tafter_seq\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04verb\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\tB\x0c\n\n_after_seq\":\n\x13TailActionsResponse\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x13.stockade.v1.Action\"\x12\n\x10VerifyLogRequest\"L\n\x11VerifyLogResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\"\x13\n\x11\x43heckpointRequest\"\"\n\x12\x43heckpointResponse\x12\x0c\n\x04note\x18\x01 \x01(\t\"\x1b\n\x0cProveRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"Z\n\rProveResponse\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12\x12\n\nleaf_index\x18\x02 \x01(\x04\x12\x12\n\naudit_path\x18\x03 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\"9\n\x17ProveConsistencyRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\"|\n\x18ProveConsistencyResponse\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x10\n\x08old_root\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0c\n\x04root\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\"\x12\n\x10LogStatusRequest\"o\n\nSinkStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x15\n\rdelivered_seq\x18\x03 \x01(\x04\x12\x0e\n\x06\x62\x65hind\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61iling\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\"p\n\x11LogStatusResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x11\n\tfirst_seq\x18\x02 \x01(\x04\x12\x12\n\npublic_key\x18\x03 \x01(\t\x12&\n\x05sinks\x18\x04 \x03(\x0b\x32\x17.stockade.v1.SinkStatus\"\"\n\x10RotateKeyRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"4\n\x11RotateKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x32\x8c\x05\n\rActionService\x12S\n\x0cQueryActions\x12 .stockade.v1.QueryActionsRequest\x1a!.stockade.v1.QueryActionsResponse\x12R\n\x0bTailActions\x12\x1f.stockade.v1.TailActionsRequest\x1a .stockade.v1.TailActionsResponse0\x01\x12J\n\tVerifyLog\x12\x1d.stockade.v1.VerifyLogRequest\x1a\x1e.stockade.v1.VerifyLogResponse\x12M\n\nCheckpoint\x12\x1e.stockade.v1.CheckpointRequest\x1a\x1f.stockade.v1.CheckpointResponse\x12>\n\x05Prove\x12\x19.stockade.v1.ProveRequest\x1a\x1a.stockade.v1.ProveResponse\x12_\n\x10ProveConsistency\x12$.stockade.v1.ProveConsistencyRequest\x1a%.stockade.v1.ProveConsistencyResponse\x12J\n\tLogStatus\x12\x1d.stockade.v1.LogStatusRequest\x1a\x1e.stockade.v1.LogStatusResponse\x12J\n\tRotateKey\x12\x1d.stockade.v1.RotateKeyRequest\x1a\x1e.stockade.v1.RotateKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stockade/v1/actions.proto\x12\x0bstockade.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x01\n\x06\x41\x63tion\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x17\n\x0ftime_unix_nanos\x18\x02 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0c\n\x04verb\x18\x05 \x01(\t\x12\x0e\n\x06object\x18\x06 \x01(\t\x12\x0f\n\x07verdict\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65tails_json\x18\t \x01(\x0c\"\xd3\x01\n\x13QueryActionsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0c\n\x04verb\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tafter_seq\x18\x05 \x01(\x04\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x12\n\npage_token\x18\x07 \x01(\t\x12)\n\x05until\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"U\n\x14QueryActionsResponse\x12$\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x13.stockade.v1.Action\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"h\n\x12TailActionsRequest\x12\x16\n\tafter_seq\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04verb\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\tB\x0c\n\n_after_seq\":\n\x13TailActionsResponse\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x13.stockade.v1.Action\"\x12\n\x10VerifyLogRequest\"^\n\x11VerifyLogResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x10\n\x08redacted\x18\x05 \x01(\x04\"\x13\n\x11\x43heckpointRequest\"\"\n\x12\x43heckpointResponse\x12\x0c\n\x04note\x18\x01 \x01(\t\"\x1b\n\x0cProveRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"Z\n\rProveResponse\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12\x12\n\nleaf_index\x18\x02 \x01(\x04\x12\x12\n\naudit_path\x18\x03 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\"9\n\x17ProveConsistencyRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\"|\n\x18ProveConsistencyResponse\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x10\n\x08old_root\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0c\n\x04root\x18\x04 \x01(\x0c\x12\x0c\n\x04path\x18\x05 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\"\x12\n\x10LogStatusRequest\"o\n\nSinkStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x15\n\rdelivered_seq\x18\x03 \x01(\x04\x12\x0e\n\x06\x62\x65hind\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61iling\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\"p\n\x11LogStatusResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x11\n\tfirst_seq\x18\x02 \x01(\x04\x12\x12\n\npublic_key\x18\x03 \x01(\t\x12&\n\x05sinks\x18\x04 \x03(\x0b\x32\x17.stockade.v1.SinkStatus\"\"\n\x10RotateKeyRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"4\n\x11RotateKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\"2\n\x13RedactActionRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x14RedactActionResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x11\n\tleaf_hash\x18\x02 \x01(\x0c\x32\xe1\x05\n\rActionService\x12S\n\x0cQueryActions\x12 .stockade.v1.QueryActionsRequest\x1a!.stockade.v1.QueryActionsResponse\x12R\n\x0bTailActions\x12\x1f.stockade.v1.TailActionsRequest\x1a .stockade.v1.TailActionsResponse0\x01\x12J\n\tVerifyLog\x12\x1d.stockade.v1.VerifyLogRequest\x1a\x1e.stockade.v1.VerifyLogResponse\x12M\n\nCheckpoint\x12\x1e.stockade.v1.CheckpointRequest\x1a\x1f.stockade.v1.CheckpointResponse\x12>\n\x05Prove\x12\x19.stockade.v1.ProveRequest\x1a\x1a.stockade.v1.ProveResponse\x12_\n\x10ProveConsistency\x12$.stockade.v1.ProveConsistencyRequest\x1a%.stockade.v1.ProveConsistencyResponse\x12J\n\tLogStatus\x12\x1d.stockade.v1.LogStatusRequest\x1a\x1e.stockade.v1.LogStatusResponse\x12J\n\tRotateKey\x12\x1d.stockade.v1.RotateKeyRequest\x1a\x1e.stockade.v1.RotateKeyResponse\x12S\n\x0cRedactAction\x12 .stockade.v1.RedactActionRequest\x1a!.stockade.v1.RedactActionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,29 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYLOGREQUEST']._serialized_start=709
   _globals['_VERIFYLOGREQUEST']._serialized_end=727
   _globals['_VERIFYLOGRESPONSE']._serialized_start=729
-  _globals['_VERIFYLOGRESPONSE']._serialized_end=805
-  _globals['_CHECKPOINTREQUEST']._serialized_start=807
-  _globals['_CHECKPOINTREQUEST']._serialized_end=826
-  _globals['_CHECKPOINTRESPONSE']._serialized_start=828
-  _globals['_CHECKPOINTRESPONSE']._serialized_end=862
-  _globals['_PROVEREQUEST']._serialized_start=864
-  _globals['_PROVEREQUEST']._serialized_end=891
-  _globals['_PROVERESPONSE']._serialized_start=893
-  _globals['_PROVERESPONSE']._serialized_end=983
-  _globals['_PROVECONSISTENCYREQUEST']._serialized_start=985
-  _globals['_PROVECONSISTENCYREQUEST']._serialized_end=1042
-  _globals['_PROVECONSISTENCYRESPONSE']._serialized_start=1044
-  _globals['_PROVECONSISTENCYRESPONSE']._serialized_end=1168
-  _globals['_LOGSTATUSREQUEST']._serialized_start=1170
-  _globals['_LOGSTATUSREQUEST']._serialized_end=1188
-  _globals['_SINKSTATUS']._serialized_start=1190
-  _globals['_SINKSTATUS']._serialized_end=1301
-  _globals['_LOGSTATUSRESPONSE']._serialized_start=1303
-  _globals['_LOGSTATUSRESPONSE']._serialized_end=1415
-  _globals['_ROTATEKEYREQUEST']._serialized_start=1417
-  _globals['_ROTATEKEYREQUEST']._serialized_end=1451
-  _globals['_ROTATEKEYRESPONSE']._serialized_start=1453
-  _globals['_ROTATEKEYRESPONSE']._serialized_end=1505
-  _globals['_ACTIONSERVICE']._serialized_start=1508
-  _globals['_ACTIONSERVICE']._serialized_end=2160
+  _globals['_VERIFYLOGRESPONSE']._serialized_end=823
+  _globals['_CHECKPOINTREQUEST']._serialized_start=825
+  _globals['_CHECKPOINTREQUEST']._serialized_end=844
+  _globals['_CHECKPOINTRESPONSE']._serialized_start=846
+  _globals['_CHECKPOINTRESPONSE']._serialized_end=880
+  _globals['_PROVEREQUEST']._serialized_start=882
+  _globals['_PROVEREQUEST']._serialized_end=909
+  _globals['_PROVERESPONSE']._serialized_start=911
+  _globals['_PROVERESPONSE']._serialized_end=1001
+  _globals['_PROVECONSISTENCYREQUEST']._serialized_start=1003
+  _globals['_PROVECONSISTENCYREQUEST']._serialized_end=1060
+  _globals['_PROVECONSISTENCYRESPONSE']._serialized_start=1062
+  _globals['_PROVECONSISTENCYRESPONSE']._serialized_end=1186
+  _globals['_LOGSTATUSREQUEST']._serialized_start=1188
+  _globals['_LOGSTATUSREQUEST']._serialized_end=1206
+  _globals['_SINKSTATUS']._serialized_start=1208
+  _globals['_SINKSTATUS']._serialized_end=1319
+  _globals['_LOGSTATUSRESPONSE']._serialized_start=1321
+  _globals['_LOGSTATUSRESPONSE']._serialized_end=1433
+  _globals['_ROTATEKEYREQUEST']._serialized_start=1435
+  _globals['_ROTATEKEYREQUEST']._serialized_end=1469
+  _globals['_ROTATEKEYRESPONSE']._serialized_start=1471
+  _globals['_ROTATEKEYRESPONSE']._serialized_end=1523
+  _globals['_REDACTACTIONREQUEST']._serialized_start=1525
+  _globals['_REDACTACTIONREQUEST']._serialized_end=1575
+  _globals['_REDACTACTIONRESPONSE']._serialized_start=1577
+  _globals['_REDACTACTIONRESPONSE']._serialized_end=1631
+  _globals['_ACTIONSERVICE']._serialized_start=1634
+  _globals['_ACTIONSERVICE']._serialized_end=2371
 # @@protoc_insertion_point(module_scope)

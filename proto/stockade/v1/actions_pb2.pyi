@@ -83,16 +83,18 @@ class VerifyLogRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class VerifyLogResponse(_message.Message):
-    __slots__ = ("ok", "size", "root", "problem")
+    __slots__ = ("ok", "size", "root", "problem", "redacted")
     OK_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REDACTED_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     size: int
     root: bytes
     problem: str
-    def __init__(self, ok: _Optional[bool] = ..., size: _Optional[int] = ..., root: _Optional[bytes] = ..., problem: _Optional[str] = ...) -> None: ...
+    redacted: int
+    def __init__(self, ok: _Optional[bool] = ..., size: _Optional[int] = ..., root: _Optional[bytes] = ..., problem: _Optional[str] = ..., redacted: _Optional[int] = ...) -> None: ...
 
 class CheckpointRequest(_message.Message):
     __slots__ = ()
@@ -191,3 +193,19 @@ class RotateKeyResponse(_message.Message):
     public_key: str
     seq: int
     def __init__(self, public_key: _Optional[str] = ..., seq: _Optional[int] = ...) -> None: ...
+
+class RedactActionRequest(_message.Message):
+    __slots__ = ("seq", "reason")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    reason: str
+    def __init__(self, seq: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RedactActionResponse(_message.Message):
+    __slots__ = ("seq", "leaf_hash")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    LEAF_HASH_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    leaf_hash: bytes
+    def __init__(self, seq: _Optional[int] = ..., leaf_hash: _Optional[bytes] = ...) -> None: ...

@@ -75,6 +75,11 @@ class ActionServiceStub:
                 request_serializer=stockade_dot_v1_dot_actions__pb2.RotateKeyRequest.SerializeToString,
                 response_deserializer=stockade_dot_v1_dot_actions__pb2.RotateKeyResponse.FromString,
                 _registered_method=True)
+        self.RedactAction = channel.unary_unary(
+                '/stockade.v1.ActionService/RedactAction',
+                request_serializer=stockade_dot_v1_dot_actions__pb2.RedactActionRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_actions__pb2.RedactActionResponse.FromString,
+                _registered_method=True)
 
 
 class ActionServiceServicer:
@@ -135,6 +140,13 @@ class ActionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RedactAction(self, request, context):
+        """Takes the content of an entry away for good; its hash stays in the tree.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ActionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +189,11 @@ def add_ActionServiceServicer_to_server(servicer, server):
                     servicer.RotateKey,
                     request_deserializer=stockade_dot_v1_dot_actions__pb2.RotateKeyRequest.FromString,
                     response_serializer=stockade_dot_v1_dot_actions__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'RedactAction': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedactAction,
+                    request_deserializer=stockade_dot_v1_dot_actions__pb2.RedactActionRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_actions__pb2.RedactActionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +412,33 @@ class ActionService:
             '/stockade.v1.ActionService/RotateKey',
             stockade_dot_v1_dot_actions__pb2.RotateKeyRequest.SerializeToString,
             stockade_dot_v1_dot_actions__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedactAction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stockade.v1.ActionService/RedactAction',
+            stockade_dot_v1_dot_actions__pb2.RedactActionRequest.SerializeToString,
+            stockade_dot_v1_dot_actions__pb2.RedactActionResponse.FromString,
             options,
             channel_credentials,
             insecure,
