@@ -20,12 +20,12 @@ import structlog
 import uvloop
 
 from sandbox import doctor
-from supervisord.actions.types import CannotOpenLog, CannotRecord
+from supervisord.actions.types import CannotOpenLog, CannotRecord, DamagedLog
 from supervisord.api import control_listener
 from supervisord.config_reader import load_config
 from supervisord.daemon import Daemon
 from supervisord.errors import StockadeError
-from supervisord.killonly import KillOnly
+from supervisord.killonly import MEND, KillOnly
 from supervisord.store import CannotStore
 
 if TYPE_CHECKING:
@@ -131,11 +131,12 @@ async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, K
             await daemon.open()
         except (CannotOpenLog, CannotStore, CannotRecord) as error:
             await daemon.abandon()
-            if not _refused_by_disk(error):
+            if not _leaves_killing(error):
                 raise
             if killing is None:
                 listener = control_listener(config)
-                killing = KillOnly(config, error.message, entropy=os.urandom)
+                remedy = error.remedy if isinstance(error, DamagedLog) else MEND
+                killing = KillOnly(config, error.message, remedy=remedy, entropy=os.urandom)
                 await killing.start(listener.dup())
                 notify(f"READY=1\nSTATUS=kill-only: {error.message}")
         except BaseException:
@@ -154,10 +155,13 @@ async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, K
             return None, None
 
 
-def _refused_by_disk(error: StockadeError) -> bool:
-    """Whether a disk takes nothing; else another daemon has the files, or they are damaged and nobody may go on."""
+def _leaves_killing(error: StockadeError) -> bool:
+    """Whether agents can be killed all the same: a disk takes nothing, or the log is damaged and nobody may write on.
+
+    Else another daemon has the files and its own kill switch, or the key is not to be used.
+    """
     cause = error.__cause__
-    if isinstance(error, CannotRecord):
+    if isinstance(error, CannotRecord | DamagedLog):
         return True
     return isinstance(cause, OSError | sqlite3.OperationalError) and not isinstance(cause, BlockingIOError)
 

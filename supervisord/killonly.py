@@ -1,8 +1,8 @@
-"""What a daemon is while its disk takes no record: it shows the agents that live, kills them, and refuses all else.
+"""What a daemon is while it can record nothing: it shows the agents that live, kills them, and refuses all else.
 
 Nothing may happen unrecorded but a kill (DESIGN section 6), and a daemon that does not start could not even kill. So a
-daemon whose disk is full, or fails, starts this; agents have no egress meanwhile. What is killed is recorded
-as soon as the log is open again.
+daemon whose disk is full, or fails, or whose action log is damaged, starts this; agents have no egress meanwhile. What
+is killed is recorded as soon as a log is open again.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
 RECONNECT_SECONDS: Final = 0.5
 OWED_MAX: Final = 8192
+MEND: Final = "make room for state_dir, or mend what is named there"
 ALLOWED: Final = frozenset(
     {
         *(f"/stockade.v1.AgentService/{method}" for method in ("ListAgents", "GetAgent", "Kill")),
@@ -57,11 +58,12 @@ ALLOWED: Final = frozenset(
 
 
 class KillOnly:
-    """One instance without its records; `cause` is why, `entropy` makes ids."""
+    """One instance without its records; `cause` is why, `remedy` what ends it, `entropy` makes ids."""
 
-    def __init__(self, config: Config, cause: str, *, entropy: Callable[[int], bytes]) -> None:
+    def __init__(self, config: Config, cause: str, *, remedy: str = MEND, entropy: Callable[[int], bytes]) -> None:
         self._config = config
         self._cause = cause
+        self._remedy = remedy
         self.owed: list[Action] = []
         self._agents = Agents(now_ns=time.time_ns)
         self._half_built: set[str] = set()
@@ -94,7 +96,7 @@ class KillOnly:
             new_id=lambda: new_receipt_id(self._entropy),
             now_ns=time.time_ns,
         )
-        self._api = Api(config, listener, self._register, interceptors=[Refusing(self._cause)])
+        self._api = Api(config, listener, self._register, interceptors=[Refusing(self._cause, self._remedy)])
         await self._api.start(serving=False)
 
     def _register(self, server: grpc.aio.Server) -> None:
@@ -200,8 +202,9 @@ class KillOnly:
 class Refusing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Answers every method that could not be recorded with the reason."""
 
-    def __init__(self, cause: str) -> None:
+    def __init__(self, cause: str, remedy: str) -> None:
         self._cause = cause
+        self._remedy = remedy
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
@@ -211,7 +214,7 @@ class Refusing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         async def refuse(_request: object, _context: object) -> NoReturn:
             raise CannotRecord(
                 f"cannot serve {method.rpartition('/')[2]}: the daemon can only kill now, since {self._cause}",
-                remedy="make room for state_dir, or mend what is named there; the daemon then goes on by itself",
+                remedy=f"{self._remedy}; the daemon then goes on by itself",
             )
 
         # Of one shape for all: a refusal needs no request and sends no message.

@@ -90,7 +90,8 @@ class ActionLog:
 
         Makes an Ed25519 key in `key` (mode 0600) and its public half in `<key>.pub` where there is none. A tail that a
         crash left is cut off, kept in `torn/` and told in a `log.recover` entry. `on_checkpoint` gets each signed
-        checkpoint in the log's thread and must not block. Raises CannotOpenLog for damage that no crash explains.
+        checkpoint in the log's thread and must not block. Raises DamagedLog for damage that no crash explains,
+        CannotOpenLog where the directory or the key cannot be used.
         """
         _settle(directory, key)
         signer = load_signer(key, origin=origin)

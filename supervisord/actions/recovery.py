@@ -23,11 +23,12 @@ from supervisord.actions.files import (
     sync_directory,
 )
 from supervisord.actions.merkle import EMPTY_ROOT, Frontier
-from supervisord.actions.types import JSON, BadNote, CannotOpenLog
+from supervisord.actions.types import JSON, BadNote, CannotOpenLog, DamagedLog
 
 _DIRECTORY_MODE: Final = 0o700
 _REMEDY: Final = (
-    "run `stockadectl log verify` on it, keep the directory as evidence, and move it away to begin a new log"
+    "run `stockadectl log verify DIR --public-key log.key.pub` on it, keep the directory as evidence, and move it away"
+    " to begin a new log"
 )
 
 
@@ -46,7 +47,7 @@ class Opened:
 def open_directory(directory: Path, signer: Signer, first: Verifier | None = None) -> Opened:
     """`first` is the log's first key, where it had another.
 
-    Raises CannotOpenLog where the directory is in use, or holds what no crash can explain.
+    Raises CannotOpenLog where the directory is in use, DamagedLog where it holds what no crash can explain.
     """
     try:
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
@@ -135,7 +136,8 @@ def _read(
         raise _refused(directory, f"{path.name} at offset {error.offset}: {error.cause}") from error
     except segments.Damaged as error:
         if any(_is_checkpoint(frame, verifier) for frame in segments.intact_frames_after(data, error.offset)):
-            cause = f"{path.name} at offset {error.offset}: {error.cause}, and a signed checkpoint follows"
+            entry = f"entry {checker.size + 1} is damaged: {error.cause}"
+            cause = f"{path.name} at offset {error.offset}: {entry}, and a signed checkpoint follows"
             raise _refused(directory, cause) from error
         return checker, end, error
     if end == header.length:
@@ -183,7 +185,7 @@ def _vouched(note: str, *verifiers: Verifier) -> Checkpoint:
     try:
         return keys.open_by_any(note, verifiers)
     except BadNote as error:
-        raise CannotOpenLog(f"cannot trust the log's checkpoint file: {error.message}", remedy=_REMEDY) from error
+        raise DamagedLog(f"cannot trust the log's checkpoint file: {error.message}", remedy=_REMEDY) from error
 
 
 def _is_checkpoint(frame: segments.Frame, verifier: Verifier) -> bool:
@@ -196,5 +198,5 @@ def _is_checkpoint(frame: segments.Frame, verifier: Verifier) -> bool:
     return True
 
 
-def _refused(directory: Path, cause: str) -> CannotOpenLog:
-    return CannotOpenLog(f"cannot continue the action log in {directory}: {cause}", remedy=_REMEDY)
+def _refused(directory: Path, cause: str) -> DamagedLog:
+    return DamagedLog(f"cannot continue the action log in {directory}: {cause}", remedy=_REMEDY)

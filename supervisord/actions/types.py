@@ -15,6 +15,7 @@ __all__ = [
     "CannotOpenLog",
     "CannotReadLog",
     "CannotRecord",
+    "DamagedLog",
     "Durability",
     "Entry",
     "Proof",
@@ -85,6 +86,10 @@ class Proof:
 
 class CannotOpenLog(StockadeError):  # noqa: N818 - read at the raise, as in supervisord.errors
     """The directory cannot be taken as a log: damaged, in use, or another key's."""
+
+
+class DamagedLog(CannotOpenLog):
+    """The directory holds what no crash explains: it is evidence, and nobody may write on in it."""
 
 
 class CannotReadLog(StockadeError):  # noqa: N818 - as CannotOpenLog

@@ -126,15 +126,15 @@ def test_a_log_whose_tail_was_cut_off_is_found_and_an_agent_without_a_launch_is_
         header = segments.parse_header(data).length
         first = next(segments.frames(data, header))  # the checkpoint that every segment begins with
         segment.write_bytes(data[: header + segments.FRAME_HEADER_BYTES + len(first.payload)])
-        refused = subprocess.run(
-            [bin_dir() / "stockaded", "--config", stockade.config],
-            capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        assert refused.returncode == 1
-        assert "are gone: a signed checkpoint covers them" in refused.stderr
+        stockade.up()
+        refused = stockade.ctl("launch", "--", "true")
+        assert refused.code != 0
+        assert f"{segment.name} at offset" in refused.err
+        assert "are gone: a signed checkpoint covers them" in refused.err
+        assert "move it away to begin a new log" in refused.err
         # The operator keeps it as evidence and begins a new log: the daemon says whom it found.
         shutil.move(log, log.with_name("evidence"))
-        stockade.up()
+        stockade.wait(lambda: stockade.ctl("actions").code == 0, 20)
         (entry,) = stockade.actions("--verb", "agent.adopt")
         assert entry["agent_id"] == agent["agent_id"]
         assert "not in the action log" in entry["reason"]
@@ -146,6 +146,59 @@ def test_a_log_whose_tail_was_cut_off_is_found_and_an_agent_without_a_launch_is_
         found = [each["agent_id"] for each in stockade.actions("--verb", "agent.adopt")]
         assert other["agent_id"] not in found
         assert stockade.json("log", "verify")["ok"] is True
+
+
+def test_a_daemon_whose_log_is_damaged_kills_and_says_where(tmp_path: Path) -> None:
+    with Instance.start() as stockade:
+        doomed = stockade.launch("--name", "doomed", "--", "sleep", "1000")
+        spared = stockade.launch("--name", "spared", "--", "sleep", "1000")
+        stockade.json("log", "checkpoint")
+        stockade.down(signal.SIGKILL)
+        log = Path(stockade.directory) / "state" / "log"
+        (segment,) = (log / "segments").iterdir()
+        data = segment.read_bytes()
+        entries = (
+            f for f in segments.frames(data, segments.parse_header(data).length) if f.kind is segments.Kind.ENTRY
+        )
+        seq, frame = next(each for each in enumerate(entries, start=1) if b"agent.launch" in each[1].payload)
+        at = frame.offset + segments.FRAME_HEADER_BYTES + 20
+        segment.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        stockade.up()
+        # Listed and killed, as ever; all else is refused with the place.
+        assert {agent["name"]: agent["state"] for agent in stockade.json("status")} == {
+            "doomed": "RUNNING", "spared": "RUNNING",
+        }  # fmt: skip
+        for deed in (
+            ("launch", "--", "true"),
+            ("grant", "spared", "llm:x"),
+            ("exec", "spared", "--", "true"),
+            ("actions",),
+        ):
+            refused = stockade.ctl(*deed)
+            assert refused.code != 0, deed
+            assert f"{segment.name} at offset {frame.offset}: entry {seq} is damaged" in refused.err, deed
+            assert "keep the directory as evidence" in refused.err, deed
+        (receipt,) = stockade.json("kill", "doomed")
+        assert (receipt["verified_empty"], of_agent(doomed)) == (True, [])
+        assert of_agent(spared)
+        damaged = segment.read_bytes()
+        public = log.parent / "keys" / "log.key.pub"
+        found = stockade.ctl("-o", "json", "log", "verify", str(log), "--public-key", str(public))
+        assert (found.code, f"entry {seq}" in found.json()["problem"]) == (1, True)
+        shutil.move(log, tmp_path / "evidence")
+        stockade.wait(lambda: stockade.ctl("actions").code == 0, 20)
+        assert [e["agent_id"] for e in stockade.actions("--verb", "agent.kill")] == [doomed["agent_id"]]
+        assert [e["agent_id"] for e in stockade.actions("--verb", "agent.adopt")] == [spared["agent_id"]]
+        assert stockade.ctl("run", "--", "true").code == 0
+        assert stockade.json("log", "verify")["ok"] is True
+        assert (tmp_path / "evidence" / "segments" / segment.name).read_bytes() == damaged
+        # A second daemon is no reason to kill only: the first one has the log.
+        second = subprocess.run(
+            [bin_dir() / "stockaded", "--config", stockade.config],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "another process writes it" in second.stderr
 
 
 def test_a_daemon_in_kill_only_mode_ends_in_order() -> None:
