@@ -132,7 +132,11 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
-    """Where entries of the log go, too: `path` of a file, `address` of a syslog, or `url` of an OTLP collector."""
+    """Where entries of the log go, too: `path` of a file, `address` of a syslog, or `url` of an OTLP collector.
+
+    Over TLS the receiver is always verified: by `ca_file` alone where there is one, else by the host's authorities.
+    `cert_file` and `key_file` are what it is shown.
+    """
 
     name: str
     kind: SinkKind
@@ -140,6 +144,10 @@ class SinkConfig:
     address: str = ""
     url: str = ""
     header_file: Path | None = None
+    tls: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

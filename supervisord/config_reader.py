@@ -52,6 +52,7 @@ GUARDRAILS_MAX: Final = 64
 PATTERNS_MAX: Final = 64
 MCP_SERVERS_MAX: Final = 64
 SINKS_MAX: Final = 8
+_SINK_FILES: Final = ("header_file", "ca_file", "cert_file", "key_file")
 USD_PER_MTOK_MAX: Final = 1_000_000
 PORT_MAX: Final = 65535
 
@@ -135,7 +136,8 @@ def missing_files(config: Config) -> tuple[str, ...]:
         named.append((f"gateway.models[{index}].path", route.path))
     if config.requests.webhook_url:
         named.append(("requests.webhook_secret_file", config.requests.webhook_secret_file))
-    named.extend((f"log.sinks[{index}].header_file", sink.header_file) for index, sink in enumerate(config.log.sinks))
+    for index, sink in enumerate(config.log.sinks):
+        named.extend((f"log.sinks[{index}].{key}", getattr(sink, key)) for key in _SINK_FILES)
     if control.tcp_listen:
         named.extend((f"control.{key}", getattr(control, key)) for key in ("tls_cert", "tls_key", "tls_client_ca"))
     return tuple(
@@ -408,6 +410,10 @@ def _sink(table: Table) -> SinkConfig:
         address=table.text("address", ""),
         url=_url(table, "url", ""),
         header_file=table.path("header_file", None),
+        tls=table.flag("tls", default=False),
+        ca_file=table.path("ca_file", None),
+        cert_file=table.path("cert_file", None),
+        key_file=table.path("key_file", None),
     )
     if not sink.name:
         table.problem("name", "is missing", "name the sink: its cursor goes by it")
@@ -423,8 +429,22 @@ def _sink(table: Table) -> SinkConfig:
             table.problem(key, what, "correct the sink")
     if sink.header_file is not None and kind is not SinkKind.OTLP:
         table.problem("header_file", f"is not for kind {kind.value}", "remove it")
+    _check_sink_tls(table, sink)
     table.end()
     return sink
+
+
+def _check_sink_tls(table: Table, sink: SinkConfig) -> None:
+    https = sink.url.lower().startswith("https:")
+    over_tls = sink.tls or https
+    if sink.tls and not https and not sink.address.startswith("tcp:"):
+        table.problem("tls", "is for tcp: addresses and https: URLs", "correct the address, or remove it")
+    for key in ("ca_file", "cert_file", "key_file"):
+        if getattr(sink, key) is not None and not over_tls:
+            table.problem(key, "is for a sink over TLS", "say tls = true, or remove it")
+    if (sink.cert_file is None) != (sink.key_file is None):
+        missing = "cert_file" if sink.cert_file is None else "key_file"
+        table.problem(missing, "is missing: a client certificate is two files", "name both, or none")
 
 
 def _control(table: Table) -> ControlConfig:

@@ -3,7 +3,8 @@
 It is started as root, becomes the sinks' user and keeps no capability before it hears the first entry. A receiver that
 is slow, hostile or gone keeps this process busy and nobody else. Messages are lines of JSON over one socket:
 
-    started with  {kind, address, url, header, user, host, instance, origin, key}, and for a file its descriptor
+    started with  {kind, address, url, header, tls, ca_file, cert_file, key_file, user, host, instance, origin, key},
+                  and for a file its descriptor
     it says       {ready: true} or {error}
     it hears      {entries: [...]}   and says {ack: SEQ}, or {ack: SEQ, failed: CAUSE} with how far it came
 """
@@ -15,6 +16,7 @@ import encodings.idna  # noqa: F401 - resolving a name imports it, and then it i
 import http.client
 import json
 import os
+import select
 import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 CHANNEL_FD: Final = 3
 FILE_FD: Final = 4
 CONNECT_SECONDS_MAX: Final = 10.0
+SETTLE_SECONDS_MAX: Final = 1.0
 ANSWER_BYTES_MAX: Final = 64 * 1024
 CAUSE_CHARACTERS_MAX: Final = 300
 # Resolving names reads /etc, asks over a socket of its own, and takes these beside what bytes on sockets take.
@@ -72,11 +75,12 @@ class FileSink:
 
 
 class SyslogSink:
-    """RFC 5424 over a unix socket, UDP, or TCP with octet counting (RFC 6587 section 3.4.1)."""
+    """RFC 5424 over a unix socket, UDP, TCP with octet counting (RFC 6587 section 3.4.1), or TLS (RFC 5425)."""
 
-    def __init__(self, address: str, host: str) -> None:
+    def __init__(self, address: str, host: str, tls: ssl.SSLContext | None = None) -> None:
         self._transport, _, self._where = address.partition(":")
         self._host = host
+        self._tls = tls
         self._socket: socket.socket | None = None
 
     def deliver(self, records: Sequence[Record], took: Callable[[int], None]) -> None:
@@ -115,31 +119,56 @@ class SyslogSink:
         host, _, port = self._where.rpartition(":")
         host = host.strip("[]")
         if self._transport == "tcp":
-            return socket.create_connection((host, int(port)), CONNECT_SECONDS_MAX)
+            plain = socket.create_connection((host, int(port)), CONNECT_SECONDS_MAX)
+            return plain if self._tls is None else self._secured(plain, host, self._tls)
         family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
         made = socket.socket(family, kind, protocol)
         made.settimeout(CONNECT_SECONDS_MAX)
         made.connect(target)
         return made
 
+    def _secured(self, plain: socket.socket, host: str, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        try:
+            peer = tls.wrap_socket(plain, server_hostname=host)
+        except (OSError, ValueError):
+            plain.close()
+            raise
+        # In TLS 1.3 a client is done before the server has judged its certificate: a refusal comes afterwards, as an
+        # alert, and what was sent until then is lost. Servers that take it send a session ticket at the same place.
+        if peer.version() == "TLSv1.3":
+            waiting = select.poll()
+            waiting.register(peer, select.POLLIN)
+            waiting.poll(SETTLE_SECONDS_MAX * 1000)
+        try:
+            self._still_there(peer)
+        except (OSError, CannotDeliver):
+            peer.close()
+            raise
+        return peer
+
     @staticmethod
     def _still_there(peer: socket.socket) -> None:
         peer.setblocking(False)  # with a time-out, recv would wait for it
         try:
-            if not peer.recv(1, socket.MSG_PEEK):
+            # A syslog server says nothing (RFC 5425 section 4.3); under TLS, reading also takes tickets and alerts.
+            heard = peer.recv(1) if isinstance(peer, ssl.SSLSocket) else peer.recv(1, socket.MSG_PEEK)
+            if not heard:
                 raise CannotDeliver("the syslog server closed the connection")
-        except BlockingIOError:
-            peer.settimeout(CONNECT_SECONDS_MAX)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        peer.settimeout(CONNECT_SECONDS_MAX)
 
 
 class OtlpSink:
     """OTLP/HTTP in JSON: one request a batch; whatever is not 2xx is tried again."""
 
-    def __init__(self, url: str, header: str, describe: Callable[[Sequence[Record]], bytes]) -> None:
+    def __init__(
+        self, url: str, header: str, describe: Callable[[Sequence[Record]], bytes], tls: ssl.SSLContext | None
+    ) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port
         self._path = parts.path or "/"
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = tls
         name, _, value = header.partition(":")
         self._headers = {"Content-Type": "application/json", "User-Agent": "stockade"}
         if header:
@@ -195,14 +224,34 @@ def make(begin: dict[str, Any]) -> Sink:
             about = {"origin": begin["origin"], "key": begin["key"], "host": host}
             return FileSink(FILE_FD, lambda record: formats.ocsf(record, **about))
         case "syslog":
-            return SyslogSink(begin["address"], host)
+            return SyslogSink(begin["address"], host, trust(begin) if begin["tls"] else None)
         case "otlp":
             instance = begin["instance"]
             return OtlpSink(
-                begin["url"], begin["header"], lambda records: formats.otlp(records, host=host, instance=instance)
+                begin["url"],
+                begin["header"],
+                lambda records: formats.otlp(records, host=host, instance=instance),
+                trust(begin) if urlsplit(begin["url"]).scheme == "https" else None,
             )
         case other:
             raise ValueError(f"there is no kind {other!r} of sink")
+
+
+def trust(begin: dict[str, Any]) -> ssl.SSLContext:
+    """How the receiver is verified, by its name and an authority, and what it is shown; reads files, as root still."""
+    key = begin["key_file"]
+    try:
+        context = ssl.create_default_context(cafile=begin["ca_file"] or None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9662 section 4 and RFC 9325
+        if key and os.stat(key).st_mode & 0o077:  # noqa: PTH116 - pathlib would be an import for one call
+            raise ValueError(f"cannot use key file {key}: others than its owner may open it; chmod 600 it")
+        if key:
+            # An empty pass phrase: without one, OpenSSL would ask for it at a terminal.
+            context.load_cert_chain(begin["cert_file"], key, password="")
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise ValueError(f"cannot use the certificates of the sink: {said}") from error
+    return context
 
 
 def give_up(begin: dict[str, Any]) -> None:

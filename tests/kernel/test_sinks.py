@@ -8,8 +8,10 @@ import http.server
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +25,7 @@ from supervisord.actions.types import Action
 from supervisord.config import Config, LogConfig, SinkConfig, SinkKind
 from supervisord.sinks import feed
 from supervisord.sinks.feed import Sinks
+from tests.support.site_authority import SiteAuthority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -313,6 +316,178 @@ async def test_a_collector_that_refuses_for_a_while_gets_every_entry(
     told = [entry.action for entry in await log.query(verb="log.sink")]
     assert [action.verdict for action in told] == ["failed", "done"]
     assert "503" in told[0].reason
+
+
+# --- TLS
+
+
+class SecureSyslog:
+    """Takes whatever syslog over TLS (RFC 5425) sends, as its context allows."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.received = bytearray()
+        self.shown: list[object] = []  # what each client showed
+        self._context = context
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context)
+        return f"tcp:localhost:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.shown.append(writer.get_extra_info("peercert"))
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                self.received.extend(data)
+        writer.close()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> SiteAuthority:
+    return SiteAuthority.make(tmp_path_factory.mktemp("sktest-tls"))
+
+
+@pytest.fixture(scope="module")
+def client(authority: SiteAuthority) -> Path:
+    authority.context("sinks.example")
+    file = authority.directory / "sinks.example.pem"
+    file.chmod(0o600)
+    return file
+
+
+def asking_for_certificates(authority: SiteAuthority) -> ssl.SSLContext:
+    context = authority.context("localhost")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(authority.ca)
+    return context
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_syslog_over_tls(
+    directory: Path, log: ActionLog, authority: SiteAuthority, version: ssl.TLSVersion
+) -> None:
+    context = authority.context("localhost")
+    context.minimum_version = context.maximum_version = version
+    server = SecureSyslog(context)
+    async with server as address:
+        about = {"kind": SinkKind.SYSLOG, "address": address, "tls": True, "ca_file": authority.ca}
+        async with running(sinks(directory, log, **about)) as made:
+            await act(log, 0, 300)
+            await until(lambda: made.states()[0].behind == 0)
+            assert "CapEff:\t0000000000000000" in status_of(pid_of(directory))
+            await until(lambda: len(whole(server.received)[0]) >= 300)
+    assert sequence(whole(server.received)[0]) == list(range(1, 301))
+    assert b"egress.request" in server.received
+
+
+@pytest.mark.parametrize(
+    ("name", "ca"), [("localhost", "another"), ("localhost", "none"), ("other.example", "its own")]
+)
+async def test_a_syslog_that_is_not_the_one_named_gets_nothing(
+    directory: Path, log: ActionLog, authority: SiteAuthority, name: str, ca: str
+) -> None:
+    (directory / "other").mkdir()
+    believed = {"another": SiteAuthority.make(directory / "other").ca, "none": None, "its own": authority.ca}[ca]
+    server = SecureSyslog(authority.context(name))
+    async with server as address:
+        about = {"kind": SinkKind.SYSLOG, "address": address, "tls": True, "ca_file": believed}
+        async with running(sinks(directory, log, **about)) as made:
+            await act(log, 0, 3)
+            await until(lambda: made.states()[0].cause)
+            state = made.states()[0]
+    assert ("Hostname mismatch" if name != "localhost" else "certificate verify failed") in state.cause
+    assert (state.delivered_seq, bytes(server.received)) == (0, b"")
+
+
+async def test_a_syslog_that_does_not_speak_tls_gets_no_entry(directory: Path, log: ActionLog) -> None:
+    received = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.extend(await reader.read(65536))
+        writer.write(b"what?\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    address = f"tcp:localhost:{server.sockets[0].getsockname()[1]}"
+    async with running(sinks(directory, log, kind=SinkKind.SYSLOG, address=address, tls=True)) as made:
+        await act(log, 0, 3)
+        await until(lambda: made.states()[0].cause)
+        assert made.states()[0].delivered_seq == 0
+    server.close()
+    assert received
+    assert b"egress.request" not in received
+
+
+async def test_a_syslog_that_wants_a_certificate_takes_entries_with_one_only(
+    directory: Path, log: ActionLog, authority: SiteAuthority, client: Path
+) -> None:
+    server = SecureSyslog(asking_for_certificates(authority))
+    async with server as address:
+        about: dict[str, Any] = {"kind": SinkKind.SYSLOG, "address": address, "tls": True, "ca_file": authority.ca}
+        await act(log, 0, 20)
+        async with running(sinks(directory, log, **about)) as made:
+            await until(lambda: made.states()[0].cause)
+            # Nothing counts as taken that the server never read.
+            assert (made.states()[0].delivered_seq, bytes(server.received)) == (0, b"")
+        about |= {"cert_file": client, "key_file": client}
+        async with running(sinks(directory, log, **about)) as made:
+            await until(lambda: made.states()[0].behind == 0)
+        await until(lambda: len(whole(server.received)[0]) >= 20)
+    assert sequence(whole(server.received)[0]) == list(range(1, 21))
+    assert server.shown
+
+
+async def test_a_key_that_others_may_read_is_not_used(
+    directory: Path, log: ActionLog, authority: SiteAuthority, client: Path
+) -> None:
+    key = directory / "open.pem"
+    shutil.copy(client, key)
+    key.chmod(0o640)
+    server = SecureSyslog(asking_for_certificates(authority))
+    async with server as address:
+        about = {"kind": SinkKind.SYSLOG, "address": address, "tls": True, "ca_file": authority.ca}
+        async with running(sinks(directory, log, **about, cert_file=client, key_file=key)) as made:
+            await act(log, 0, 1)
+            await until(lambda: made.states()[0].cause)
+    assert "chmod 600" in made.states()[0].cause
+    assert server.shown == []
+
+
+async def test_a_collector_over_https_with_an_authority_and_a_certificate(
+    directory: Path, log: ActionLog, authority: SiteAuthority, client: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "BACKOFF_SECONDS", (0.05,))
+
+    class One(Collector):
+        got: ClassVar[list[dict[str, Any]]] = []
+        header = ""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), One)
+    # The handshake is the handler's thread's, so that one that fails does not end the server.
+    context = asking_for_certificates(authority)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    about: dict[str, Any] = {"kind": SinkKind.OTLP, "url": f"https://localhost:{server.server_port}/v1/logs"}
+    try:
+        await act(log, 0, 200)
+        # Without a certificate of its own: the alert says so, where the server's end does not come before it.
+        for more, cause in (({}, "certificate verify failed"), ({"ca_file": authority.ca}, "")):
+            async with running(sinks(directory, log, **about, **more)) as made:
+                await until(lambda made=made: made.states()[0].cause)  # type: ignore[misc]
+                assert cause in made.states()[0].cause
+                assert (made.states()[0].delivered_seq, One.got) == (0, [])
+        about |= {"ca_file": authority.ca, "cert_file": client, "key_file": client, "tls": True}
+        async with running(sinks(directory, log, **about)) as made:
+            await until(lambda: made.states()[0].behind == 0)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert len(One.got) >= 200
 
 
 async def test_a_cursor_of_another_log_sends_everything_again(directory: Path, log: ActionLog) -> None:

@@ -296,6 +296,23 @@ def test_every_key_arrives() -> None:
         ('[[log.sinks]]\nname="a"\npath="/x"\nurl="http://x"', "log.sinks[0].url: is not for kind jsonl"),
         ('[[log.sinks]]\nname="a"\nkind="syslog"\naddress="tcp:x"', "log.sinks[0].address: 'tcp:x' is not unix:/PATH"),
         ('[[log.sinks]]\nname="a"\npath="/x"\nheader_file="/y"', "log.sinks[0].header_file: is not for kind jsonl"),
+        ('[[log.sinks]]\nname="a"\npath="/x"\nca_file="/y"', "log.sinks[0].ca_file: is for a sink over TLS"),
+        (
+            '[[log.sinks]]\nname="a"\nkind="otlp"\nurl="http://x"\nkey_file="/y"',
+            "log.sinks[0].key_file: is for a sink over TLS",
+        ),
+        (
+            '[[log.sinks]]\nname="a"\nkind="syslog"\naddress="udp:x:1"\ntls=true',
+            "log.sinks[0].tls: is for tcp: addresses and https: URLs",
+        ),
+        (
+            '[[log.sinks]]\nname="a"\nkind="otlp"\nurl="http://x"\ntls=true',
+            "log.sinks[0].tls: is for tcp: addresses and https: URLs",
+        ),
+        (
+            '[[log.sinks]]\nname="a"\nkind="otlp"\nurl="https://x"\ncert_file="/y"',
+            "log.sinks[0].key_file: is missing: a client certificate is two files",
+        ),
         ('[[log.sinks]]\nname="a"\npath="/x"\n' * 2, "log.sinks: has two of one name"),
         ('[control]\nread_only_others = "no"', "control.read_only_others: 'no' is neither true nor false"),
         ('[control]\ngroup = "a b"', "control.group"),
@@ -422,6 +439,14 @@ name = "otel"
 kind = "otlp"
 url = "https://collector.example/v1/logs"
 header_file = "/nonexistent/header"
+[[log.sinks]]
+name = "tls"
+kind = "syslog"
+address = "tcp:syslog.example:6514"
+tls = true
+ca_file = "/nonexistent/ca.pem"
+cert_file = "/nonexistent/client.pem"
+key_file = "/nonexistent/client.key"
 """
     config = parse_config(text, source="s.toml")
     assert (config.log.keep_days, config.log.keep_bytes) == (90, 1 << 30)
@@ -429,5 +454,9 @@ header_file = "/nonexistent/header"
         ("file", "ocsf"),
         ("siem", "syslog"),
         ("otel", "otlp"),
+        ("tls", "syslog"),
     ]
+    assert [sink.tls for sink in config.log.sinks] == [False, False, False, True]
+    for key in ("ca_file", "cert_file", "key_file"):
+        assert any(f"log.sinks[3].{key}" in line for line in missing_files(config)), key
     assert any("log.sinks[2].header_file" in line for line in missing_files(config))
