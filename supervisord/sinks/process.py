@@ -150,7 +150,7 @@ class SyslogSink:
     def _still_there(peer: socket.socket) -> None:
         peer.setblocking(False)  # with a time-out, recv would wait for it
         try:
-            # A syslog server says nothing (RFC 5425 section 4.3); under TLS, reading also takes tickets and alerts.
+            # A syslog server says nothing (RFC 5425); under TLS, reading also takes tickets and alerts.
             heard = peer.recv(1) if isinstance(peer, ssl.SSLSocket) else peer.recv(1, socket.MSG_PEEK)
             if not heard:
                 raise CannotDeliver("the syslog server closed the connection")
@@ -242,7 +242,7 @@ def trust(begin: dict[str, Any]) -> ssl.SSLContext:
     key = begin["key_file"]
     try:
         context = ssl.create_default_context(cafile=begin["ca_file"] or None)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9662 section 4 and RFC 9325
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9662
         if key and os.stat(key).st_mode & 0o077:  # noqa: PTH116 - pathlib would be an import for one call
             raise ValueError(f"cannot use key file {key}: others than its owner may open it; chmod 600 it")
         if key:

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from supervisord.actions import segments
-from supervisord.actions.log import ActionLog
-from supervisord.actions.types import Action, Entry
 from supervisord.actions.verify import verify
+from tests.support.log_lives import Lives, acknowledged, leaves, said, start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 # Each round is a process start; set higher for a long run.
 KILLS = int(os.environ.get("STOCKADE_LOG_KILLS", "12"))
 WRITER_SECONDS_MAX = 60
-
-
-def start(directory: Path, mode: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    command = [*prefix, sys.executable, "-m", "tests.support.log_writer", str(directory), mode]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(directory: Path, mode: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -42,54 +29,17 @@ def finish(directory: Path, mode: str, prefix: Sequence[str] = ()) -> list[dict[
     return said(out)
 
 
-def said(out: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.split(b"\n")[:-1]]
-
-
-def leaves(directory: Path) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for path in sorted((directory / "log" / "segments").glob(f"*{segments.SUFFIX}")):
-        data = path.read_bytes()
-        for frame in segments.frames(data, segments.parse_header(data).length):
-            if frame.kind is segments.Kind.ENTRY:
-                found[len(found) + 1] = frame.leaf_hash.hex()
-    return found
-
-
-def acknowledged(lines: list[dict[str, Any]]) -> dict[int, str]:
-    return {line["seq"]: line["leaf"] for line in lines if "seq" in line}
-
-
-async def live_on(directory: Path, turn: int) -> Entry:
-    log = ActionLog.open(directory / "log", directory / "key", now_ns=time.time_ns, segment_bytes=8000)
-    entry = await log.record(Action("", "daemon", "daemon.start", f"life {turn}", "done"))
-    await log.close()
-    return entry
-
-
 def test_what_was_acknowledged_survives_kill_9_at_any_moment(tmp_path: Path) -> None:
     """The same log is opened again and again; every entry that was acknowledged in any life is in it, at its place."""
     seed = int(os.environ.get("STOCKADE_SEED", "0")) or random.SystemRandom().getrandbits(32)
     moments = random.Random(seed)  # noqa: S311 - not a secret; printed so that a failure can be repeated
-    kept: dict[int, str] = {}
+    lives = Lives(tmp_path)
     for turn in range(KILLS):
-        process = start(tmp_path, "stream")
-        assert process.stdout is not None
         try:
-            first = process.stdout.readline()
-            time.sleep(moments.uniform(0, 0.15))
-        finally:
-            process.send_signal(signal.SIGKILL)
-            rest, errors = process.communicate()
-        assert first, errors.decode()[-2000:]
-        kept |= acknowledged(said(first + rest))
-        entry = asyncio.run(live_on(tmp_path, turn))
-        kept[entry.seq] = entry.leaf_hash.hex()
-        report = verify(tmp_path / "log", tmp_path / "key.pub")
-        assert report.ok, f"{report.problem} (seed {seed}, turn {turn})"
-        found = leaves(tmp_path)
-        assert {seq: found.get(seq) for seq in kept} == kept, f"seed {seed}, turn {turn}"
-    assert len(kept) > 10 * KILLS
+            lives.end_one(moments.uniform(0, 0.15), turn)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, turn {turn}: {error}") from error
+    assert len(lives.kept) > 10 * KILLS
 
 
 def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:

@@ -69,11 +69,17 @@ def settled(stockade: Instance) -> Census:
 
 
 def launcher_pid(stockade: Instance) -> int:
-    """The launcher of this instance: the one of its processes with that program that is nobody's fork."""
+    """The launcher of this instance: the one of its processes with that program that is nobody's fork.
+
+    An agent's pid 1 is one of those forks, has the same command line, and outlives its launcher.
+    """
     found = []
+    group = f"/stockade-{stockade.name}/"
     for process in processes():
         words = text(process / "cmdline").split("\0")
-        if any(word.endswith("sandbox/launcher.py") for word in words) and str(stockade.run_dir) in words:
+        if not any(word.endswith("sandbox/launcher.py") for word in words) or str(stockade.run_dir) not in words:
+            continue
+        if group not in text(process / "cgroup"):
             found.append(int(process.name))
     return min(found, key=started, default=0)
 
