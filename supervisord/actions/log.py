@@ -10,12 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import files, keys, merkle, redaction, segments
+from supervisord.actions import files, keys, merkle
 from supervisord.actions.check import RETIRE_VERB
 from supervisord.actions.checkpoint import Signer, size_of
-from supervisord.actions.files import load_signer, read_checkpoint, redact_in_segment, remove_segments, segment_paths
+from supervisord.actions.files import load_signer, read_checkpoint, remove_segments, segment_paths
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
+from supervisord.actions.redacting import Redacting
 from supervisord.actions.retiring import Sealed, retired
 from supervisord.actions.types import (
     JSON,
@@ -30,7 +31,6 @@ from supervisord.actions.types import (
 )
 from supervisord.actions.verify import Until, verify
 from supervisord.actions.writer import Settings, Writer
-from supervisord.errors import Conflict, NotFound, StockadeError
 
 SEGMENT_BYTES_MAX: Final = 16 * 1024 * 1024
 SUBSCRIBER_ENTRIES: Final = 256
@@ -70,6 +70,7 @@ class ActionLog:
         self._writer = Writer(signer, opened, settings)
         self._writer.start(opened.dropped)
         self._closed = False
+        self._redacting = Redacting(directory, self, index, begin_segment=self._begin_segment, reading=self._reading)
 
     @classmethod
     def open(
@@ -241,61 +242,13 @@ class ActionLog:
     ) -> Entry:
         """Take the content of entry `seq` away for good; the entry that orders it.
 
-        `needed` says why an entry cannot go, where it cannot.
-
-        The order is recorded first, under a durable signature; the entry's frame is then replaced by one of the same
-        length and leaf hash. Where that fails, or a crash comes between, `finish_redactions` does it later. Raises
-        NotFound, Conflict or CannotRecord.
+        `needed` says why an entry cannot go, where it cannot. Raises NotFound, Conflict or CannotRecord.
         """
-        found = await self.query(after_seq=seq - 1, limit=1) if 1 <= seq <= self.size else []
-        if not found or found[0].seq != seq:
-            raise NotFound(f"cannot redact entry {seq}: it is not there", remedy="see `stockadectl actions`")
-        order = redaction.order(found[0], actor=actor, reason=reason)
-        if cause := needed(found[0].action):
-            raise Conflict(f"cannot redact entry {seq}: {cause}", remedy="try again when that is over")
-        frame = await asyncio.wrap_future(self._index.run(lambda: self._index.frame(seq)))
-        if len(frame.payload) < segments.MARK_BYTES:
-            raise Conflict(f"cannot redact entry {seq}: it is shorter than what would take its place")
-        ordered = await self.record(order)
-        await self._carry_out(ordered)
-        return ordered
+        return await self._redacting.redact(seq, actor=actor, reason=reason, needed=needed)
 
     async def finish_redactions(self) -> int:
         """Do what was ordered and, for a crash or a disk, not done; how many that were. Raises CannotRecord."""
-        pending: dict[int, Entry] = {}
-        after_seq = 0
-        while page := await self.query(verb=redaction.VERB, after_seq=after_seq):
-            after_seq = page[-1].seq
-            for entry in page:
-                if redaction.order_of(entry.seq, entry.action) is not None:
-                    pending[entry.seq] = entry
-                elif entry.action.verdict == "done" and isinstance(ended := entry.action.details.get("order"), int):
-                    pending.pop(ended, None)
-        done = 0
-        for ordered in pending.values():
-            order = redaction.order_of(ordered.seq, ordered.action)
-            if order is not None and order.of >= self.first_seq:
-                await self._carry_out(ordered)
-                done += 1
-        return done
-
-    async def _carry_out(self, ordered: Entry) -> None:
-        order = redaction.order_of(ordered.seq, ordered.action)
-        if order is None:
-            raise ValueError(f"entry {ordered.seq} orders nothing")
-        try:
-            await asyncio.to_thread(self._redact, ordered.seq, order)
-        except (OSError, ValueError, segments.Damaged, StockadeError) as error:
-            cause = error.message if isinstance(error, StockadeError) else str(error)
-            with contextlib.suppress(CannotRecord):
-                await self.append(redaction.ended(ordered, "failed", cause))
-            raise CannotRecord(
-                f"cannot redact entry {order.of}, though entry {ordered.seq} orders it: {cause}",
-                remedy=f"look after {self._directory}; the next start of the daemon tries again",
-            ) from error
-        time_ns = order.time_seconds * 10**9
-        await asyncio.wrap_future(self._index.run(lambda: self._index.redacted(order.of, time_ns)))
-        await self.record(redaction.ended(ordered, "done"))
+        return await self._redacting.finish()
 
     async def rotate_key(self, *, actor: str, reason: str) -> Entry:
         """Go on with a new key; the entry that hands over to it, signed by the old one. Raises CannotRecord."""
@@ -378,16 +331,9 @@ class ActionLog:
                 ) from error
             return entry
 
-    def _redact(self, order_seq: int, order: redaction.Order) -> None:
-        """In a segment that nothing writes any more, and behind a signature that the disk has."""
+    def _begin_segment(self) -> None:
         with self._key_lock:
             self._writer.begin_segment()
-        frame = self._index.run(lambda: self._index.frame(order.of)).result()
-        if frame.leaf_hash.hex() != order.leaf_hash:
-            raise ValueError(f"the order is for the hash {order.leaf_hash}, the entry has {frame.leaf_hash.hex()}")
-        with self._reading:
-            path = next(path for first, path in reversed(segment_paths(self._directory)) if first <= order.of)
-            redact_in_segment(path, frame.offset, segments.Mark(order_seq, order.time_seconds))
 
     def _verify(self, kept: str | None) -> Report:
         with self._reading:

@@ -172,7 +172,7 @@ async def test_an_order_that_a_disk_refused_is_done_later(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("supervisord.actions.log.redact_in_segment", full)
+        patched.setattr("supervisord.actions.redacting.redact_in_segment", full)
         with pytest.raises(CannotRecord, match="No space left"):
             await log.redact(SECRET_SEQ, actor=ADMIN, reason=REASON)
     assert holding(tmp_path)
