@@ -189,6 +189,23 @@ async def test_an_order_that_a_disk_refused_is_done_later(
     assert (report.ok, report.redacted) == (True, 1)
 
 
+async def test_an_order_that_cannot_be_carried_out_keeps_no_other_from_it(open_log: Open, tmp_path: Path) -> None:
+    log = open_log()
+    await fill(log)
+    wrong: dict[str, JSON] = {"seq": 3, "leaf_hash": "00" * 32, "time_seconds": 0}
+    await log.record(Action("", ADMIN, "log.redact", "entry 3", "allowed", "", wrong))
+    (entry,) = await log.query(after_seq=SECRET_SEQ - 1, limit=1)
+    right = {**wrong, "seq": SECRET_SEQ, "leaf_hash": entry.leaf_hash.hex(), "time_seconds": entry.time_ns // 10**9}
+    await log.record(Action("", ADMIN, "log.redact", f"entry {SECRET_SEQ}", "allowed", "", right))
+    with pytest.raises(CannotRecord, match="cannot redact entry 3"):
+        await log.finish_redactions()
+    assert holding(tmp_path) == []
+    assert (await log.query(after_seq=2, limit=1))[0].action.verb == "egress.request"
+    await log.close()
+    report = check(tmp_path)
+    assert (report.ok, report.redacted) == (True, 1), report.problem
+
+
 def test_a_kill_at_any_step_leaves_the_old_segment_or_the_new_one(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
