@@ -93,6 +93,8 @@ class BudgetView:
     llm_tokens_left: int | None = None
     cost_usd_left: float | None = None
     requests_left: int | None = None
+    time_over: str = ""
+    """Which of the agent's times is used up: nothing leaves any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:  
     """Judge one request. `now` is monotonic seconds, the clock of `GrantView.expires_at`."""
     if view.state not in ("STARTING", "RUNNING"):
         return Refuse(503, Reason.AGENT_NOT_RUNNING, f"the agent is {view.state} and may send nothing")
+    if view.budget.time_over and request.form is not Form.SELF:
+        return Refuse(429, Reason.BUDGET_EXHAUSTED, f"the agent's budget of {view.budget.time_over} is used up")
     match request.form:
         case Form.SELF:
             return _answer_self(request, view, now=now)

@@ -214,7 +214,7 @@ def _actions(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="?", default="")
     parser.add_argument("-f", "--follow", action="store_true")
     parser.add_argument("--verb", dest="wanted_verb", metavar="V", default="")
-    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed"), default="")
+    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed", "notice"), default="")
     parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
     parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=int, default=0)
 
