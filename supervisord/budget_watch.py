@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 POLL_SECONDS: Final = 1.0
 STATS_SECONDS_MAX: Final = 2.0
+RETRY_SECONDS: Final = 5.0
 USEC_PER_MS: Final = 1000
 NOTICED: Final = "noticed"
 ACTED: Final = "acted"
@@ -82,7 +83,7 @@ class BudgetWatch:
     def spent(self, agent_id: AgentId) -> None:
         """Look at an agent that has just spent something."""
         agent = self._agents.get(agent_id)
-        if agent is not None and agent.live:
+        if agent is not None and agent.live and any(use.near for use in self._ledgers.uses(agent_id)):
             self._in_background(self._look(agent))
 
     async def watch_forever(self) -> None:
@@ -137,8 +138,10 @@ class BudgetWatch:
         self._acting.add(agent.agent_id)
         try:
             await self._act(agent, reached)
-        except StockadeError as error:  # looked at again with the next poll
-            log.error("an agent without budget runs on", agent=agent.agent_id, cause=error.message)
+        except StockadeError as error:
+            if agent.live:
+                log.error("an agent without budget runs on", agent=agent.agent_id, cause=error.message)
+                await asyncio.sleep(RETRY_SECONDS)  # each attempt is an entry in the log
         finally:
             self._acting.discard(agent.agent_id)
 

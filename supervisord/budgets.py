@@ -279,8 +279,14 @@ class Ledger:
 def budget_view(left: Budget) -> BudgetView:
     """Gives what decide() sees of what is left."""
     cost = None if left.cost_microusd is None else left.cost_microusd / MICROUSD_PER_USD
-    over = "wall-clock time" if left.wall_ms == 0 else "CPU time" if left.cpu_ms == 0 else ""
-    return BudgetView(llm_tokens_left=left.llm_tokens, cost_usd_left=cost, requests_left=left.requests, time_over=over)
+    wall, cpu = (None if time is None else time / MS_PER_SECOND for time in (left.wall_ms, left.cpu_ms))
+    return BudgetView(
+        llm_tokens_left=left.llm_tokens,
+        cost_usd_left=cost,
+        requests_left=left.requests,
+        wall_seconds_left=wall,
+        cpu_seconds_left=cpu,
+    )
 
 
 def parse_budget(values: Mapping[str, object]) -> Budget:

@@ -335,6 +335,7 @@ class Daemon:
                 registry=self._registry,
                 launcher=self._launcher,
                 layers=self._layers,
+                ledgers=self._exchanges.ledgers,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,

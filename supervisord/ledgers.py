@@ -113,6 +113,10 @@ class Ledgers:
         """Give how much is used of every bound that holds the agent, its own first."""
         return tuple(use for kept in self._drawn(agent_id) for use in kept.ledger.uses())
 
+    def shared(self) -> tuple[Use, ...]:
+        """Give how much is used of every bound of every label."""
+        return tuple(use for kept in self._shared for use in self._current(kept).ledger.uses())
+
     def view(self, agent_id: AgentId) -> BudgetView:
         """Give what decide() sees: the least that is left of all that the agent draws on."""
         left = NO_BUDGET
@@ -202,15 +206,18 @@ class Ledgers:
         """Every ledger that the agent draws on, with the periods of now."""
         own, drawing = self._kept.get(agent_id), self._drawings.get(agent_id)
         drawn = [] if own is None else [own]
-        for kept in () if drawing is None else drawing.shared:
-            if kept.shared is not None and kept.ledger.since:
-                since = period_start(kept.shared.period, self._now_s())
-                if since > kept.ledger.since:
-                    # What is under way counts where it settles.
-                    kept.ledger = replace(kept.ledger, since=since, spent=Amounts())
-                    kept.durable = Amounts()
-            drawn.append(kept)
+        if drawing is not None:
+            drawn += map(self._current, drawing.shared)
         return drawn
+
+    def _current(self, kept: Kept) -> Kept:
+        """Begin a label's ledger anew where its period has: what is under way counts where it settles."""
+        if kept.shared is not None and kept.ledger.since:
+            since = period_start(kept.shared.period, self._now_s())
+            if since > kept.ledger.since:
+                kept.ledger = replace(kept.ledger, since=since, spent=Amounts())
+                kept.durable = Amounts()
+        return kept
 
     def forget(self, agent_id: AgentId) -> None:
         """End the agent's own ledger; a label's goes on, with what this agent spent of it."""

@@ -93,8 +93,16 @@ class BudgetView:
     llm_tokens_left: int | None = None
     cost_usd_left: float | None = None
     requests_left: int | None = None
-    time_over: str = ""
-    """Which of the agent's times is used up: nothing leaves any more."""
+    wall_seconds_left: float | None = None
+    """With one of the times used up nothing leaves any more."""
+    cpu_seconds_left: float | None = None
+
+    @property
+    def time_over(self) -> str:
+        for left, what in ((self.wall_seconds_left, "wall-clock time"), (self.cpu_seconds_left, "CPU time")):
+            if left is not None and left <= 0:
+                return what
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +358,8 @@ def _answer_self(request: EgressRequest, view: AgentView, *, now: float) -> Verd
                     "llm_tokens_left": budget.llm_tokens_left,
                     "cost_usd_left": budget.cost_usd_left,
                     "requests_left": budget.requests_left,
+                    "wall_seconds_left": budget.wall_seconds_left,
+                    "cpu_seconds_left": budget.cpu_seconds_left,
                 },
             )
         case _:
