@@ -44,6 +44,8 @@ label = "team=payments"
 requests = 20
 period = "month"
 """
+A_POLL_SECONDS = 1.5
+"""In which the daemon looks at every budget once."""
 CALLS = """
 import http.client, json, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +132,7 @@ def test_at_the_end_the_agent_is_frozen_once(stockade: Instance, workspace: Path
     stockade.down(signal.SIGKILL)
     stockade.up()
     stockade.wait(lambda: said(stockade, "freezes")[-1:] == ["made"])
-    time.sleep(1.5)  # a poll of the daemon, in which nothing may happen
+    stockade.wait(lambda: state(stockade, "freezes") != "RUNNING", A_POLL_SECONDS)
     assert state(stockade, "freezes") == "RUNNING"
     assert said(stockade, "freezes").count("200") <= 10
     assert len(by_daemon(stockade, "freezes", "agent.freeze")) == 1
@@ -140,7 +142,7 @@ def test_at_the_end_the_agent_is_frozen_once(stockade: Instance, workspace: Path
 def test_below_the_end_nothing_is_said_or_done(stockade: Instance, workspace: Path) -> None:
     calls(stockade, workspace, "frugal", 7, policy="kills")
     stockade.wait(lambda: said(stockade, "frugal")[-1:] == ["made"])
-    time.sleep(1.5)  # as above
+    stockade.wait(lambda: state(stockade, "frugal") != "RUNNING", A_POLL_SECONDS)
     assert state(stockade, "frugal") == "RUNNING"
     assert notices(stockade, "frugal") == []
 
@@ -202,6 +204,10 @@ def test_agents_of_one_label_spend_one_budget_at_the_same_time(stockade: Instanc
     assert said(stockade, "other").count("200") == 30
     told = [action for action in stockade.actions("--verb", "agent.budget") if "label" in action["details"]]
     assert [action["details"]["label"] for action in told] == ["team=payments"]
+    (shared,) = stockade.json("budgets")
+    assert shared == {**shared, "label": "team=payments", "bound": "requests", "spent": 20, "limit": 20, "reserved": 0}
+    assert "100% requests of team=payments" in stockade.ctl("status", "--wide", "one").out
+    assert "team=payments" not in stockade.ctl("status", "--wide", "other").out
     # The label has spent it, not the agents: it stays so when they end, and over a restart.
     stockade.ctl("kill", "--all")
     stockade.down(signal.SIGKILL)
@@ -209,3 +215,24 @@ def test_agents_of_one_label_spend_one_budget_at_the_same_time(stockade: Instanc
     calls(stockade, workspace, "three", 1, "--label", "team=payments", policy="team")
     stockade.wait(lambda: said(stockade, "three")[-1:] == ["made"])
     assert said(stockade, "three") == ["429", "made"]
+
+
+def test_what_is_spent_is_shown(stockade: Instance, workspace: Path) -> None:
+    calls(stockade, workspace, "shown", 5, policy="denies")
+    stockade.launch("--name", "quiet", "--policy", "team", "--", "sleep", "1000")
+    stockade.wait(lambda: said(stockade, "shown")[-1:] == ["made"])
+    info = stockade.json("inspect", "shown")
+    (use,) = info["budget"]
+    assert use == {"bound": "requests", "spent": 5, "limit": 10, "reserved": 0, "label": "", "since": ""}
+    assert info["cpu_seconds"] > 0
+    tokens = info["spend"]["input_tokens"] + info["spend"]["output_tokens"]
+    assert tokens > 0
+    for verb in (("status", "--wide", "--live"), ("top",), ("top", "-n", "2", "-d", "100ms")):
+        head, *rows = stockade.ctl(*verb).out.splitlines()
+        assert {"NAME", "STATE", "CPU", "MEMORY", "TOKENS", "COST", "BUDGET"} <= set(head.split())
+        row = next(row for row in rows if row.startswith("shown "))
+        assert f" {tokens} " in row
+        assert row.endswith("50% requests")
+        assert next(row for row in rows if row.startswith("quiet ")).endswith("-")
+    (told, _) = sorted(stockade.json("top"), key=lambda each: str(each["name"]), reverse=True)
+    assert told["budget"] == info["budget"]
