@@ -43,13 +43,17 @@ TEAM = """
 label = "team=payments"
 requests = 20
 period = "month"
+
+[[budgets]]
+label = "team=research"
+llm_tokens = 300
 """
 A_POLL_SECONDS = 1.5
 """In which the daemon looks at every budget once."""
 CALLS = """
 import http.client, json, sys, time
 from concurrent.futures import ThreadPoolExecutor
-body = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": "@say hello"}]})
+body = json.dumps({"model": "scripted", "max_tokens": 20, "messages": [{"role": "user", "content": "@say hello"}]})
 def call(_):
     try:
         line = http.client.HTTPConnection("gateway.internal", 3128, timeout=60)
@@ -204,7 +208,7 @@ def test_agents_of_one_label_spend_one_budget_at_the_same_time(stockade: Instanc
     assert said(stockade, "other").count("200") == 30
     told = [action for action in stockade.actions("--verb", "agent.budget") if "label" in action["details"]]
     assert [action["details"]["label"] for action in told] == ["team=payments"]
-    (shared,) = stockade.json("budgets")
+    (shared,) = [use for use in stockade.json("budgets") if use["label"] == "team=payments"]
     assert shared == {**shared, "label": "team=payments", "bound": "requests", "spent": 20, "limit": 20, "reserved": 0}
     assert "100% requests of team=payments" in stockade.ctl("status", "--wide", "one").out
     assert "team=payments" not in stockade.ctl("status", "--wide", "other").out
@@ -215,6 +219,22 @@ def test_agents_of_one_label_spend_one_budget_at_the_same_time(stockade: Instanc
     calls(stockade, workspace, "three", 1, "--label", "team=payments", policy="team")
     stockade.wait(lambda: said(stockade, "three")[-1:] == ["made"])
     assert said(stockade, "three") == ["429", "made"]
+
+
+def test_tokens_of_a_label_are_set_aside_before_and_never_overspent(stockade: Instance, workspace: Path) -> None:
+    names = ("four", "five")
+    for name in names:
+        calls(stockade, workspace, name, 60, "--label", "team=research", policy="team", width=10)
+    for name in names:
+        stockade.wait(lambda name=name: said(stockade, name)[-1:] == ["made"], 30)  # type: ignore[misc]
+    (shared,) = [use for use in stockade.json("budgets") if use["label"] == "team=research"]
+    spends = [stockade.json("inspect", name)["spend"] for name in names]
+    assert shared["spent"] == sum(spend["input_tokens"] + spend["output_tokens"] for spend in spends)
+    # No answer is longer than what was set aside for it.
+    assert 0 < shared["spent"] <= shared["limit"] == 300
+    assert shared["reserved"] == 0
+    assert all({"200", "429"} & set(said(stockade, name)) for name in names)
+    assert any("429" in said(stockade, name) for name in names)
 
 
 def test_what_is_spent_is_shown(stockade: Instance, workspace: Path) -> None:
