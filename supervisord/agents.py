@@ -78,6 +78,9 @@ class Description:
     transparent: bool = False
     definition: str = ""
     definition_digest: str = ""
+    launched_mono: float = 0.0
+    """Seconds on the kernel's monotonic clock, which goes on over restarts of the daemon."""
+    on_exhausted: str = "deny"
 
     def to_json(self) -> dict[str, object]:
         # Not asdict of it all: its copies would be made while a launch waits.

@@ -100,7 +100,7 @@ def user_name(uid: int) -> str:
 
 
 _READER_METHODS: Final = {
-    "AgentService": ("GetAgent", "ListAgents", "WatchAgents", "Wait", "ListHolds"),
+    "AgentService": ("GetAgent", "ListAgents", "WatchAgents", "Wait", "ListHolds", "ListBudgets"),
     "GrantService": ("ListGrants",),
     "RequestService": ("ListRequests", "WatchRequests"),
     "ActionService": ("QueryActions", "TailActions", "Prove", "ProveConsistency", "LogStatus"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from sandbox.images.limits import ImageLimits
+from supervisord.budgets import LabelBudget
 
 # Clear of the ranges systemd gives to containers, dynamic users and homes (systemd.io/UIDS-GIDS).
 UID_FIRST: Final = 1879048192
@@ -231,6 +232,7 @@ class Config:
     agents: AgentsConfig = AgentsConfig()
     scratch: ScratchConfig = ScratchConfig()
     images: ImageLimits = field(default_factory=ImageLimits)
+    budgets: tuple[LabelBudget, ...] = ()
     pool_netns: int = 4
     pool_images: int = 2
     egress_workers: int = 1

@@ -12,6 +12,7 @@ from gateway_client.egress.mcpcall import SERVER_NAME
 from gateway_client.gateways.guardrails.builtin import BY_NAME, SETS
 from gateway_client.gateways.guardrails.pattern import BadPattern, read_pieces
 from sandbox.images.limits import ImageLimits
+from supervisord.budgets import BOUNDS, NO_BUDGET, TIMES, LabelBudget, Period, parse_budget
 from supervisord.config import (
     UID_FIRST,
     UID_LAST,
@@ -39,7 +40,7 @@ from supervisord.config import (
 )
 from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
 from supervisord.errors import InvalidInput, StockadeError
-from supervisord.ids import instance_name, shown
+from supervisord.ids import instance_name, label, shown
 from supervisord.sizes import format_size, parse_duration, parse_size
 from supervisord.tables import Findings, Table
 
@@ -53,6 +54,7 @@ PATTERNS_MAX: Final = 64
 MCP_SERVERS_MAX: Final = 64
 SINKS_MAX: Final = 8
 _SINK_FILES: Final = ("header_file", "ca_file", "cert_file", "key_file")
+LABEL_BUDGETS_MAX: Final = 256
 USD_PER_MTOK_MAX: Final = 1_000_000
 PORT_MAX: Final = 65535
 
@@ -177,6 +179,7 @@ def _config(root: Table, source: str) -> Config:
         agents=_agents(root.table("agents")),
         scratch=_scratch(root.table("scratch")),
         images=_images(root.table("images")),
+        budgets=_budgets(root),
         pool_netns=pool.whole("netns", default.pool_netns, 0, 256),
         pool_images=pool.whole("images", default.pool_images, 0, 64),
         egress_workers=egress.whole("workers", default.egress_workers, 1, 64),
@@ -532,6 +535,35 @@ def _measure(table: Table, key: str, default: M, parse: Callable[[str], M]) -> M
     except InvalidInput as error:
         table.problem(key, error.message, error.remedy)
         return default
+
+
+def _budgets(root: Table) -> tuple[LabelBudget, ...]:
+    """What labels may spend: calls alone, since an agent's time is its own."""
+    found: dict[tuple[str, Period], LabelBudget] = {}
+    for table in root.tables("budgets", LABEL_BUDGETS_MAX):
+        text = table.text("label", "")
+        try:
+            key, equals, value = text.partition("=")
+            label(key, value)
+            if not equals:
+                table.problem("label", f"{shown(text)} is not of the form key=value", 'write "team=payments"')
+        except InvalidInput as error:
+            table.problem("label", error.message, 'write for example "team=payments"')
+        period = table.one_of("period", Period.NONE)
+        given = {name: table.get(name) for name in BOUNDS if name not in TIMES}
+        wanted = {name: amount for name, amount in given.items() if amount is not None}
+        try:
+            budget = parse_budget(wanted)
+        except InvalidInput as error:
+            table.findings.add(table.name, error.message, error.remedy)
+            budget = NO_BUDGET
+        if not wanted:
+            table.findings.add(table.name, "bounds nothing", "give llm_tokens, cost_usd or requests")
+        table.end()
+        if (text, period) in found:
+            table.problem("label", f"{shown(text)} has two budgets of one period", "make one of them")
+        found[(text, period)] = LabelBudget(text, budget, period)
+    return tuple(found.values())
 
 
 def _images(table: Table) -> ImageLimits:

@@ -28,6 +28,7 @@ from supervisord.acts import Acts
 from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
 from supervisord.authorities import Authorities, read_or_make_secret
+from supervisord.budget_watch import BudgetWatch
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -141,11 +142,14 @@ class Daemon:
         if self._webhook is not None:
             await self._webhook.start()
             self._requests.on_change.append(self._webhook.tell)
+        await self._exchanges.ledgers.load()
+        await self._budget_watch.load()
         await self._plane.start()
         await self._reach_launcher()
         await self._recover()
         await self._layers.reconcile()
         self._in_background(self._acts.expire_forever())
+        self._in_background(self._budget_watch.watch_forever())
         self._in_background(self._gateway_health.watch())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
@@ -201,6 +205,7 @@ class Daemon:
             ),
             on_deny=self._on_deny,
             now=time.monotonic,
+            label_budgets=config.budgets,
         )
         self._plane.judge = self._exchanges
         self._gateway_health = GatewayHealth(
@@ -273,6 +278,7 @@ class Daemon:
             filters={name: digest for name, (digest, _) in self._filters.items()},
             entropy=os.urandom,
             now_ns=time.time_ns,
+            now=time.monotonic,
         )
         self._holds = holds
         self._files = FileGrants(
@@ -300,6 +306,16 @@ class Daemon:
             entropy=os.urandom,
             now_ns=time.time_ns,
         )
+        self._budget_watch = BudgetWatch(
+            agents=self._agents,
+            ledgers=self._exchanges.ledgers,
+            launcher=self._launcher,
+            store=self._store,
+            note=self._exchanges.note,
+            freeze=self._acts.freeze,
+            kill=self._killswitch.kill,
+            now=time.monotonic,
+        )
 
     # --- the API
 
@@ -320,6 +336,7 @@ class Daemon:
                 registry=self._registry,
                 launcher=self._launcher,
                 layers=self._layers,
+                ledgers=self._exchanges.ledgers,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,
@@ -514,6 +531,7 @@ class Daemon:
         self._retention.agent_ended()
         self._files.forget(agent)
         self._requests.end_agent(agent.agent_id)
+        self._budget_watch.forget(agent.agent_id)
 
     def _changed(self, agent: Agent) -> None:
         if agent.state is not State.STARTING and not self._stopping:

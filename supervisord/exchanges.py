@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 import structlog
 
 from gateway_client.egress import messages
-from gateway_client.egress.decide import AgentView, BudgetView, Reason, decide, mcp_globs
+from gateway_client.egress.decide import AgentView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
@@ -32,11 +32,12 @@ from supervisord.replies import fitting
 from supervisord.scopes import Ended
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from supervisord.actions.log import ActionLog
     from supervisord.actions.types import JSON
     from supervisord.agents import Agent, Agents
+    from supervisord.budgets import LabelBudget
     from supervisord.config import Network
     from supervisord.egress_plane import EgressPlane
     from supervisord.gateway_health import GatewayHealth
@@ -117,6 +118,7 @@ class Exchanges:
         route: Route,
         on_deny: Callable[[Agent], OnDeny],
         now: Callable[[], float],
+        label_budgets: Sequence[LabelBudget] = (),
     ) -> None:
         self._agents = agents
         self._book = book
@@ -127,7 +129,7 @@ class Exchanges:
         self._route = route
         self._on_deny = on_deny
         self._now = now
-        self.ledgers = Ledgers(store)
+        self.ledgers = Ledgers(store, labels=label_budgets)
         self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
@@ -229,22 +231,13 @@ class Exchanges:
 
     def view(self, agent: Agent) -> AgentView:
         """What a decision on this agent depends on."""
-        ledger = self.ledgers.get(agent.agent_id)
-        budget = BudgetView()
-        if ledger is not None:
-            left = ledger.left()
-            budget = BudgetView(
-                left.llm_tokens,
-                None if left.cost_microusd is None else left.cost_microusd / MICROUSD_PER_USD,
-                left.requests,
-            )
         return AgentView(
             agent_id=agent.agent_id,
             name=agent.name,
             policy=agent.what.policy,
             state=agent.state.value,
             grants=self._book.view(agent.agent_id),
-            budget=budget,
+            budget=self.ledgers.view(agent.agent_id),
             forwarding=self._route.forwarding,
             allow_networks=self._route.allow_networks,
             mcp_servers=self._route.mcp_servers,

@@ -88,6 +88,7 @@ class Launching:
         filters: dict[str, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
+        now: Callable[[], float],
     ) -> None:
         self._config = config
         self._agents = agents
@@ -107,6 +108,7 @@ class Launching:
         self._filters = filters
         self._entropy = entropy
         self._now_ns = now_ns
+        self._now = now
         self._authorities = authorities
         self._more_authorities = read_ca_file(config.gateway.ca_file)
         self._keys: dict[tuple[str, str], AgentId] = {}
@@ -294,6 +296,8 @@ class Launching:
             launched_at_ns=self._now_ns(),
             definition="" if order.registered is None else order.registered.reference,
             definition_digest="" if order.registered is None else order.registered.digest,
+            launched_mono=self._now(),
+            on_exhausted=policy.on_exhausted.value,
         )
 
     def _grants(self, order: LaunchOrder, policy: Policy, caller: Caller) -> tuple[LaunchGrant, ...]:
@@ -396,7 +400,9 @@ class Launching:
                 )
         for each in kept:
             self._book.restore(each)
-        self._exchanges.ledgers.open(agent.agent_id, Budget.from_json(agent.what.budget), spent=spent)
+        self._exchanges.ledgers.open(
+            agent.agent_id, Budget.from_json(agent.what.budget), labels=agent.what.labels, spent=spent
+        )
 
     def open_gate(self, agent: Agent, *, frozen: bool = False) -> None:
         """Serve the agent's listener: the last step, after everything that says what may pass."""
@@ -497,7 +503,7 @@ def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> 
         "memory_bytes": what.memory_bytes,
         "cpus": what.cpus,
         "pids": what.pids,
-        "budget": dict(what.budget),
+        "budget": {**what.budget, "on_exhausted": what.on_exhausted},
         "uid_slot": what.slot,
         **_defined(agent),
         **plan.rootfs.facts(),

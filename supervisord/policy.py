@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePosixPath
 from typing import Final
@@ -13,7 +13,7 @@ import yaml
 
 from gateway_client.egress.scope import Scope, format_scope, includes
 from sandbox.plan import NO_RATE
-from supervisord.budgets import MICROUSD_PER_USD, NO_BUDGET, Budget
+from supervisord.budgets import NO_BUDGET, STRICTNESS, Budget, OnExhausted
 from supervisord.sizes import format_duration, format_size
 
 
@@ -165,6 +165,7 @@ class Policy:
     shared_workspace: bool = False
     limits: Limits = Limits()
     budget: Budget = NO_BUDGET
+    on_exhausted: OnExhausted = OnExhausted.DENY
     scopes: tuple[Scope, ...] = ()
     ceiling: tuple[Scope, ...] | None = None
     grants: GrantRules = GrantRules()
@@ -281,6 +282,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "allow_sockets": policy.allow_sockets and not base.allow_sockets,
         "shared_workspace": policy.shared_workspace and not base.shared_workspace,
         "budget": not policy.budget.narrows(base.budget),
+        "budget.on_exhausted": STRICTNESS.index(policy.on_exhausted) < STRICTNESS.index(base.on_exhausted),
         "scopes": not all(any(includes(wide, own) for wide in base.scopes) for own in policy.scopes),
         "grants.ceiling": not within,
         "grants.approvers": policy.grants.approvers < base.grants.approvers,
@@ -304,9 +306,6 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
 
 def effect(policy: Policy) -> dict[str, object]:
     """Gives everything of a policy that has an effect, in the words of the file."""
-    budget = {key: value for key, value in asdict(policy.budget).items() if value is not None}
-    if (cost := budget.pop("cost_microusd", None)) is not None:
-        budget["cost_usd"] = cost / MICROUSD_PER_USD if cost % MICROUSD_PER_USD else cost // MICROUSD_PER_USD
     limits = {
         key: NO_RATE_WORD if value == NO_RATE else format_size(value) if "_bytes" in name else value
         for name, key in _LIMIT_KEYS.items()
@@ -324,7 +323,7 @@ def effect(policy: Policy) -> dict[str, object]:
         "allow_sockets": policy.allow_sockets,
         "shared_workspace": policy.shared_workspace,
         "limits": limits,
-        "budget": budget,
+        "budget": {**policy.budget.words(), "on_exhausted": policy.on_exhausted.value},
         "scopes": [format_scope(scope) for scope in policy.scopes],
         "egress": {
             "on_deny": policy.egress.on_deny.value,

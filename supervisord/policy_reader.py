@@ -155,8 +155,10 @@ class _Reader:
 
     def budget(self) -> Budget:
         value = self.get(("budget",))
+        if not isinstance(value, dict):
+            return NO_BUDGET
         try:
-            return parse_budget(value) if isinstance(value, dict) else NO_BUDGET
+            return parse_budget({key: amount for key, amount in value.items() if key != "on_exhausted"})
         except StockadeError as error:
             self.problem(("budget",), error.message, error.remedy)
             return NO_BUDGET
@@ -299,7 +301,6 @@ def within_models(scope: LlmScope, models: tuple[str, ...]) -> bool:
 def _policy(read: _Reader, base: Policy) -> Policy:
     wanted = read.limits()
     chosen = {f.name: v for f in fields(wanted) if (v := getattr(wanted, f.name)) is not None}
-    budget = read.budget()
     rootfs = read.get(("rootfs",))
     ceiling = read.scopes(("grants", "ceiling"))
     scopes = read.scopes(("scopes",))
@@ -321,11 +322,8 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         allow_sockets=read.flag(("allow_sockets",), default=base.allow_sockets),
         shared_workspace=read.flag(("shared_workspace",), default=base.shared_workspace),
         limits=replace(base.limits, **chosen),
-        budget=Budget(
-            base.budget.llm_tokens if budget.llm_tokens is None else budget.llm_tokens,
-            base.budget.cost_microusd if budget.cost_microusd is None else budget.cost_microusd,
-            base.budget.requests if budget.requests is None else budget.requests,
-        ),
+        budget=read.budget().over(base.budget),
+        on_exhausted=read.one_of(("budget", "on_exhausted"), base.on_exhausted),
         scopes=base.scopes if scopes is None else scopes,
         ceiling=base.ceiling if ceiling is None else ceiling,
         egress=EgressRules(

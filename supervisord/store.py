@@ -27,6 +27,7 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 AGENTS_KEPT_MAX: Final = 10_000
 ENDED_GRANTS_KEPT_MAX: Final = 10_000
 LIST_ROWS_MAX: Final = 10_000
+LABEL_MARKS_KEPT_MAX: Final = 10_000
 BUSY_SECONDS: Final = 5.0
 INTEGER_MAX: Final = 2**63 - 1
 _FILE_MODE: Final = 0o600
@@ -63,6 +64,15 @@ MIGRATIONS: Final = (
         directory TEXT NOT NULL, registered_by TEXT NOT NULL, registered_at_ns INTEGER NOT NULL,
         deprecated TEXT NOT NULL, deprecated_by TEXT NOT NULL, deprecated_at_ns INTEGER,
         PRIMARY KEY (name, version)
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE label_spent (
+        label TEXT NOT NULL, period TEXT NOT NULL, since TEXT NOT NULL, llm_tokens INTEGER NOT NULL,
+        cost_microusd INTEGER NOT NULL, requests INTEGER NOT NULL, PRIMARY KEY (label, period)
+    ) STRICT;
+    CREATE TABLE budget_marks (
+        subject TEXT NOT NULL, use TEXT NOT NULL, what TEXT NOT NULL, PRIMARY KEY (subject, use, what)
     ) STRICT;
     """,
 )
@@ -169,15 +179,13 @@ class Store:
 
     async def save_spent(self, agent_id: AgentId, amounts: Amounts) -> None:
         """Insert or replace what an agent has used of its budget at most."""
-        # SQLite's integers end at 2^63; an amount beyond every budget is as good.
-        values = (
-            agent_id,
-            *(min(amount, INTEGER_MAX) for amount in (amounts.llm_tokens, amounts.cost_microusd, amounts.requests)),
-        )
+        values = (agent_id, *_stored(amounts))
         await self._write("keep what was spent", "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [values])
 
     async def drop_spent(self, agent_id: AgentId) -> None:
+        """Forget what an agent has used, and what was said and done about it."""
         await self._write("forget what was spent", "DELETE FROM spent WHERE agent_id = ?", [(agent_id,)])
+        await self._write("forget what was said of it", "DELETE FROM budget_marks WHERE subject = ?", [(agent_id,)])
 
     async def spent(self) -> dict[AgentId, Amounts]:
         rows = await self._read(
@@ -187,6 +195,28 @@ class Store:
             AgentId(str(agent_id)): Amounts(cast("int", tokens), cast("int", cost), cast("int", requests))
             for agent_id, tokens, cost, requests in rows
         }
+
+    async def save_label_spent(self, label: str, period: str, since: str, amounts: Amounts) -> None:
+        """Insert or replace what the agents of a label have used of its budget at most, since that period began."""
+        sql = "INSERT OR REPLACE INTO label_spent VALUES (?, ?, ?, ?, ?, ?)"
+        await self._write("keep what a label spent", sql, [(label, period, since, *_stored(amounts))])
+
+    async def label_spent(self) -> dict[tuple[str, str], tuple[str, Amounts]]:
+        """What was used by label and period, and since when."""
+        rows = await self._read("list what labels spent", "SELECT * FROM label_spent")
+        return {
+            (str(label), str(period)): (str(since), Amounts(cast("int", tokens), cast("int", cost), cast("int", count)))
+            for label, period, since, tokens, cost, count in rows
+        }
+
+    async def save_budget_mark(self, subject: str, use: str, what: str) -> None:
+        """Keep that something was said or done about a budget, so that it is not again."""
+        sql = "INSERT OR IGNORE INTO budget_marks VALUES (?, ?, ?)"
+        await self._write("keep what was done about a budget", sql, [(subject, use, what)])
+
+    async def budget_marks(self) -> set[tuple[str, str, str]]:
+        rows = await self._read("list what was done about budgets", "SELECT subject, use, what FROM budget_marks")
+        return {(str(subject), str(use), str(what)) for subject, use, what in rows}
 
     # --- holds
 
@@ -328,6 +358,12 @@ _PRUNE: Final = (
         0,
     ),
     (
+        """DELETE FROM budget_marks WHERE subject IN (SELECT agent_id FROM agents WHERE ended_at_ns IS NOT NULL)
+           OR (subject LIKE 'label:%' AND rowid NOT IN
+           (SELECT rowid FROM budget_marks WHERE subject LIKE 'label:%' ORDER BY rowid DESC LIMIT ?))""",
+        LABEL_MARKS_KEPT_MAX,
+    ),
+    (
         """DELETE FROM postures WHERE live = 0 AND rowid NOT IN
            (SELECT rowid FROM postures WHERE live = 0 ORDER BY rowid DESC LIMIT ?)""",
         AGENTS_KEPT_MAX,
@@ -352,6 +388,15 @@ def _open(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _stored(amounts: Amounts) -> tuple[int, int, int]:
+    """Amounts as SQLite takes them: its integers end at 2^63, and an amount beyond every budget is as good."""
+    return (
+        min(amounts.llm_tokens, INTEGER_MAX),
+        min(amounts.cost_microusd, INTEGER_MAX),
+        min(amounts.requests, INTEGER_MAX),
+    )
 
 
 def _agent_row(row: tuple[object, ...]) -> AgentRow:

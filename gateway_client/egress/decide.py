@@ -93,6 +93,16 @@ class BudgetView:
     llm_tokens_left: int | None = None
     cost_usd_left: float | None = None
     requests_left: int | None = None
+    wall_seconds_left: float | None = None
+    """With one of the times used up nothing leaves any more."""
+    cpu_seconds_left: float | None = None
+
+    @property
+    def time_over(self) -> str:
+        for left, what in ((self.wall_seconds_left, "wall-clock time"), (self.cpu_seconds_left, "CPU time")):
+            if left is not None and left <= 0:
+                return what
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +162,8 @@ def decide(request: EgressRequest, view: AgentView, *, now: float) -> Verdict:  
     """Judge one request. `now` is monotonic seconds, the clock of `GrantView.expires_at`."""
     if view.state not in ("STARTING", "RUNNING"):
         return Refuse(503, Reason.AGENT_NOT_RUNNING, f"the agent is {view.state} and may send nothing")
+    if view.budget.time_over and request.form is not Form.SELF:
+        return Refuse(429, Reason.BUDGET_EXHAUSTED, f"the agent's budget of {view.budget.time_over} is used up")
     match request.form:
         case Form.SELF:
             return _answer_self(request, view, now=now)
@@ -346,6 +358,8 @@ def _answer_self(request: EgressRequest, view: AgentView, *, now: float) -> Verd
                     "llm_tokens_left": budget.llm_tokens_left,
                     "cost_usd_left": budget.cost_usd_left,
                     "requests_left": budget.requests_left,
+                    "wall_seconds_left": budget.wall_seconds_left,
+                    "cpu_seconds_left": budget.cpu_seconds_left,
                 },
             )
         case _:

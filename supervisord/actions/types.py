@@ -42,7 +42,7 @@ class Action:
     actor: str  # "uid:0(root)", "agent:<id>", "daemon", "cn:<name>"
     verb: str  # "agent.launch", "egress.request", ...
     object: str
-    verdict: str  # "allowed", "denied", "done", "failed"
+    verdict: str  # "allowed", "denied", "done", "failed", "notice"
     reason: str = ""
     details: Mapping[str, JSON] = field(default_factory=dict)
 

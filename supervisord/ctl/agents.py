@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stockade.client.sync import Stockade
-    from stockade.client.values import Hold
+    from stockade.client.values import BudgetUse, Hold
 
 DEFINITION_BYTES_MAX: Final = 1 << 20
 CLEAR_SCREEN: Final = "\x1b[H\x1b[2J"
+SPENT: Final = ("TOKENS", "COST", "BUDGET")
 
 
 def launch(stockade: Stockade, options: Namespace) -> int:
@@ -112,7 +114,10 @@ def show_agents(found: Sequence[AgentInfo], options: Namespace) -> None:
         print_json([{k: v for k, v in agent_document(info).items() if k != "counters"} for info in found])
         return
     head = ("NAME", "STATE", "POLICY", "EXIT", "STARTED", "MEMORY", "PIDS", "DEFINITION", "AGENT_ID", "DEGRADED")
-    print_table(head, [agent_row(info) for info in found])
+    if "wide" in options and options.wide:
+        print_table((*head, "CPU", *SPENT), [(*agent_row(info), cpu_time(info), *spent_row(info)) for info in found])
+    else:
+        print_table(head, [agent_row(info) for info in found])
 
 
 def how_it_ended(info: AgentInfo) -> str | None:
@@ -163,16 +168,61 @@ def wait(stockade: Stockade, options: Namespace) -> int:
 
 
 def top(stockade: Stockade, options: Namespace) -> int:
-    shown = 0
+    """The live agents by what they use; on a terminal again and again, elsewhere once unless told how often."""
+    on_terminal = sys.stdout.isatty() and options.output == "table"
+    times = (0 if on_terminal else 1) if options.count is None else options.count
+    shown, before, began = 0, dict[str, float](), time.monotonic()
     while True:
         found = sorted((agent.info for agent in stockade.agents()), key=lambda info: -(info.memory_bytes or 0))
-        if sys.stdout.isatty() and options.output == "table":
+        now = time.monotonic()
+        if on_terminal:
             sys.stdout.write(CLEAR_SCREEN)
-        show_agents(found, options)
+        if options.output == "json":
+            show_agents(found, options)
+        else:
+            rows = [top_row(info, before.get(info.agent_id), now - began) for info in found]
+            print_table(("NAME", "STATE", "CPU%", "CPU", "MEMORY", *SPENT), rows)
+        before, began = {info.agent_id: info.cpu_seconds or 0.0 for info in found}, now
         shown += 1
-        if options.count and shown >= options.count:
+        if times and shown >= times:
             return OK
         time.sleep(options.delay)
+
+
+def top_row(info: AgentInfo, cpu_before: float | None, seconds: float) -> tuple[str | None, ...]:
+    """One line; the share of a CPU is that of the time since the line before, so the first has none."""
+    share = None
+    if cpu_before is not None and info.cpu_seconds is not None and seconds > 0:
+        share = f"{max(info.cpu_seconds - cpu_before, 0.0) / seconds * 100:.0f}%"
+    return (info.name, info.state.value, share, cpu_time(info), size(info.memory_bytes), *spent_row(info))
+
+
+def cpu_time(info: AgentInfo) -> str | None:
+    return None if info.cpu_seconds is None else f"{info.cpu_seconds:.1f}s"
+
+
+def spent_row(info: AgentInfo) -> tuple[str | None, ...]:
+    """Tokens, cost (`~` where it is partly from a price table) and the bound that is nearest to its end."""
+    spend = info.spend
+    cost = f"{'~' if spend.estimated else ''}${spend.cost_usd:.4f}"
+    return (str(spend.input_tokens + spend.output_tokens), cost, nearest_bound(info.budget))
+
+
+def nearest_bound(uses: Sequence[BudgetUse]) -> str | None:
+    """`85% requests` of the bound of which most is spent; None where nothing bounds the agent."""
+    if not uses:
+        return None
+    use = max(uses, key=_spent_part)
+    return f"{part(use)} {use.bound}" + (f" of {use.label}" if use.label else "")
+
+
+def part(use: BudgetUse) -> str:
+    """How much of a bound is spent; 100% is said of nothing less."""
+    return f"{math.floor(_spent_part(use) * 100)}%"
+
+
+def _spent_part(use: BudgetUse) -> float:
+    return use.spent / use.limit if use.limit else 1.0
 
 
 def selected(options: Namespace) -> Selector:
@@ -238,6 +288,20 @@ def release(stockade: Stockade, options: Namespace) -> int:
 
 def holds(stockade: Stockade, options: Namespace) -> int:
     show_holds(stockade.holds(), options)
+    return OK
+
+
+def budgets(stockade: Stockade, options: Namespace) -> int:
+    found = stockade.budgets()
+    if options.output == "json":
+        print_json(found)
+        return OK
+    head = ("LABEL", "SINCE", "BOUND", "SPENT", "UNDER WAY", "LIMIT", "USED")
+    rows = [
+        (use.label, use.since, use.bound, f"{use.spent:.15g}", f"{use.reserved:.15g}", f"{use.limit:.15g}", part(use))
+        for use in found
+    ]
+    print_table(head, rows)
     return OK
 
 

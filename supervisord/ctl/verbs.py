@@ -109,6 +109,7 @@ def _selection(parser: ArgumentParser) -> None:
 def _status(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="*")
     parser.add_argument("--live", action="store_true", help="leave out those that have ended")
+    parser.add_argument("--wide", action="store_true", help="what they used: CPU time, tokens, cost, budgets")
 
 
 def _one(parser: ArgumentParser) -> None:
@@ -137,7 +138,7 @@ def _exec(parser: ArgumentParser) -> None:
 
 def _top(parser: ArgumentParser) -> None:
     parser.add_argument("-d", dest="delay", metavar="2s", type=_word(words.duration), default=2.0)
-    parser.add_argument("-n", dest="count", type=int, default=0, help="this many times; 0: until interrupted")
+    parser.add_argument("-n", dest="count", type=int, help="this many times; 0: until interrupted, as on a terminal")
 
 
 def _hold(parser: ArgumentParser) -> None:
@@ -214,7 +215,8 @@ def _actions(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="?", default="")
     parser.add_argument("-f", "--follow", action="store_true")
     parser.add_argument("--verb", dest="wanted_verb", metavar="V", default="")
-    parser.add_argument("--verdict", choices=("allowed", "denied", "done", "failed", "redacted"), default="")
+    verdicts = ("allowed", "denied", "done", "failed", "notice", "redacted")
+    parser.add_argument("--verdict", choices=verdicts, default="")
     parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
     parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=int, default=0)
 
@@ -279,13 +281,14 @@ VERBS: Final[dict[str, Verb]] = {
         command=True,
         failure_code=command_failure,
     ),
-    "top": Verb("agents by memory, again and again", _AGENTS, "top", _top),
+    "top": Verb("agents and what they use: on a terminal again and again", _AGENTS, "top", _top),
     "kill": Verb("end agents, and prove it", _AGENTS, "kill", _selection),
     "freeze": Verb("stop agents where they are, and close their gate", _AGENTS, "freeze", _selection),
     "thaw": Verb("let frozen agents go on", _AGENTS, "thaw", _selection),
     "hold": Verb("forbid a name, label or policy to run until somebody else releases it", _AGENTS, "hold", _hold),
     "release": Verb("take a hold back", _AGENTS, "release", _release),
     "holds": Verb("what is held", _AGENTS, "holds", _nothing),
+    "budgets": Verb("what labels may spend together, and have", _AGENTS, "budgets", _nothing),
     "diff": Verb("what an agent changed in its overlay workspace", _CHANGES, "diff", _diff),
     "apply": Verb("make an agent's changes real, all or by path", _CHANGES, "apply", _apply),
     "discard": Verb("throw an agent's changes away", _CHANGES, "discard", _discard),
@@ -308,4 +311,6 @@ VERBS: Final[dict[str, Verb]] = {
 }
 ALIASES: Final = {"ps": "status"}
 # Those that are nouns: "cannot show status", not "cannot status".
-SHOWN: Final = frozenset({"status", "logs", "top", "diff", "holds", "grants", "actions", "doctor", "version"})
+SHOWN: Final = frozenset(
+    {"status", "logs", "top", "diff", "holds", "budgets", "grants", "actions", "doctor", "version"}
+)

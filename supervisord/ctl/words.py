@@ -57,8 +57,10 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def amount(text: str) -> tuple[str, float]:
-    """(what, how much) of `tokens=20000`."""
+    """(what, how much) of `tokens=20000`, `wall_clock=2h` (in seconds)."""
     key, value = pair(text)
+    if key in ("wall_clock", "cpu_seconds") and _DURATION.fullmatch(value):
+        return key, duration(value)
     try:
         return key, float(value)
     except ValueError:

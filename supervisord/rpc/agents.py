@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
     from supervisord.layers import Layers
+    from supervisord.ledgers import Ledgers
     from supervisord.policies import PolicyShelf
     from supervisord.registry import Registry
 
@@ -63,6 +64,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         registry: Registry,
         launcher: LauncherLink,
         layers: Layers,
+        ledgers: Ledgers,
         output_dir: Path,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -76,6 +78,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._registry = registry
         self._launcher = launcher
         self._layers = layers
+        self._ledgers = ledgers
         self._output_dir = output_dir
         self._entropy = entropy
         self._now_ns = now_ns
@@ -109,7 +112,8 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         return replace(order, registered=registered_as(definition, order, self._policies.get(order.policy)))
 
     def _shown(self, agent: Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
-        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id))
+        uses = self._ledgers.uses(agent.agent_id) if agent.live else ()
+        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id), uses=uses)
 
     def _definition(self, request: agents_pb2.LaunchRequest) -> AgentSpec | None:
         if not request.definition_yaml:
@@ -319,6 +323,14 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             self._holds.all(), size=request.page_size, token=request.page_token, key=lambda hold: hold.hold_id
         )
         return agents_pb2.ListHoldsResponse(holds=[convert.hold(hold) for hold in shown], next_page_token=token)
+
+    async def ListBudgets(
+        self, request: agents_pb2.ListBudgetsRequest, _context: Context
+    ) -> agents_pb2.ListBudgetsResponse:
+        shown, token = convert.page(
+            self._ledgers.shared(), size=request.page_size, token=request.page_token, key=lambda use: use.key
+        )
+        return agents_pb2.ListBudgetsResponse(budgets=map(convert.budget_use, shown), next_page_token=token)
 
     async def _counters(self, agent: Agent) -> dict[str, int]:
         """How often a live agent met its limits; empty where the launcher has no answer, or the kernel no figure."""

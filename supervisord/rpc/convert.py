@@ -15,7 +15,7 @@ from gateway_client.egress.scope import format_scope
 from sandbox.plan import Tty
 from supervisord import agents as core
 from supervisord.approvals import Offer
-from supervisord.budgets import MICROUSD_PER_USD, parse_budget
+from supervisord.budgets import MICROUSD_PER_USD, in_units, parse_budget
 from supervisord.errors import InvalidInput
 from supervisord.ids import LABELS_MAX, agent_name, label, policy_name
 from supervisord.lifecycle import State
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from sandbox.doctor import Finding
     from supervisord.actions.types import Entry, Report
+    from supervisord.budgets import Use
     from supervisord.explain import Explanation
     from supervisord.holds import Hold
     from supervisord.killswitch import Receipt
@@ -254,7 +255,13 @@ def timestamp(nanoseconds: int | None) -> Timestamp | None:
     return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
-def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes: bool = False) -> agents_pb2.Agent:
+def agent(
+    value: core.Agent,
+    usage: Mapping[str, int] | None = None,
+    *,
+    changes: bool = False,
+    uses: Iterable[Use] = (),
+) -> agents_pb2.Agent:
     what = value.what
     message = agents_pb2.Agent(
         agent_id=value.agent_id,
@@ -280,6 +287,7 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
         changes_kept=changes,
         definition=what.definition,
         definition_digest=what.definition_digest,
+        budget=map(budget_use, uses),
     )
     message.posture.update(cast("dict[str, Any]", value.posture))  # quicker than json_format, and every launch waits
     if what.workspace:
@@ -294,7 +302,19 @@ def agent(value: core.Agent, usage: Mapping[str, int] | None = None, *, changes:
     if usage is not None:
         message.memory_bytes = max(int(usage.get("memory_bytes", 0)), 0)
         message.pids = max(int(usage.get("pids", 0)), 0)
+        message.cpu_seconds = max(int(usage.get("cpu_usec", 0)), 0) / 1_000_000
     return message
+
+
+def budget_use(value: Use) -> agents_pb2.BudgetUse:
+    return agents_pb2.BudgetUse(
+        bound=value.bound,
+        spent=in_units(value.bound, value.spent),
+        limit=in_units(value.bound, value.limit),
+        reserved=in_units(value.bound, value.reserved),
+        label=value.label,
+        since=value.since,
+    )
 
 
 def effective(message: agents_pb2.Agent, found: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from stockade.v1 import agents_pb2, registry_pb2, registry_pb2_grpc
 
 from gateway_client.egress.scope import format_scope
-from supervisord.budgets import MICROUSD_PER_USD
 from supervisord.callers import current_caller
 from supervisord.definitions import reach
 from supervisord.errors import InvalidInput, StockadeError
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agent, Agents
-    from supervisord.budgets import Budget
     from supervisord.definitions import Definition
     from supervisord.ledgers import Ledgers
     from supervisord.policies import PolicyShelf
@@ -202,8 +200,8 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         )
         ledger = self._ledgers.get(agent.agent_id)
         if ledger is not None:
-            message.budget.update(_amounts(ledger.budget))
-            message.budget_left.update(_amounts(ledger.left()))
+            message.budget.update(ledger.budget.named())
+            message.budget_left.update(ledger.left().named())
         return message
 
     def _encode(self, definition: Definition) -> registry_pb2.Definition:
@@ -237,9 +235,3 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             deprecated_at=convert.timestamp(row.deprecated_at_ns),
             problem=problem,
         )
-
-
-def _amounts(budget: Budget) -> dict[str, float]:
-    cost = None if budget.cost_microusd is None else budget.cost_microusd / MICROUSD_PER_USD
-    amounts = {"llm_tokens": budget.llm_tokens, "cost_usd": cost, "requests": budget.requests}
-    return {name: float(amount) for name, amount in amounts.items() if amount is not None}

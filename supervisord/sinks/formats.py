@@ -22,7 +22,7 @@ _SEQUENCE_ID_MAX: Final = 2**31 - 1  # RFC 5424 section 7.3.1
 _SHOWN_CHARACTERS: Final = 256
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._:/-]")
 # verdict: syslog severity, OpenTelemetry's severity number and text, OCSF severity
-_SEVERITIES: Final = {"denied": (4, 13, "WARN", 3), "failed": (3, 17, "ERROR", 3)}
+_SEVERITIES: Final = {"denied": (4, 13, "WARN", 3), "failed": (3, 17, "ERROR", 3), "notice": (5, 10, "INFO2", 2)}
 _USUAL: Final = (6, 9, "INFO", 1)
 _NANOS: Final = 10**9
 _METHODS: Final = {
@@ -139,7 +139,7 @@ def ocsf(record: Record, *, origin: str, key: str, host: str) -> str:
         "type_uid": class_uid * 100 + activity,
         "time": record["time_ns"] // 1_000_000,
         "severity_id": _SEVERITIES.get(record["verdict"], _USUAL)[3],
-        "status_id": 2 if record["verdict"] in _SEVERITIES else 1,
+        "status_id": 2 if record["verdict"] in ("denied", "failed") else 1,
         "status_detail": record["reason"],
         "message": summary(record),
         "metadata": {

@@ -26,6 +26,7 @@ from stockade.client.sync import Agent, Stockade
 from stockade.client.values import (
     Action,
     AgentInfo,
+    BudgetUse,
     Change,
     Changes,
     Completed,
@@ -51,6 +52,7 @@ __all__ = [
     "AgentInfo",
     "AsyncAgent",
     "AsyncStockade",
+    "BudgetUse",
     "Change",
     "Changes",
     "Completed",

@@ -81,7 +81,13 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         definition_digest=message.definition_digest,
         counters=dict(message.counters),
         effective=struct(message.effective),
+        budget=tuple(map(budget_use, message.budget)),
+        cpu_seconds=message.cpu_seconds if message.HasField("cpu_seconds") else None,
     )
+
+
+def budget_use(message: agents_pb2.BudgetUse) -> values.BudgetUse:
+    return values.BudgetUse(message.bound, message.spent, message.limit, message.reserved, message.label, message.since)
 
 
 def struct(message: Struct) -> values.JsonObject:

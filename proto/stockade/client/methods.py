@@ -46,6 +46,7 @@ FREEZE: Final = Method("AgentService/Freeze", agents.FreezeRequest, agents.Freez
 THAW: Final = Method("AgentService/Thaw", agents.ThawRequest, agents.ThawResponse)
 HOLD: Final = Method("AgentService/Hold", agents.HoldRequest, agents.HoldResponse)
 RELEASE: Final = Method("AgentService/Release", agents.ReleaseRequest, agents.ReleaseResponse)
+LIST_BUDGETS: Final = Method("AgentService/ListBudgets", agents.ListBudgetsRequest, agents.ListBudgetsResponse)
 LIST_HOLDS: Final = Method("AgentService/ListHolds", agents.ListHoldsRequest, agents.ListHoldsResponse)
 GRANT: Final = Method("GrantService/Grant", grants.GrantRequest, grants.GrantResponse)
 REVOKE: Final = Method("GrantService/Revoke", grants.RevokeRequest, grants.RevokeResponse)

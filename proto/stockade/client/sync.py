@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stockade.client.values import (
         Action,
         AgentInfo,
+        BudgetUse,
         Changes,
         Consistency,
         Definition,
@@ -168,6 +169,17 @@ class Stockade:
     def release(self, hold_id: str, reason: str = "") -> Hold:
         request = agents_pb2.ReleaseRequest(hold_id=hold_id, reason=reason)
         return convert.hold(self.call(methods.RELEASE, request).hold)
+
+    def budgets(self) -> list[BudgetUse]:
+        """What labels share, and what is used of it; an agent's own is in its `budget`."""
+        request = agents_pb2.ListBudgetsRequest()
+        found: list[BudgetUse] = []
+        while True:
+            answer = self.call(methods.LIST_BUDGETS, request)
+            found += map(convert.budget_use, answer.budgets)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
 
     def holds(self) -> list[Hold]:
         request = agents_pb2.ListHoldsRequest()

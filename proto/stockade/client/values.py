@@ -54,6 +54,21 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetUse:
+    """How much of one bound is used: tokens, US dollars, calls or seconds.
+
+    `label` is set where all agents of that label spend it together; `since` is its day or month, in UTC.
+    """
+
+    bound: str
+    spent: float
+    limit: float
+    reserved: float
+    label: str = ""
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Workspace:
     """A directory of the host that the agent finds at /workspace."""
 
@@ -93,6 +108,9 @@ class AgentInfo:
     definition: str = ""
     """Of the registry, `NAME@VERSION`; empty where it was launched by none."""
     definition_digest: str = ""
+    budget: tuple[BudgetUse, ...] = ()
+    """Every bound that holds it while it lives."""
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

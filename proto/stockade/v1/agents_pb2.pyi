@@ -75,7 +75,7 @@ class Spend(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cost_usd: _Optional[float] = ..., estimated: _Optional[bool] = ...) -> None: ...
 
 class Agent(_message.Message):
-    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept", "definition", "definition_digest")
+    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept", "definition", "definition_digest", "budget", "cpu_seconds")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,8 @@ class Agent(_message.Message):
     CHANGES_KEPT_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_FIELD_NUMBER: _ClassVar[int]
     DEFINITION_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     name: str
     state: AgentState
@@ -144,7 +146,25 @@ class Agent(_message.Message):
     changes_kept: bool
     definition: str
     definition_digest: str
-    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ..., definition: _Optional[str] = ..., definition_digest: _Optional[str] = ...) -> None: ...
+    budget: _containers.RepeatedCompositeFieldContainer[BudgetUse]
+    cpu_seconds: float
+    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ..., definition: _Optional[str] = ..., definition_digest: _Optional[str] = ..., budget: _Optional[_Iterable[_Union[BudgetUse, _Mapping]]] = ..., cpu_seconds: _Optional[float] = ...) -> None: ...
+
+class BudgetUse(_message.Message):
+    __slots__ = ("bound", "spent", "limit", "reserved", "label", "since")
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    bound: str
+    spent: float
+    limit: float
+    reserved: float
+    label: str
+    since: str
+    def __init__(self, bound: _Optional[str] = ..., spent: _Optional[float] = ..., limit: _Optional[float] = ..., reserved: _Optional[float] = ..., label: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
 
 class Workspace(_message.Message):
     __slots__ = ("path", "mode")
@@ -610,3 +630,19 @@ class ListHoldsResponse(_message.Message):
     holds: _containers.RepeatedCompositeFieldContainer[HoldOrder]
     next_page_token: str
     def __init__(self, holds: _Optional[_Iterable[_Union[HoldOrder, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ListBudgetsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListBudgetsResponse(_message.Message):
+    __slots__ = ("budgets", "next_page_token")
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    budgets: _containers.RepeatedCompositeFieldContainer[BudgetUse]
+    next_page_token: str
+    def __init__(self, budgets: _Optional[_Iterable[_Union[BudgetUse, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...

@@ -105,6 +105,11 @@ class AgentServiceStub:
                 request_serializer=stockade_dot_v1_dot_agents__pb2.ListHoldsRequest.SerializeToString,
                 response_deserializer=stockade_dot_v1_dot_agents__pb2.ListHoldsResponse.FromString,
                 _registered_method=True)
+        self.ListBudgets = channel.unary_unary(
+                '/stockade.v1.AgentService/ListBudgets',
+                request_serializer=stockade_dot_v1_dot_agents__pb2.ListBudgetsRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_agents__pb2.ListBudgetsResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -203,6 +208,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBudgets(self, request, context):
+        """What labels share, and what is used of it. An agent's own budget is in its `budget`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -275,6 +287,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ListHolds,
                     request_deserializer=stockade_dot_v1_dot_agents__pb2.ListHoldsRequest.FromString,
                     response_serializer=stockade_dot_v1_dot_agents__pb2.ListHoldsResponse.SerializeToString,
+            ),
+            'ListBudgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBudgets,
+                    request_deserializer=stockade_dot_v1_dot_agents__pb2.ListBudgetsRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_agents__pb2.ListBudgetsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -655,6 +672,33 @@ class AgentService:
             '/stockade.v1.AgentService/ListHolds',
             stockade_dot_v1_dot_agents__pb2.ListHoldsRequest.SerializeToString,
             stockade_dot_v1_dot_agents__pb2.ListHoldsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stockade.v1.AgentService/ListBudgets',
+            stockade_dot_v1_dot_agents__pb2.ListBudgetsRequest.SerializeToString,
+            stockade_dot_v1_dot_agents__pb2.ListBudgetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.images.limits import ImageLimits
+from supervisord.budgets import Budget, LabelBudget, Period
 from supervisord.config import (
     UID_FIRST,
     UID_LAST,
@@ -233,6 +234,16 @@ def test_every_key_arrives() -> None:
             "s.toml:2:1: gateway.kind: 'litelm' is none of embedded, litellm, openai; did you",
         ),
         ('instance = "../x"', "s.toml:1:1: instance: cannot use instance name"),
+        ('[[budgets]]\nlabel = "team=a"', "s.toml:1:1: budgets[0]: bounds nothing"),
+        ("[[budgets]]\nrequests = 1", "s.toml:1:1: budgets[0].label: cannot use label key"),
+        ('[[budgets]]\nlabel = "team"\nrequests = 1', "s.toml:2:1: budgets[0].label: 'team' is not of the form"),
+        ('[[budgets]]\nlabel = "team=a"\nrequests = -1', "s.toml:1:1: budgets[0]: cannot use budget requests"),
+        ('[[budgets]]\nlabel = "team=a"\nwall_clock = "1h"', "budgets[0].wall_clock: unknown key"),
+        ('[[budgets]]\nlabel = "team=a"\nrequests = 1\nperiod = "week"', "s.toml:4:1: budgets[0].period: 'week'"),
+        (
+            '[[budgets]]\nlabel = "team=a"\nrequests = 1\n[[budgets]]\nlabel = "team=a"\nrequests = 2',
+            "s.toml:5:1: budgets[1].label: 'team=a' has two budgets of one period",
+        ),
         ("instance = 5", "s.toml:1:1: instance: '5' is not a text"),
         ('run_dir = "relative"', "s.toml:1:1: run_dir: 'relative' is not an absolute path"),
         ('run_dir = "/a/../b"', "run_dir: "),
@@ -460,3 +471,14 @@ key_file = "/nonexistent/client.key"
     for key in ("ca_file", "cert_file", "key_file"):
         assert any(f"log.sinks[3].{key}" in line for line in missing_files(config)), key
     assert any("log.sinks[2].header_file" in line for line in missing_files(config))
+
+
+def test_what_labels_may_spend() -> None:
+    text = (
+        '[[budgets]]\nlabel = "team=a"\nllm_tokens = 5\ncost_usd = 1.5\nperiod = "day"\n'
+        '[[budgets]]\nlabel = "team=a"\nrequests = 9\n'
+    )
+    assert parse_config(text, source="s.toml").budgets == (
+        LabelBudget("team=a", Budget(llm_tokens=5, cost_microusd=1_500_000), Period.DAY),
+        LabelBudget("team=a", Budget(requests=9), Period.NONE),
+    )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisord.budgets import Amounts, Budget
+from supervisord.budgets import Amounts, Budget, LabelBudget, Period
 from supervisord.errors import Exhausted
 from supervisord.ids import AgentId
 from supervisord.ledgers import BLOCKS_PER_BUDGET, SLACK_BLOCKS_MAX, Ledgers
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 AGENT = AgentId("ag_" + "a" * 26)
+OTHER = AgentId("ag_" + "b" * 26)
+LABELS = {"team": "payments"}
+DAY = 86400.0
 
 
 class Disk:
@@ -133,3 +136,111 @@ def test_many_at_once_overspend_by_no_more_than_they_use_beyond_what_they_set_as
 
 def test_a_block_is_a_small_part_of_a_budget() -> None:
     assert BLOCKS_PER_BUDGET >= 64
+
+
+def shared_by(store: Any, budget: Budget, *, now: list[float], period: Period = Period.DAY) -> Ledgers:
+    return Ledgers(store, labels=[LabelBudget("team=payments", budget, period)], now_s=lambda: now[0])
+
+
+async def test_a_label_is_drawn_on_by_all_its_agents_and_by_nobody_else(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "state.db", boot_id="b")
+    ledgers = shared_by(store, Budget(requests=3), now=[0.0])
+    ledgers.open(AGENT, Budget(requests=2), labels=LABELS)
+    ledgers.open(OTHER, Budget(), labels=LABELS)
+    stranger = AgentId("ag_" + "c" * 26)
+    ledgers.open(stranger, Budget(), labels={"team": "search"})
+    one = Amounts(requests=1)
+    for agent_id in (AGENT, AGENT, OTHER):
+        assert ledgers.reserve(agent_id, one)
+        await ledgers.cover(agent_id)
+    with pytest.raises(Exhausted, match="of budget requests: 0 left"):
+        ledgers.reserve(AGENT, one)
+    with pytest.raises(Exhausted, match="of label team=payments: 0 left"):
+        ledgers.reserve(OTHER, one)
+    assert ledgers.view(OTHER).requests_left == 0
+    assert ledgers.reserve(stranger, one) is False
+    await store.close()
+
+
+async def test_nothing_is_set_aside_of_one_where_another_has_nothing_left(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "state.db", boot_id="b")
+    ledgers = shared_by(store, Budget(requests=0), now=[0.0])
+    ledgers.open(AGENT, Budget(requests=2), labels=LABELS)
+    with pytest.raises(Exhausted):
+        ledgers.reserve(AGENT, Amounts(requests=1))
+    assert all(use.reserved == 0 for use in ledgers.uses(AGENT))
+    await store.close()
+
+
+async def test_what_a_label_spent_outlives_its_agents_and_the_daemon_and_not_its_day(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "state.db", boot_id="b")
+    now, one = [DAY], Amounts(requests=1)
+    before = shared_by(store, Budget(requests=2), now=now)
+    before.open(AGENT, Budget(), labels=LABELS)
+    for _ in range(2):
+        before.reserve(AGENT, one)
+        await before.cover(AGENT)
+    before.settle(AGENT, one, one)
+    before.forget(AGENT)
+    before.settle(AGENT, one, Amounts())  # it ended meanwhile: what was set aside of the label is free again
+    (use,) = before.shared()
+    assert (use.spent, use.reserved, use.since) == (1, 0, "1970-01-02")
+    assert not before.bounded(AGENT)
+    await before.close()
+
+    after = shared_by(store, Budget(requests=2), now=now)
+    await after.load()
+    after.open(OTHER, Budget(), labels=LABELS)
+    after.reserve(OTHER, one)
+    with pytest.raises(Exhausted):
+        after.reserve(OTHER, one)
+    now[0] = 0.0  # a clock that is set back begins nothing anew
+    with pytest.raises(Exhausted):
+        after.reserve(OTHER, one)
+    now[0] = 2 * DAY
+    after.reserve(OTHER, one)
+    (use,) = after.shared()
+    assert (use.spent, use.reserved, use.since) == (0, 2, "1970-01-03"), "what is under way counts in the new day"
+    await after.cover(OTHER)
+    assert (await store.label_spent())["team=payments", "day"][0] == "1970-01-03"
+    await store.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 400), st.integers(0, 500)), min_size=1, max_size=40),
+    st.integers(1, 5000),
+)
+def test_agents_of_a_label_overspend_by_no_more_than_they_use_beyond_what_they_set_aside(
+    calls: list[tuple[bool, int, int]], limit: int
+) -> None:
+    class Labels(Disk):
+        async def save_label_spent(self, _label: str, _period: str, _since: str, amounts: Amounts) -> None:
+            await self.save_spent("", amounts)
+
+    async def one(ledgers: Ledgers, disk: Disk, call: tuple[bool, int, int]) -> int:
+        agent_id, (_, wanted, used) = (AGENT if call[0] else OTHER), call
+        amounts = Amounts(llm_tokens=wanted)
+        try:
+            ledgers.reserve(agent_id, amounts)
+        except Exhausted:
+            return 0
+        await ledgers.cover(agent_id)
+        assert disk.says.llm_tokens >= ledgers.shared()[0].reserved
+        await asyncio.sleep(0)
+        ledgers.settle(agent_id, amounts, Amounts(llm_tokens=used))
+        return max(used - wanted, 0)
+
+    async def run() -> None:
+        disk = Labels()
+        ledgers = shared_by(disk, Budget(llm_tokens=limit), now=[0.0], period=Period.NONE)
+        ledgers.open(AGENT, Budget(), labels=LABELS)
+        ledgers.open(OTHER, Budget(), labels=LABELS)
+        over = sum(await asyncio.gather(*(one(ledgers, disk, call) for call in calls)))
+        (use,) = ledgers.shared()
+        assert use.spent <= limit + over
+        assert use.reserved == 0
+        await ledgers.close()
+        assert disk.says.llm_tokens == use.spent
+
+    asyncio.run(run())

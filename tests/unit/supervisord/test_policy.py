@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway_client.egress.scope import parse_scope
-from supervisord.budgets import Budget
+from supervisord.budgets import Budget, OnExhausted
 from supervisord.config import GatewayConfig, GatewayKind
 from supervisord.documents import InvalidDocument
 from supervisord.errors import InvalidInput, NotFound
@@ -156,6 +156,10 @@ def test_controls_are_those_of_the_table(key: str) -> None:
         ("limits: {io_write: never}", "f.yaml:3:10: limits.io_write: 'never' is not what belongs here"),
         ("limits: {swap: none}", "limits.swap"),
         ("budget: {llm_tokens: -1}", "budget.llm_tokens"),
+        ("budget: {wall_clock: 5}", "budget.wall_clock"),
+        ("budget: {wall_clock: 999ms}", "budget"),
+        ("budget: {cpu_seconds: soon}", "budget.cpu_seconds"),
+        ("budget: {on_exhausted: warn}", "budget.on_exhausted"),
         ('scopes: ["llm:*", "ftp:x"]', "f.yaml:3:19: scopes[1]: cannot read scope"),
         ('scopes: ["http:GET:https://*.example.com/**"]', "scopes[0]: "),
         ("scopes: llm", "f.yaml:3:1: scopes: 'llm' is not what belongs here"),
@@ -272,10 +276,19 @@ def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text
     assert child("", PARENT + above + "\n")
 
 
+def test_a_child_may_not_be_milder_when_a_budget_is_used_up() -> None:
+    parent = PARENT.replace("budget: {llm_tokens: 1000}", "budget: {llm_tokens: 1000, on_exhausted: freeze}")
+    assert child("", parent).on_exhausted is OnExhausted.FREEZE
+    assert child("budget: {on_exhausted: kill}", parent).budget == Budget(1000)
+    with pytest.raises(InvalidDocument, match=r"budget\.on_exhausted: wider"):
+        child("budget: {on_exhausted: deny}", parent)
+
+
 def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() -> None:
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
     cases = {key for key, _ in WIDER} | {
-        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require", "registered"
+        "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require", "registered",
+        "budget.on_exhausted",
     }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
@@ -285,7 +298,8 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
         degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
     )  # fmt: skip
     nothing = Policy(
-        name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1), ceiling=(), canary=True,
+        name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1),
+        on_exhausted=OnExhausted.KILL, ceiling=(), canary=True,
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
@@ -399,7 +413,14 @@ documents = st.fixed_dictionaries(
         "hide": st.lists(st.sampled_from(["/opt", "/usr/local"]), max_size=2),
         "limits": st.fixed_dictionaries({}, optional={"memory": sizes, "disk": sizes, "pids": st.integers(4, 99)}),
         "budget": st.fixed_dictionaries(
-            {}, optional={"llm_tokens": st.integers(0, 99), "cost_usd": st.sampled_from([0, 1, 0.25, 12.5])}
+            {},
+            optional={
+                "llm_tokens": st.integers(0, 99),
+                "cost_usd": st.sampled_from([0, 1, 0.25, 12.5]),
+                "wall_clock": st.sampled_from(["1s", "1h30m", "1.5s"]),
+                "cpu_seconds": st.sampled_from(["90s", 1, 2.5]),
+                "on_exhausted": st.sampled_from(["deny", "freeze", "kill"]),
+            },
         ),
         "scopes": st.lists(
             st.sampled_from(["llm:*", "llm:gpt-*", "fs:ro:/srv/x=/data", "tls:a.example.com:443"]), unique=True

@@ -127,3 +127,10 @@ def test_a_log_record_has_the_shape_of_otlp() -> None:
     assert first["timeUnixNano"] == "1790000000123456789"
     assert (first["severityNumber"], second["severityNumber"]) == (9, 17)
     assert {"key": "stockade.seq", "value": {"intValue": "8"}} in second["attributes"]
+
+
+def test_a_notice_is_more_than_usual_and_no_failure() -> None:
+    notice = record(verb="agent.budget", verdict="notice")
+    assert formats.syslog(notice, host="h", pid=1).startswith(b"<%d>1 " % (13 * 8 + 5))
+    document = json.loads(formats.ocsf(notice, origin="o", key="k", host="h"))
+    assert (document["severity_id"], document["status_id"]) == (2, 1)
