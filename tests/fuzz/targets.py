@@ -1,0 +1,151 @@
+"""What must hold of every input of the parsers that read what an agent sends: `TARGETS[name](data)` raises where not.
+
+Each takes any bytes. Refusing is fine, by the parser's own error; anything else that is raised is a finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final
+
+from gateway_client.egress import mcpcall, names, scope, target, tls
+from gateway_client.egress.bodyjson import BadCall
+from gateway_client.egress.messages import Limits
+from gateway_client.egress.request import Form
+from gateway_client.egress.upstream import forward_head
+from gateway_client.egress.wire import End, Head, RequestReader, WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway_client.egress.target import Authority
+
+SEEDS: Final[dict[str, tuple[bytes, ...]]] = {
+    "wire": (
+        b"\x01GET http://a.example/x?y=%7e HTTP/1.1\r\nHost: a.example\r\nA: b\r\n\r\n",
+        b"\x07CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\nrest",
+        (
+            b"\x03POST http://a.example/ HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3\r\nabc\r\n0\r\n\r\n"
+        ),
+        (
+            b"\x05POST /v1/messages HTTP/1.1\r\nHost: gateway.internal:3128\r\nContent-Length: 2\r\n\r\n"
+            b"{}GET / HTTP/1.1\r\n\r\n"
+        ),
+    ),
+    "target": (b"API.Example.com.:8080/a/../%2e/%41", b"[::ffff:7f00:1]:443/", b"0x7f.1/", b"xn--bcher-kva.example/b"),
+    "hello": (
+        b"\x05\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03" + bytes(32) + b"\x00\x00\x02\x13\x01\x01\x00\x00\x00",
+    ),
+    "query": (b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x07example\x00\x00\x01\x00\x01",),
+    "mcp": (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"search","arguments":{}}}',),
+    "scope": (
+        b"http:GET,HEAD:https://*.a.example/v1/**",
+        b"llm:model=gpt-*",
+        b"tls:a.example:443",
+        b"mcp:tickets/search",
+    ),
+}
+
+
+def wire(data: bytes) -> None:
+    """The same at every split; and what is sent on reads back as what was decided."""
+    if not data:
+        return
+    step, stream = data[0] + 1, data[1:]
+    heads, refused = _read(stream, len(stream) or 1)
+    assert (heads, refused) == _read(stream, step), "another reading at another split"
+    for head in heads:
+        if head.form is Form.CONNECT:
+            continue
+        for absolute in (True, False):
+            sent = _written(head, *forward_head(head, absolute=absolute))
+            # Behind a proxy: absolute-form. Behind the embedded gateway: origin-form for the one authority.
+            again, _ = _read(sent, len(sent), inside=None if absolute else head.authority)
+            assert len(again) == 1, "what is sent on is not one request"
+            decided = (head.method, head.authority, head.path, head.query)
+            assert (again[0].method, again[0].authority, again[0].path, again[0].query) == decided
+
+
+def _read(data: bytes, step: int, *, inside: Authority | None = None) -> tuple[list[Head], str]:
+    reader, heads, in_body = RequestReader(Limits(), inside=inside), [], False
+    pieces = (data[start : start + step] for start in range(0, len(data), step))
+    try:
+        while True:
+            if not in_body and (head := reader.next_head()) is not None:
+                heads.append(head)
+                if head.form is Form.CONNECT:
+                    return heads, ""  # the rest is the tunnel's
+                in_body = True
+                continue
+            if in_body and (piece := reader.next_body()) is not None:
+                in_body = piece is not End.OF_BODY
+                continue
+            following = next(pieces, None)
+            if following is None:
+                return heads, ""
+            reader.feed(following)
+    except WireError as error:
+        return heads, error.reject.reason_code
+
+
+def _written(head: Head, line: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    fields = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+    return b"%s %s HTTP/1.1\r\n%s\r\n" % (head.method.encode(), line, fields)
+
+
+def normal(data: bytes) -> None:
+    """What is normal is its own normal form."""
+    authority, slash, path = data.decode("latin-1").partition("/")
+    with contextlib.suppress(target.BadTarget):
+        found = target.parse_authority(authority, default=80)
+        assert target.normalise_host(found.host) == found.host
+    with contextlib.suppress(target.BadTarget):
+        once = target.normalise_path(slash + path)
+        assert target.normalise_path(once) == once
+
+
+def hello(data: bytes) -> None:
+    """The same ClientHello, however it comes."""
+    if not data:
+        return
+    step, stream = data[0] + 1, data[1:]
+    peeker, found = tls.Peeker(), None
+    for start in range(0, len(stream), step):
+        found = peeker.feed(stream[start : start + step])
+        if found is not tls.Peek.NEED_MORE:
+            break
+    if found is not None and found is not tls.Peek.NEED_MORE:
+        assert tls.peek(stream) == found, "another reading at another split"
+
+
+def query(data: bytes) -> None:
+    """A question, an answer to send back, or nothing; never an error."""
+    names.read_query(data)
+
+
+def mcp(data: bytes) -> None:
+    """A message that is sent on reads back as itself."""
+    with contextlib.suppress(BadCall):
+        found = mcpcall.read_message(data)
+        again = mcpcall.read_message(found.body)
+        assert (again.method, again.name, again.body) == (found.method, found.name, found.body)
+
+
+def written_scope(data: bytes) -> None:
+    """A scope in its written form is the same scope, and covers itself."""
+    with contextlib.suppress(scope.BadScope):
+        found = scope.parse_scope(data.decode("latin-1"))
+        text = scope.format_scope(found)
+        assert scope.parse_scope(text) == found
+        assert scope.includes(found, found)
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    "wire": wire,
+    "target": normal,
+    "hello": hello,
+    "query": query,
+    "mcp": mcp,
+    "scope": written_scope,
+}
