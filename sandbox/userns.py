@@ -56,7 +56,10 @@ class Holders:
         if self._next is not None and self._next.start not in self._ahead:
             self._make_ahead(self._next)
         if len(self._ready) < self._size:
-            self._ready.append(_hold())
+            try:
+                self._ready.append(_hold())
+            except OSError:
+                return False  # no room for a process: a launch tells of it, if it lasts
             self.made += 1
         return len(self._ready) < self._size
 
