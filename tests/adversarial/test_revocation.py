@@ -45,7 +45,8 @@ if form == "stream":
     until(b"piece")
 elif form == "websocket":
     sock.sendall(b"GET http://{SITE}/socket HTTP/1.1\\r\\nHost: {SITE}\\r\\nConnection: Upgrade\\r\\n"
-        b"Upgrade: websocket\\r\\nSec-WebSocket-Version: 13\\r\\nSec-WebSocket-Key: " + base64.b64encode(bytes(16)) + b"\\r\\n\\r\\n")
+        b"Upgrade: websocket\\r\\nSec-WebSocket-Version: 13\\r\\n"
+        b"Sec-WebSocket-Key: " + base64.b64encode(bytes(16)) + b"\\r\\n\\r\\n")
     until(b"101 ")
     sock.sendall(b"\\x81\\x80abcd")
     sock.recv(65536)
