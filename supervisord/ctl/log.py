@@ -45,13 +45,16 @@ def log(stockade: Stockade, options: Namespace) -> int:
 def _verify(stockade: Stockade, options: Namespace) -> int:
     files = options.subject
     found: dict[str, Any] = _verify_files(Path(files), options) if files else plain(stockade.verify_log())
+    gone = int(found["redacted"])
+    if not gone:
+        del found["redacted"]  # said where there is something to say
     if options.output == "json":
         print_json(found)
     elif found["ok"]:
         first = found.get("first_seq", 1)
         kept = f", content from entry {first} on" if first > 1 else ""
-        gone = f", {found['redacted']} redacted" if found["redacted"] else ""
-        say(f"good: {found['size']} entries{kept}{gone}, root {found['root']}")
+        redacted = f", {gone} redacted" if gone else ""
+        say(f"good: {found['size']} entries{kept}{redacted}, root {found['root']}")
     if not found["ok"]:
         complain(f"{PROGRAM}: cannot verify the log: {found['problem']}")
         complain("keep the files as they are; what differs from a checkpoint kept elsewhere tells what was altered")
