@@ -21,14 +21,17 @@ settings.load_profile("stockade")
 # Without these ./bootstrap test is over in a quarter of an hour; CI runs them too. By file, so that it is one list.
 DEEP: Final = frozenset(
     {
+        "test_budgets.py",
         "test_every_step.py",
         "test_gateway_down.py",
         "test_kill_only.py",
+        "test_litellm_bodies.py",
         "test_litellm_conformance.py",
         "test_litellm_identity.py",
         "test_openai_gateways.py",
         "test_mcp_egress.py",
         "test_races.py",
+        "test_recovery.py",
         "test_report.py",
         "test_stress.py",
         "test_taken_back.py",
