@@ -67,6 +67,7 @@ class Holders:
         self._forget_ahead()
         try:
             self._ahead[ids.start] = self._begin(ids.host(OWNER_INSIDE)).for_agent(ids)
+            self.end_used()  # it has an id of an agent that is not there yet
         except OSError:
             self._next = None  # a launch tells of the problem, if it lasts
 

@@ -22,8 +22,10 @@ settings.load_profile("stockade")
 DEEP: Final = frozenset(
     {
         "test_budgets.py",
+        "test_embedded_provider.py",
         "test_every_step.py",
         "test_gateway_down.py",
+        "test_images.py",
         "test_kill_only.py",
         "test_litellm_bodies.py",
         "test_litellm_conformance.py",
