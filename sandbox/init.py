@@ -138,7 +138,7 @@ def main(control: socket.socket, stub: socket.socket, entries: tuple[int, ...], 
 def _warm(plan: SandboxPlan) -> None:
     """Do what a launch does, where it changes nothing, so that by then the pages it touches are this process's own.
 
-    Not all pages at once, as the stub does: this process lives as long as its agent.
+    Not all pages at once: pid 1 keeps them for as long as its agent lives, and the stub's execve has to give them back.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:

@@ -151,8 +151,9 @@ class Starters:
                 pid, pidfd = syscalls.clone3(flags, cgroup=group.fd_for_clone())
                 if pid == 0:
                     init.main(theirs, their_stub, group.entry_fds(), standard)
+                ticks = start_ticks(pid)
             undo.pop_all()
-        return Starter(name, group, pid, pidfd, start_ticks(pid), limits, control, stub, standard, seen)
+        return Starter(name, group, pid, pidfd, ticks, limits, control, stub, standard, seen)
 
     def discard(self, starter: Starter) -> None:
         """Kill it; its processes and group are let go of when they are dead."""

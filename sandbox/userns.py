@@ -1,8 +1,9 @@
 """User namespaces made ahead of time, to be joined by descriptor.
 
 A namespace needs a process in it until somebody holds a descriptor of it, and its maps can be written once. A holder is
-that process: forked while the launcher is idle, it waits; at launch it makes the namespace as its owner, its maps are
-written, the namespace is opened, and it is killed.
+that process: forked while the launcher is idle, it waits; when it hears whose it is to be it makes the namespace as its
+owner, its maps are written, the namespace is opened, and it is killed. That is at the launch, or ahead of it for those
+ids that are given out next.
 """
 
 import contextlib

@@ -405,7 +405,7 @@ class Launching:
         )
 
     def open_gate(self, agent: Agent, *, frozen: bool = False) -> None:
-        """Serve the agent's listener: the last step, after everything that says what may pass."""
+        """Serve the agent's listener: after everything that says what may pass."""
         if agent.listener is not None:
             self._plane.listen(
                 agent.agent_id,

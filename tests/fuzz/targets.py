@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress import mcpcall, names, scope, target, tls
 from gateway_client.egress.bodyjson import BadCall
-from gateway_client.egress.messages import Limits
 from gateway_client.egress.request import Form
 from gateway_client.egress.upstream import forward_head
-from gateway_client.egress.wire import End, Head, RequestReader, WireError
+from tests.support.reading import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway_client.egress.target import Authority
+    from gateway_client.egress.wire import Head
 
 SEEDS: Final[dict[str, tuple[bytes, ...]]] = {
     "wire": (
@@ -53,40 +52,19 @@ def wire(data: bytes) -> None:
     if not data:
         return
     step, stream = data[0] + 1, data[1:]
-    heads, refused = _read(stream, len(stream) or 1)
-    assert (heads, refused) == _read(stream, step), "another reading at another split"
-    for head in heads:
+    whole = read(stream)
+    pieces = read(stream, step=step)
+    assert (whole.heads, whole.bodies) == (pieces.heads, pieces.bodies), "another reading at another split"
+    assert (whole.reject and whole.reject.reason_code) == (pieces.reject and pieces.reject.reason_code)
+    for head in whole.heads:
         if head.form is Form.CONNECT:
             continue
         for absolute in (True, False):
-            sent = _written(head, *forward_head(head, absolute=absolute))
             # Behind a proxy: absolute-form. Behind the embedded gateway: origin-form for the one authority.
-            again, _ = _read(sent, len(sent), inside=None if absolute else head.authority)
-            assert len(again) == 1, "what is sent on is not one request"
+            sent = _written(head, *forward_head(head, absolute=absolute))
+            (again,) = read(sent, inside=None if absolute else head.authority).heads
             decided = (head.method, head.authority, head.path, head.query)
-            assert (again[0].method, again[0].authority, again[0].path, again[0].query) == decided
-
-
-def _read(data: bytes, step: int, *, inside: Authority | None = None) -> tuple[list[Head], str]:
-    reader, heads, in_body = RequestReader(Limits(), inside=inside), [], False
-    pieces = (data[start : start + step] for start in range(0, len(data), step))
-    try:
-        while True:
-            if not in_body and (head := reader.next_head()) is not None:
-                heads.append(head)
-                if head.form is Form.CONNECT:
-                    return heads, ""  # the rest is the tunnel's
-                in_body = True
-                continue
-            if in_body and (piece := reader.next_body()) is not None:
-                in_body = piece is not End.OF_BODY
-                continue
-            following = next(pieces, None)
-            if following is None:
-                return heads, ""
-            reader.feed(following)
-    except WireError as error:
-        return heads, error.reject.reason_code
+            assert (again.method, again.authority, again.path, again.query) == decided
 
 
 def _written(head: Head, line: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
@@ -110,13 +88,13 @@ def hello(data: bytes) -> None:
     if not data:
         return
     step, stream = data[0] + 1, data[1:]
-    peeker, found = tls.Peeker(), None
+    peeker = tls.Peeker()
+    found = peeker.feed(b"")
     for start in range(0, len(stream), step):
         found = peeker.feed(stream[start : start + step])
         if found is not tls.Peek.NEED_MORE:
             break
-    if found is not None and found is not tls.Peek.NEED_MORE:
-        assert tls.peek(stream) == found, "another reading at another split"
+    assert tls.peek(stream) == found, "another reading at another split"
 
 
 def query(data: bytes) -> None:

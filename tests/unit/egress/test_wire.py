@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import h11
 import pytest
 from hypothesis import given
@@ -14,48 +12,10 @@ from gateway_client.egress.modelapi import endpoint
 from gateway_client.egress.request import Form
 from gateway_client.egress.target import Authority
 from gateway_client.egress.upstream import HeaderList, Identity, forward_head, model_head
-from gateway_client.egress.wire import End, Head, Reject, RequestReader, WireError
 from gateway_client.gateways.litellm import LiteLLM
+from tests.support.reading import read
 
 HOST = b"Host: gateway.internal:3128\r\n"
-
-
-@dataclass
-class Read:
-    heads: list[Head] = field(default_factory=list)
-    bodies: list[bytes] = field(default_factory=list)
-    reject: Reject | None = None
-
-
-def read(data: bytes, *, step: int = 1 << 20, limits: Limits | None = None, inside: Authority | None = None) -> Read:
-    """Feed bytes in pieces until they are used up or refused."""
-    reader, result = RequestReader(limits or Limits(), inside=inside), Read()
-    pieces = (data[start : start + step] for start in range(0, len(data), step))
-    body: bytearray | None = None
-    try:
-        while True:
-            if body is None:
-                head = reader.next_head()
-                if head is not None:
-                    result.heads.append(head)
-                    body = bytearray()
-                    continue
-            else:
-                piece = reader.next_body()
-                if piece is End.OF_BODY:
-                    result.bodies.append(bytes(body))
-                    body = None
-                    continue
-                if piece is not None:
-                    body += piece
-                    continue
-            piece = next(pieces, None)
-            if piece is None:
-                return result
-            reader.feed(piece)
-    except WireError as error:
-        result.reject = error.reject
-        return result
 
 
 def code(data: bytes, **more: object) -> str:
