@@ -594,10 +594,12 @@ def _agents(table: Table) -> AgentsConfig:
             pass
         case [int(), int()] as bounds:
             first, last = bounds
-            if not UID_FIRST <= first <= last <= UID_LAST or last - first + 1 < UIDS_PER_AGENT:
+            inside = UID_FIRST <= first <= last <= UID_LAST
+            if not inside or last - first + 1 < UIDS_PER_AGENT or first % UIDS_PER_AGENT:
                 table.problem(
                     "uid_range",
-                    f"[{first}, {last}] is not {UIDS_PER_AGENT} or more ids within [{UID_FIRST}, {UID_LAST}]",
+                    f"[{first}, {last}] is not {UIDS_PER_AGENT} or more ids within [{UID_FIRST}, {UID_LAST}]"
+                    f" from a multiple of {UIDS_PER_AGENT} on",
                     "leave it out, or give each instance a part of that range",
                 )
         case other:

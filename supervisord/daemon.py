@@ -6,6 +6,7 @@ import asyncio
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -72,13 +73,13 @@ from supervisord.webhook import Webhook
 if TYPE_CHECKING:
     import socket
     from collections.abc import Coroutine, Sequence
-    from pathlib import Path
 
     import grpc
 
 log = structlog.get_logger()
 
-SLOTS_DIR_NAME: Final = "stockade-slots"
+# One for all instances of a host, wherever each has its run_dir: they share the ids of the host.
+SLOTS_DIR: Final = Path("/run/stockade-slots")
 ENDINGS_DIR_NAME: Final = "ended-grants"
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 2.0
@@ -218,8 +219,9 @@ class Daemon:
         self._webhook = _webhook(config)
         ids = config.agents
         self._slots = Slots(
-            config.run_dir.parent / SLOTS_DIR_NAME,
+            SLOTS_DIR,
             instance=config.instance,
+            first=ids.uid_first,
             count=(ids.uid_last + 1 - ids.uid_first) // IDS_PER_AGENT,
         )
         self._filters = _compile_filters()

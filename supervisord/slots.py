@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
+from sandbox.plan import IDS_PER_AGENT
 from supervisord.errors import Exhausted
 
 if TYPE_CHECKING:
@@ -13,16 +14,19 @@ if TYPE_CHECKING:
 
 
 class Slots:
-    """Slots 0..`count`-1; a claim is a file in a directory that all instances of the host share.
+    """Slots 0..`count`-1 from the id `first` on; a claim is a file in a directory that all instances of the host share.
 
-    link(2) decides between two that want the same one, and a
-    claim is never seen without its owner's name in it. Slots are taken in a circle, so a range rests as
-    long as possible before another agent has it.
+    It is named after the range's first id by IDS_PER_AGENT, so that it means one range whatever part of the ids an
+    instance may give. link(2) decides between two that want the same one, and a claim is never seen without its owner's
+    name in it. Slots are taken in a circle, so a range rests as long as possible before another agent has it.
     """
 
-    def __init__(self, directory: Path, *, instance: str, count: int) -> None:
+    def __init__(self, directory: Path, *, instance: str, first: int, count: int) -> None:
+        if first % IDS_PER_AGENT:
+            raise ValueError(f"slots begin at a multiple of {IDS_PER_AGENT}, not at {first}")
         self._directory = directory
         self._instance = instance
+        self._base: Final = first // IDS_PER_AGENT
         self._count: Final = count
         self._next = 0
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -35,7 +39,7 @@ class Slots:
             slot = self._next
             self._next = (self._next + 1) % self._count
             try:
-                os.link(self._owner, self._directory / str(slot))
+                os.link(self._owner, self._claim(slot))
             except FileExistsError:
                 continue
             return slot
@@ -44,7 +48,7 @@ class Slots:
         )
 
     def release(self, slot: int) -> None:
-        (self._directory / str(slot)).unlink(missing_ok=True)
+        self._claim(slot).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Take the instance's own mark away where nothing is claimed by it any more."""
@@ -53,11 +57,15 @@ class Slots:
 
     def reconcile(self, live: Iterable[int]) -> None:
         """Give back what this instance claimed and no longer has."""
-        kept = {str(slot) for slot in live}
+        kept = set(live)
+        names = {self._claim(slot).name for slot in kept}
         for path in self._directory.iterdir():
-            if path.name.isdigit() and path.name not in kept and path.read_text(errors="replace") == self._instance:
+            if path.name.isdigit() and path.name not in names and path.read_text(errors="replace") == self._instance:
                 path.unlink(missing_ok=True)
         for slot in kept:
-            if not (self._directory / slot).exists():
-                os.link(self._owner, self._directory / slot)
-        self._next = (max((int(slot) for slot in kept), default=-1) + 1) % self._count
+            if not self._claim(slot).exists():
+                os.link(self._owner, self._claim(slot))
+        self._next = (max(kept, default=-1) + 1) % self._count
+
+    def _claim(self, slot: int) -> Path:
+        return self._directory / str(self._base + slot)

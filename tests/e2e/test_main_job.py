@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from stockade.client import Stockade
 
+from tests.support.census import text
 from tests.support.instance import OWNER, Instance
 
 if TYPE_CHECKING:
@@ -244,20 +245,27 @@ def test_agents_outlive_a_killed_daemon_confined_and_known(stockade: Instance) -
 
 
 def test_z_a_hundred_launches_and_kills_leave_nothing(stockade: Instance) -> None:
+    slots = Path("/run/stockade-slots")
+
     def census() -> dict[str, int]:
         fds = 0 if stockade.process is None else len(list(Path(f"/proc/{stockade.process.pid}/fd").iterdir()))
         ranges = [e.name for e in Path("/proc").iterdir() if e.name.isdigit() and uid_of(e) >= 1879048192]
-        return {"slots": len(list(Path("/run/stockade-slots").glob("[0-9]*"))), "fds": fds, "processes": len(ranges)}
+        claims = sum(1 for claim in slots.glob("[0-9]*") if text(claim) == stockade.name)
+        return {"slots": claims, "fds": fds, "processes": len(ranges)}
 
+    # A process that holds the next id range for its first moments has ids of it; starters have those of the host.
+    stockade.wait(lambda: census()["processes"] == 0)
     before = census()
+    held = stockade.launch("--", "sleep", "100")["agent_id"]
+    assert census()["slots"] == before["slots"] + 1, "the twin: a claim is seen"
+    assert stockade.json("kill", str(held))[0]["verified_empty"] is True
     with Stockade(f"unix:{stockade.run_dir}/control.sock") as client:
         for _ in range(100):
             assert client.launch(command=["sleep", "100"]).kill().verified_empty
-    stockade.wait(lambda: census()["fds"] <= before["fds"] + 4)
+    stockade.wait(lambda: census()["fds"] <= before["fds"] + 4 and census()["processes"] <= before["processes"])
     after = census()
     assert after["slots"] <= before["slots"]
     assert after["fds"] <= before["fds"] + 4  # the client's connection, a database page
-    # Starters that wait for the next launch have ids of the host, those of agents are gone.
     assert after["processes"] <= before["processes"]
 
 

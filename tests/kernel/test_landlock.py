@@ -22,6 +22,7 @@ print('ready', flush=True)
 named.accept()
 signal.sigwait([signal.SIGUSR1])
 print('signalled', flush=True)
+signal.pause()  # what exec started ends with the agent, and is not done yet
 """
 CLIENT = """
 import os, signal, socket
@@ -55,7 +56,9 @@ def test_what_exec_starts_reaches_the_agents_processes_and_local_servers_work(la
         assert launcher.exec(agent, ["/bin/true"])["status"]["code"] == 0
     done = launcher.exec(agent, ["python3", "-c", CLIENT])
     assert done["status"] == {"code": 0, "signal": None}, done["stderr"]
-    assert launcher.wait(agent).status == {"code": 0, "signal": None}
+    while "signalled" not in agent.stdout:
+        assert launcher.exec(agent, ["/bin/true"])["status"]["code"] == 0
+    launcher.kill(agent)
     assert agent.stdout.split() == ["ready", "signalled"]
 
 

@@ -342,6 +342,7 @@ def test_every_key_arrives() -> None:
         ("[agents]\nuid_range = [0, 4294967295]", "agents.uid_range"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_FIRST + 65534}]", "is not 65536 or more ids"),
         (f"[agents]\nuid_range = [{UID_FIRST}, {UID_LAST + 1}]", "agents.uid_range"),
+        (f"[agents]\nuid_range = [{UID_FIRST + 1}, {UID_LAST}]", "from a multiple of 65536"),
         ('[agents]\nuid_range = "x"', "agents.uid_range: 'x' is not [FIRST, LAST]"),
         ('[agents]\non_stop = "kil"', "did you mean kill?"),
         ('[agents]\noutput_keep = "much"', "agents.output_keep: cannot read size"),

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sandbox.plan import IDS_PER_AGENT
 from supervisord.errors import Exhausted
 from supervisord.slots import Slots
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+FIRST = 7 * IDS_PER_AGENT
+
 
 def test_two_instances_never_have_one_slot(tmp_path: Path) -> None:
-    one, two = (Slots(tmp_path, instance=name, count=64) for name in ("one", "two"))
+    one, two = (Slots(tmp_path, instance=name, first=FIRST, count=64) for name in ("one", "two"))
     with ThreadPoolExecutor(8) as pool:
         claims = [pool.submit((one, two)[n % 2].claim) for n in range(64)]
     slots = [claim.result() for claim in claims]
@@ -26,28 +29,42 @@ def test_two_instances_never_have_one_slot(tmp_path: Path) -> None:
     assert two.claim() == slots[0]
 
 
+def test_instances_with_parts_of_the_ids_that_overlap_never_give_one_range_to_two(tmp_path: Path) -> None:
+    one = Slots(tmp_path, instance="one", first=FIRST, count=4)
+    two = Slots(tmp_path, instance="two", first=FIRST + 2 * IDS_PER_AGENT, count=4)
+    ranges = [*(one.claim() for _ in range(4)), *(two.claim() + 2 for _ in range(2))]
+    assert sorted(ranges) == list(range(6))
+    with pytest.raises(Exhausted):
+        two.claim()
+
+
+def test_slots_begin_where_ranges_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of 65536"):
+        Slots(tmp_path, instance="one", first=FIRST + 1, count=4)
+
+
 def test_a_slot_rests_before_it_is_taken_again(tmp_path: Path) -> None:
-    slots = Slots(tmp_path, instance="one", count=4)
+    slots = Slots(tmp_path, instance="one", first=FIRST, count=4)
     first = slots.claim()
     slots.release(first)
     assert [slots.claim() for _ in range(4)] == [1, 2, 3, 0]
 
 
 def test_a_start_gives_back_ones_own_and_nobody_elses(tmp_path: Path) -> None:
-    one, two = (Slots(tmp_path, instance=name, count=8) for name in ("one", "two"))
+    one, two = (Slots(tmp_path, instance=name, first=FIRST, count=8) for name in ("one", "two"))
     mine, lost, others = one.claim(), one.claim(), two.claim()
     one.release(mine)  # its file was lost, and the agent lives
-    again = Slots(tmp_path, instance="one", count=8)
+    again = Slots(tmp_path, instance="one", first=FIRST, count=8)
     again.reconcile([mine])
     names = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
-    assert names == {str(mine), str(others)}
-    assert str(lost) not in names
-    assert (tmp_path / str(mine)).read_text() == "one"
+    assert names == {str(7 + mine), str(7 + others)}
+    assert str(7 + lost) not in names
+    assert (tmp_path / str(7 + mine)).read_text() == "one"
     assert again.claim() not in (mine, others)
 
 
 def test_giving_back_twice_is_no_error(tmp_path: Path) -> None:
-    slots = Slots(tmp_path, instance="one", count=2)
+    slots = Slots(tmp_path, instance="one", first=FIRST, count=2)
     slot = slots.claim()
     slots.release(slot)
     slots.release(slot)
@@ -55,10 +72,10 @@ def test_giving_back_twice_is_no_error(tmp_path: Path) -> None:
 
 
 def test_an_instance_that_ends_leaves_its_mark_only_with_its_claims(tmp_path: Path) -> None:
-    slots = Slots(tmp_path, instance="one", count=2)
+    slots = Slots(tmp_path, instance="one", first=FIRST, count=2)
     slot = slots.claim()
     slots.close()
-    assert {path.name for path in tmp_path.iterdir()} == {".one", "0"}
+    assert {path.name for path in tmp_path.iterdir()} == {".one", "7"}
     slots.release(slot)
     slots.close()
     slots.close()
