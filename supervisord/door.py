@@ -203,6 +203,9 @@ class FrontDoor:
 
     def start(self) -> None:
         """Begin to accept; gRPC's server has to be listening on `private_path`."""
+        # A daemon that was killed between bind(2) and unlink(2) has left a name, which one connection here would want.
+        for left in self._private.parent.glob("c[0-9]*"):
+            left.unlink(missing_ok=True)
         if not self._closed:
             asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 

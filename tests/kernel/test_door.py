@@ -137,7 +137,10 @@ async def _unlisted(request: bytes, context: object) -> bytes:
 
 
 @asynccontextmanager
-async def served(tmp_path: Path, *, everyone_reads: bool = False, per_uid_max: int = 8) -> AsyncIterator[Served]:
+async def served(
+    tmp_path: Path, *, everyone_reads: bool = False, per_uid_max: int = 8, left: int = 0
+) -> AsyncIterator[Served]:
+    """A door and its server; a former daemon has `left` names of connections that it did not come to remove."""
     for directory in (tmp_path, *tmp_path.parents[:2]):  # pytest makes them for root alone
         directory.chmod(0o755)
     access = Access(
@@ -145,6 +148,9 @@ async def served(tmp_path: Path, *, everyone_reads: bool = False, per_uid_max: i
     )
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
+    for number in range(left):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(private / f"c{number + 1}"))
     control = tmp_path / "control.sock"
     door = FrontDoor(
         listening_socket(control, mode=0o666), private / "grpc.sock", access, connections_per_uid_max=per_uid_max
@@ -172,6 +178,12 @@ async def served(tmp_path: Path, *, everyone_reads: bool = False, per_uid_max: i
         await server.stop(None)
         assert list(private.glob("c*")) == []
         assert door.peers == {}
+
+
+async def test_what_a_killed_daemon_left_keeps_nobody_out(tmp_path: Path) -> None:
+    async with served(tmp_path, left=3) as api:
+        for _ in range(4):
+            assert (await api.ask("version", user=0))["version"].startswith("uid:0(root) ADMIN ")
 
 
 async def test_each_caller_is_who_the_kernel_says(tmp_path: Path) -> None:
