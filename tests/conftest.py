@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
+import pytest
 from hypothesis import settings
 
+from tests.support import standin
 from tests.support.attempt import TALLY
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 EXIT_SKIPPED = 1
 
@@ -46,6 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in DEEP:
             item.add_marker("deep")
+
+
+UPLINK: Final = pytest.StashKey[standin.Uplink]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() == 0 and not config.option.collectonly:
+        config.stash[UPLINK] = standin.enter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_leaves_the_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a module's tests try, no frame leaves what stands for the host."""
+    yield
+    if UPLINK in request.config.stash:
+        assert request.config.stash[UPLINK].frames() == [], "frames left the host"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

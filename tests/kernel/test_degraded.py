@@ -46,7 +46,7 @@ def host_without(code: str) -> Iterator[Launcher]:
     if os.geteuid() != 0:
         pytest.skip("needs root: starts sandboxes")
     text = WRAPPER.replace("ROOT", repr(str(ROOT))).replace("CODE", code)
-    with Launcher.start(wrapper=[sys.executable, "-c", text]) as launcher:
+    with Launcher.start(wrapper=[sys.executable, "-c", text], second_layer=code != NO_NFTABLES) as launcher:
         yield launcher
 
 

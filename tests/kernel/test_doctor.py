@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -26,7 +27,7 @@ def test_probing_leaves_the_host_and_the_caller_as_they_were() -> None:
     def state() -> tuple[str, set[str], set[str]]:
         return (
             str(Path("/proc/thread-self/ns/net").readlink()),
-            {path.name for path in Path("/sys/class/net").iterdir()},
+            {name for _, name in socket.if_nameindex()},
             {path.name for path in Path("/proc/self/fd").iterdir()},
         )
 

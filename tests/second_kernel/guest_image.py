@@ -16,6 +16,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from tests.support import standin
+
 KERNEL: Final = Path("/usr/bin/linux.uml")
 MODULES: Final = Path("/usr/lib/uml/modules")
 IMAGE_MIB: Final = 1024
@@ -90,7 +92,8 @@ def image() -> Path:
 def _make(path: Path, codename: str) -> None:
     tree = path.with_suffix(".tree")
     excludes = [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
-    _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", *excludes, codename, str(tree))
+    options = ["--quiet", "--variant=minbase", f"--include={PACKAGES}", *excludes]
+    _run(*standin.outside(), "mmdebstrap", *options, codename, str(tree))
     (tree / "etc/systemd/system/guest.service").write_text(GUEST_UNIT)
     wants = tree / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def census(stockade: Instance) -> Census:
         cgroups=sum(1 for _ in directories(stockade.name)),
         networks=len(networks(launcher)),
         slots=sum(1 for path in SLOTS.glob("[0-9]*") if text(path) == stockade.name),
-        links=frozenset(path.name for path in Path("/sys/class/net").iterdir()),
+        links=frozenset(name for _, name in socket.if_nameindex()),
         mounts=len(text(Path("/proc/self/mountinfo")).splitlines()),
         files=frozenset(
             str(path.relative_to(stockade.run_dir))

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandbox.cgroups import reconcile
+from tests.support.census import launcher_pid
+from tests.support.gates import Gates, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,6 +60,7 @@ class Instance:
     config: Path
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    gates: Gates | None = None
 
     @classmethod
     @contextmanager
@@ -79,11 +82,14 @@ class Instance:
         )
         environment = {**os.environ, "STOCKADE_SOCKET": str(run_dir / "control.sock")}
         instance = cls(name, directory, run_dir, config, environment=environment)
+        instance.gates = gates = watched(lambda: launcher_pid(instance))
         try:
             instance.up()
             yield instance
         finally:
             instance.clean()
+            if gates is not None:
+                gates.close()
 
     # --- the daemon
 

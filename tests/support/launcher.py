@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sandbox import seccomp, sync, syscalls
 from sandbox.cgroups import detect, reconcile
 from sandbox.plan import AGENT_ID_FIRST, IDS_PER_AGENT, IdRange, Limits, SandboxPlan, Scratch, pack_filters
+from tests.support.gates import Gates, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class Launcher:
     _arguments: list[str] = field(default_factory=list)
     _wrapper: list[str] = field(default_factory=list)
     scratch_dir: Path | None = None
+    gates: Gates | None = None
 
     @classmethod
     def start(
@@ -102,8 +104,12 @@ class Launcher:
         arguments: Sequence[str] = (),
         filters: bool = True,
         wrapper: Sequence[str] = (),
+        second_layer: bool = True,
     ) -> Launcher:
-        """Start one; `wrapper` is a command that execs the launcher (say `unshare -m`)."""
+        """Start one; `wrapper` is a command that execs the launcher (say `unshare -m`).
+
+        Without its `second_layer` a sandbox's frames come as far as its gate, and nobody looks.
+        """
         instance = "t" + secrets.token_hex(3)
         run_dir = Path(tempfile.mkdtemp(prefix="sktest-", dir="/dev/shm"))  # memory, as /run is
         run_dir.chmod(0o711)
@@ -120,6 +126,8 @@ class Launcher:
             _wrapper=list(wrapper),
             scratch_dir=scratch_dir,
         )
+        if second_layer and not weakened:
+            launcher.gates = watched(lambda: launcher.process.pid)
         try:
             launcher.request("hello")
             if filters:
@@ -160,6 +168,8 @@ class Launcher:
         shutil.rmtree(self.run_dir, ignore_errors=True)
         if self.scratch_dir is not None:
             shutil.rmtree(self.scratch_dir, ignore_errors=True)
+        if self.gates is not None:
+            self.gates.close()
 
     def _sweep(self) -> None:
         """Remove what a launcher that was killed may have left: groups of this instance."""
