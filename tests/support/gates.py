@@ -111,6 +111,21 @@ def expected(frame: bytes) -> bool:
     return to[:2] == socket.inet_aton(NAMES_NETWORK)[:2] and frame[23] == socket.IPPROTO_TCP
 
 
+def _capture() -> socket.socket:
+    """A capture in the gate that this thread is in; it hears nothing before it has its filter."""
+    capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    try:
+        program = ctypes.create_string_buffer(PROGRAM, len(PROGRAM))
+        filters = struct.pack("HL", len(PROGRAM) // 8, ctypes.addressof(program))
+        capture.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filters)
+        capture.bind((GATE_INTERFACE, _ETH_P_ALL))
+        capture.setblocking(False)
+    except BaseException:
+        capture.close()
+        raise
+    return capture
+
+
 class Gates:
     """All gates of one launcher, from `start` to `close`."""
 
@@ -190,12 +205,12 @@ class Gates:
                     if links != {"lo"}:
                         self._known.add(name)
                     return
-                capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-                program = ctypes.create_string_buffer(PROGRAM, len(PROGRAM))
-                filters = struct.pack("HL", len(PROGRAM) // 8, ctypes.addressof(program))
-                capture.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filters)
-                capture.bind((GATE_INTERFACE, _ETH_P_ALL))  # it hears nothing before it has its filter
-                capture.setblocking(False)
+                try:
+                    capture = _capture()
+                except OSError as error:
+                    if error.errno == errno.ENODEV:
+                        return  # the link went away since it was listed
+                    raise
                 routes = Path("/proc/thread-self/net/fib_trie").open()  # noqa: SIM115 - the gate closes it
             finally:
                 setns(home, CLONE_NEWNET)
