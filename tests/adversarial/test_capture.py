@@ -48,8 +48,8 @@ def gates_of(launcher: Launcher) -> Gates:
     return launcher.gates
 
 
-def soon(get: Callable[[], list[str]]) -> list[str]:
-    deadline = time.monotonic() + 5
+def soon(get: Callable[[], list[str]], seconds: float = 5) -> list[str]:
+    deadline = time.monotonic() + seconds
     while not (found := get()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
@@ -77,8 +77,12 @@ def test_the_capture_sees_what_reaches_the_gate(own: Launcher, request: pytest.F
     subprocess.run(flush, check=True, timeout=10)
     names = [f"UDP to {what} by device" for what in ("a documentation address", "the metadata service")]
     with battery.bait() as given:
-        own.exec(agent, battery.program(given, names))
-    assert soon(gates_of(own).frames)
+
+        def send() -> list[str]:
+            own.exec(agent, battery.program(given, names))
+            return soon(gates_of(own).frames, 0.5)
+
+        assert soon(send), "more than once: the gate may be looked into only now"
     own.kill(agent)
     own.close()
     assert request.config.stash[UPLINK].frames() == [], "the gate leads nowhere, with or without rules"
