@@ -406,7 +406,10 @@ class Daemon:
             self._launcher,
             self.config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
+            greet=self._greet,
         )
+
+    async def _greet(self) -> None:
         # Read before the greeting, which brings the agents: what was taken back or spent must not come with them.
         kept = await Kept.read(self._store, unwritten=self._endings.unwritten())
         self._recovery = Recovery(

@@ -155,7 +155,10 @@ class KillOnly:
             self._launcher,
             self._config,
             managed=bool(os.environ.get("STOCKADE_LAUNCHER_MANAGED")),
+            greet=self._greet,
         )
+
+    async def _greet(self) -> None:
         # The guard of files that agents were given is held for a launcher that may come after this one (filegrants.py).
         reply = await self._launcher.call("hello", self._guard)
         if reply.fds:

@@ -62,10 +62,17 @@ class LauncherLink:
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._first: dict[int, Callable[[], None]] = {}
         self._channel: Channel | None = None
+        self._greeted = False
 
     @property
     def connected(self) -> bool:
         return self._channel is not None and not self._channel.closed
+
+    def greeted(self) -> None:
+        """Have its loss told from here on; raises Unavailable where it has gone since it was connected to."""
+        if not self.connected:
+            raise _gone()
+        self._greeted = True
 
     def connect(self) -> None:
         """Connect, once; raises OSError while nobody listens, PermissionError when it is not root that does."""
@@ -79,6 +86,7 @@ class LauncherLink:
         except OSError:
             sock.close()
             raise
+        self._greeted = False
         self._channel = Channel(sock, name="launcher", on_packet=self._packet, on_close=self._closed)
 
     async def call(
@@ -147,11 +155,15 @@ class LauncherLink:
 
     def _closed(self) -> None:
         self._fail_waiting()
-        self._on_lost()
+        if self._greeted:
+            self._greeted = False
+            self._on_lost()
 
     def _fail_waiting(self) -> None:
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(
-                    Unavailable("cannot reach the launcher: it has gone", remedy="try again in a moment")
-                )
+                future.set_exception(_gone())
+
+
+def _gone() -> Unavailable:
+    return Unavailable("cannot reach the launcher: it has gone", remedy="try again in a moment")

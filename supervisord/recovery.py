@@ -23,7 +23,7 @@ from supervisord.processes import spawn
 from supervisord.store import AgentRow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from supervisord.actions.log import ActionLog
     from supervisord.agents import Agents
@@ -45,13 +45,30 @@ STATE_BYTES_MAX: Final = 4 << 20
 LAUNCHER: Final = Path(sandbox.__file__ or "").resolve().parent / "launcher.py"
 
 
-async def reach_launcher(link: LauncherLink, config: Config, *, managed: bool) -> None:
-    """Connect to the launcher; where nobody answers and no service manager keeps one (`managed`), start it.
+async def reach_launcher(
+    link: LauncherLink, config: Config, *, managed: bool, greet: Callable[[], Awaitable[None]]
+) -> None:
+    """Connect to the launcher and `greet` it.
 
-    It is started in a session of its own and outlives this daemon. Raises Unavailable.
+    Where nobody answers and no service manager keeps one (`managed`), it is started in a session of its own and
+    outlives this daemon. One that goes while it is greeted is no failure: it had had nothing to do for LINGER_SECONDS
+    just as this daemon came. Raises Unavailable.
     """
-    started = managed
     deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS_MAX
+    while True:
+        await _connect(link, config, managed=managed, deadline=deadline)
+        try:
+            await greet()
+            link.greeted()
+        except Unavailable:
+            if link.connected or asyncio.get_running_loop().time() > deadline:
+                raise
+        else:
+            return
+
+
+async def _connect(link: LauncherLink, config: Config, *, managed: bool, deadline: float) -> None:
+    started = managed
     while True:
         try:
             link.connect()
