@@ -46,6 +46,8 @@ def outcome_details(
     }
     if outcome.first_byte_ms is not None:
         details["first_byte_ms"] = outcome.first_byte_ms
+    if outcome.protocol is not None:
+        details["protocol"] = outcome.protocol.value
     if guardrails:
         details["guardrails"] = list(guardrails)
     elif outcome.guardrails:

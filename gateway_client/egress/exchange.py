@@ -10,6 +10,7 @@ from gateway_client.egress.messages import Outcome, Usage
 
 if TYPE_CHECKING:
     from gateway_client.egress.allowance import Allowance
+    from gateway_client.egress.messages import HttpVersion
 guardrails_chars_max: Final = 500
 
 
@@ -70,6 +71,7 @@ class Exchange:
     first_byte: float | None = None
     """When the first byte of the answer's body came, on the clock of `started`."""
     guardrails: str = ""
+    protocol: HttpVersion | None = None
 
     def advance(self, event: Event) -> None:
         self.state = transition(self.state, event)
@@ -93,4 +95,5 @@ class Exchange:
             grant_spent=self.allowance is not None and self.allowance.spent,
             first_byte_ms=None if self.first_byte is None else max(0, round((self.first_byte - self.started) * 1000)),
             guardrails=self.guardrails[:guardrails_chars_max],
+            protocol=self.protocol,
         )

@@ -9,25 +9,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
 
 from gateway_client.egress import mcp, mcpcall, websocket
+from gateway_client.egress.answering import Answering, GrantSpent, UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
 from gateway_client.egress.exchange import Event
 from gateway_client.egress.intake import Buffered, Intake
-from gateway_client.egress.messages import ForwardMode
+from gateway_client.egress.messages import ForwardMode, HttpVersion
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
-from gateway_client.egress.passing import (
-    GrantSpent,
-    Passing,
-    Switched,
-    UpstreamError,
-    open_through_proxy,
-    read_status,
-)
+from gateway_client.egress.passing import Passing, Switched, open_through_proxy, read_status
+from gateway_client.egress.passing_http2 import PassingHttp2
 from gateway_client.egress.request import EgressRequest, Form
+from gateway_client.egress.sealed import Sealed
 from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
-from gateway_client.egress.terminate import open_inside, seal
+from gateway_client.egress.terminate import ANY_HTTP, ONLY_HTTP11, open_inside, seal
 from gateway_client.egress.tunnel import client_hello, relay
 from gateway_client.egress.upstream import GatewayAdapter, Identity, forward_head, model_head
 from gateway_client.egress.wire import Head, Reject, WireError
@@ -35,13 +31,12 @@ from gateway_client.gateways.usage import UsageMeter
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.leaves import Leaves
     from gateway_client.egress.messages import Configure, Usage, Verdict
     from gateway_client.egress.resolver import Resolver
-    from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.stream import Stream
     from gateway_client.egress.target import Authority
     from gateway_client.egress.wire import Headers
@@ -85,7 +80,9 @@ class Desk(Protocol):
     adapter: GatewayAdapter
     prices: PriceTable
     tls: ssl.SSLContext
-    """What hosts are verified with."""
+    """What gateways and hosts are verified with; it offers HTTP/1.1."""
+    tls_http2: ssl.SSLContext
+    """The same, offering HTTP/2 before it."""
 
     async def ask(self, agent_id: str, request: EgressRequest) -> tuple[Exchange, Verdict]: ...
 
@@ -329,25 +326,13 @@ class Connection:
             reported[0] = adapter.usage_from(texts)
             exchange.guardrails = adapter.guardrails_from(texts)
 
-        passing = Passing(
-            self.stream,
-            upstream,
-            exchange,
-            self._limits,
-            self.agent.share,
-            method=head.method,
-            http11=head.http11,
-            keep_alive=_keeps(head),
-            credential=configuration.credential,
-            on_headers=on_headers,
-            on_body=meter.feed,
-        )
+        answer = self._answering(head, configuration.credential, on_headers=on_headers, on_body=meter.feed)
         try:
-            return await self._pass(passing, target, headers, call.body)
+            return await self._pass(answer, self._passing(answer, head, upstream), target, headers, call.body)
         finally:
             said = reported[0]
             # Of an answer that was cut nobody knows what it used: the budget keeps all that was set aside for it.
-            if passing.whole or meter.ended:
+            if answer.whole or meter.ended:
                 exchange.usage = meter.result(
                     cost_usd=said.cost_usd if said else None, cost_estimated=said.estimated if said else False
                 )
@@ -381,19 +366,10 @@ class Connection:
             headers = [(b"host", b"gateway.internal"), *mcpcall.outgoing(head.headers, message)]
             if message is not None:
                 headers.append((b"content-length", b"%d" % len(content)))
-            passing = Passing(
-                self.stream,
-                upstream,
-                self._open_exchange,
-                self._limits,
-                self.agent.share,
-                method=head.method,
-                http11=head.http11,
-                keep_alive=_keeps(head),
-                credential="",
-                on_headers=_nothing,
-            )
-            return await self._pass(passing, head.path.encode("ascii"), [*headers, (b"connection", b"close")], content)
+            headers.append((b"connection", b"close"))
+            answer = self._answering(head, on_headers=_nothing)
+            passing = self._passing(answer, head, upstream)
+            return await self._pass(answer, passing, head.path.encode("ascii"), headers, content)
 
     async def _serve_forward(self, head: Head) -> bool:
         body = await self._intake.checked_body(head)
@@ -408,32 +384,53 @@ class Connection:
             if head.expects_continue and head.content_length is not None:
                 self._intake.tell_to_go_on()
             target, headers = forward_head(head, absolute=mode is ForwardMode.PROXY and not secure)
-            passing = Passing(
-                self.stream,
-                upstream,
-                self._open_exchange,
-                self._limits,
-                self.agent.share,
-                method=head.method,
-                http11=head.http11,
-                keep_alive=_keeps(head) and not head.upgrade,
-                credential="",
-            )
+            answer = self._answering(head)
             try:
-                return await self._pass(passing, target, headers, body)
+                return await self._pass(answer, self._passing(answer, head, upstream), target, headers, body)
             except Switched as switched:
                 await self._relay_websocket(head, upstream, switched.headers)
                 return False
 
+    def _answering(
+        self,
+        head: Head,
+        credential: str = "",
+        *,
+        on_headers: Callable[[int, Headers], None] | None = None,
+        on_body: Callable[[bytes], None] | None = None,
+    ) -> Answering:
+        return Answering(
+            self.stream,
+            self._open_exchange,
+            self._limits,
+            method=head.method,
+            http11=head.http11,
+            keep_alive=_keeps(head) and not head.upgrade,
+            credential=credential,
+            on_headers=on_headers,
+            on_body=on_body,
+        )
+
+    def _passing(self, answer: Answering, head: Head, upstream: Stream | Sealed) -> Passing | PassingHttp2:
+        exchange, limits, share = self._open_exchange, self._limits, self.agent.share
+        if exchange.protocol is HttpVersion.HTTP2 and isinstance(upstream, Sealed):
+            return PassingHttp2(answer, upstream, exchange, limits, share, method=head.method)
+        return Passing(answer, upstream, exchange, limits, share, method=head.method)
+
     async def _pass(
-        self, passing: Passing, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes | AsyncIterator[bytes]
+        self,
+        answer: Answering,
+        passing: Passing | PassingHttp2,
+        target: bytes,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes | AsyncIterator[bytes],
     ) -> bool:
         try:
             return await passing.run(target, headers, body)
         except (UpstreamError, Reset) as error:
             exchange = self._open_exchange
             exchange.error = str(error) or "the connection was reset"
-            if passing.started or self.stream.lost:
+            if answer.started or self.stream.lost:
                 self.stream.reset()  # a cut answer must not look like a whole one
                 raise Reset from error
             if isinstance(error, GrantSpent):
@@ -442,7 +439,7 @@ class Connection:
         except WireError as error:  # the rest of a long body was malformed: what was begun upstream is cut off
             if self.upstream is not None:
                 self.upstream.reset()
-            if passing.started:
+            if answer.started:
                 self.stream.reset()
                 raise Reset from error
             raise
@@ -502,9 +499,12 @@ class Connection:
 
     async def _seal(self, upstream: Stream, head: Head) -> Sealed:
         """Speak TLS with the host over the way that was opened to it."""
-        seconds = self._limits.dial_seconds_max
-        sealed = await self._upstream_step(seal(upstream, self._desk.tls, head.authority.host, seconds))
-        self.upstream = sealed
+        desk, offered = self._desk, ONLY_HTTP11 if head.upgrade else ANY_HTTP
+        context, seconds = desk.tls if head.upgrade else desk.tls_http2, self._limits.dial_seconds_max
+        sealed, spoken = await self._upstream_step(
+            seal(upstream, context, head.authority.host, seconds, offered=offered)
+        )
+        self.upstream, self._open_exchange.protocol = sealed, spoken
         return sealed
 
     async def _tunnel(self, authority: Authority, request: EgressRequest, *, opened: bytes = _OPENED) -> None:

@@ -45,6 +45,7 @@ __all__ = [
     "ForwardMode",
     "Freeze",
     "Gate",
+    "HttpVersion",
     "Limits",
     "Listen",
     "Listener",
@@ -80,6 +81,13 @@ class ForwardMode(StrEnum):
     """The embedded gateway: the dialer's preface names the destination; the gateway answers a byte, then it is raw."""
     PROXY = "proxy"
     """A forward proxy of the operator's: absolute-form and CONNECT."""
+
+
+class HttpVersion(StrEnum):
+    """What a host speaks, by its name in ALPN (RFC 7301)."""
+
+    HTTP11 = "http/1.1"
+    HTTP2 = "h2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +257,8 @@ class Outcome:
     """From the question to the first byte of the answer's body."""
     guardrails: str = ""
     """What the gateway's headers say its own guardrails did."""
+    protocol: HttpVersion | None = None
+    """What was spoken with a host in TLS that ended here."""
 
 
 @dataclass(frozen=True, slots=True)

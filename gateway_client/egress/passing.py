@@ -1,4 +1,4 @@
-"""Passes one HTTP exchange on: the written request up, the answer down as it comes, chunk by chunk."""
+"""Passes one exchange on over HTTP/1.1: the written request up, the answer down as it comes, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Final
 
 import h11
 
-from gateway_client.egress.answers import phrase
+from gateway_client.egress.answering import GrantSpent, UpstreamError
 from gateway_client.egress.share import metered
 from gateway_client.egress.stream import Reset
-from gateway_client.egress.upstream import HeaderList, Redactor, returned_headers
 from gateway_client.egress.wire import h11_feed_bytes_max
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
+    from gateway_client.egress.answering import Answering
     from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.messages import Limits
     from gateway_client.egress.sealed import Sealed
     from gateway_client.egress.share import Share
     from gateway_client.egress.stream import Stream
+    from gateway_client.egress.upstream import HeaderList
     from gateway_client.egress.wire import Headers
 
 response_head_bytes_max: Final = 64 * 1024
@@ -31,18 +32,6 @@ informational_max: Final = 8
 """Answers of the 100s before the real one."""
 
 _LENGTHS: Final = re.compile(rb"^content-length[ \t]*:[ \t]*([^\n]*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
-_NO_CONTENT: Final = (204, 304)
-
-
-class UpstreamError(Exception):
-    """The gateway answered nothing that can be passed on."""
-
-
-class GrantSpent(UpstreamError):  # noqa: N818 - named for what it says
-    """No more bytes may pass on the grant."""
-
-    def __init__(self) -> None:
-        super().__init__("the bytes of the grant are used up")
 
 
 class Switched(Exception):  # noqa: N818 - named for what it says
@@ -54,46 +43,28 @@ class Switched(Exception):  # noqa: N818 - named for what it says
 
 
 class Passing:
-    """One request to the gateway and its answer. Nothing of the answer reaches the agent before its head is whole."""
+    """One request over HTTP/1.1 and its answer. Nothing of the answer reaches the agent before its head is whole."""
 
     def __init__(
         self,
-        agent: Stream | Sealed,
+        answer: Answering,
         upstream: Stream | Sealed,
         exchange: Exchange,
         limits: Limits,
         share: Share,
         *,
         method: str,
-        http11: bool,
-        keep_alive: bool,
-        credential: str,
-        on_headers: Callable[[int, Headers], None] | None = None,
-        on_body: Callable[[bytes], None] | None = None,
     ) -> None:
-        self._agent = agent
+        self._answer = answer
         self._upstream = upstream
         self._exchange = exchange
         self._limits = limits
         self._share = share
         self._method = method
-        self._http11 = http11
-        self._keep_alive = keep_alive
-        self._credential = credential
-        self._on_headers = on_headers
-        self._on_body = on_body
         self._client = h11.Connection(h11.CLIENT, max_incomplete_event_size=response_head_bytes_max)
         self._up_hash = hashlib.sha256()
-        self._down_hash = hashlib.sha256()
-        self._chunked_down = False
-        self._length_down: int | None = None
-        """Bytes of the body still to come, where the agent was told a length."""
         self._head_seen = bytearray()
         self._informational = 0
-        self.whole = False
-        """Whether the answer came to its end."""
-        self.started = False
-        """Whether the agent has got bytes of an answer."""
 
     async def run(self, target: bytes, headers: HeaderList, body: bytes | AsyncIterator[bytes]) -> bool:
         """Pass it on; give whether the agent's connection can be kept. Raise UpstreamError where the gateway failed."""
@@ -102,10 +73,10 @@ class Passing:
         if isinstance(body, bytes):
             self._send_body(body)
             self._up(self._client.send(h11.EndOfMessage()))
-            return await self._answer(pump=None)
+            return await self._read_answer(pump=None)
         pump = asyncio.get_running_loop().create_task(metered(self._pump(body), self._share))
         try:
-            return await self._answer(pump=pump)
+            return await self._read_answer(pump=pump)
         finally:
             pump.cancel()
 
@@ -127,7 +98,7 @@ class Passing:
             await self._upstream.write(b"", self._limits.body_seconds_max)
         self._up(self._client.send(h11.EndOfMessage()))
 
-    async def _answer(self, *, pump: asyncio.Task[None] | None) -> bool:
+    async def _read_answer(self, *, pump: asyncio.Task[None] | None) -> bool:
         """Read the answer while the body may still be going up: a gateway may answer early."""
         try:
             while True:
@@ -135,17 +106,16 @@ class Passing:
                 if isinstance(event, h11.Response):
                     await self._head(event)
                 elif isinstance(event, h11.Data):
-                    await self._data(bytes(event.data))
+                    await self._answer.data(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
-                    await self._end()
-                    self.whole = True
+                    await self._answer.end()
                     whole = pump is None or (pump.done() and not pump.cancelled() and pump.exception() is None)
-                    return self._keep_alive and whole
+                    return self._answer.keep_alive and whole
         except h11.RemoteProtocolError as error:
             raise UpstreamError("cannot read answer: the gateway broke off or sent no HTTP") from error
         finally:
             self._exchange.request_sha256 = self._up_hash.hexdigest()
-            self._exchange.response_sha256 = self._down_hash.hexdigest()
+            self._exchange.response_sha256 = self._answer.sha256
 
     async def _next_event(self, pump: asyncio.Task[None] | None) -> h11.Event:
         while True:
@@ -177,7 +147,7 @@ class Passing:
             raise UpstreamError("cannot read answer: the gateway reset the connection") from error
         except TimeoutError as error:
             raise UpstreamError("cannot read answer: the gateway sent nothing for too long") from error
-        if not self.started:
+        if not self._answer.started:
             self._head_seen += data[:h11_feed_bytes_max]
         self._client.receive_data(data[:h11_feed_bytes_max])
         self._upstream.unread(data[h11_feed_bytes_max:])
@@ -185,30 +155,7 @@ class Passing:
     async def _head(self, response: h11.Response) -> None:
         headers: Headers = tuple((bytes(name), bytes(value)) for name, value in response.headers)
         self._refuse_ambiguous(response, headers)
-        self._exchange.status = response.status_code
-        if self._on_headers is not None:
-            self._on_headers(response.status_code, headers)
-        self._redactor = Redactor(self._credential)
-        passed = returned_headers(headers, credential=self._credential, keep_cookies=not self._on_headers)
-        bodyless = self._method == "HEAD" or response.status_code in _NO_CONTENT
-        if response.status_code in _NO_CONTENT:  # a length there is read by some clients, and no body follows
-            passed = [(name, value) for name, value in passed if name != b"content-length"]
-        lengths = [int(value) for name, value in passed if name == b"content-length"]
-        sized = bool(lengths)
-        self._length_down = 0 if bodyless else lengths[0] if sized else None
-        if not bodyless and not sized:
-            if self._http11:
-                self._chunked_down = True
-                passed.append((b"transfer-encoding", b"chunked"))
-            else:
-                self._keep_alive = False
-        passed.append((b"connection", b"keep-alive" if self._keep_alive else b"close"))
-        line = f"HTTP/1.1 {response.status_code} {phrase(response.status_code)}\r\n".encode("ascii")
-        head = line + b"".join(b"%s: %s\r\n" % pair for pair in passed) + b"\r\n"
-        if not self._exchange.take(len(head)):
-            raise GrantSpent
-        self.started = True
-        await self._write(head)
+        await self._answer.head(response.status_code, headers)
 
     def _refuse_ambiguous(self, response: h11.Response, headers: Headers) -> None:
         """Refuse what two programs could read as one answer or as two (RFC 9112 section 6.3)."""
@@ -222,38 +169,6 @@ class Passing:
             raise UpstreamError("cannot read answer: the gateway told a length and a transfer coding")
         if response.http_version not in (b"1.0", b"1.1"):
             raise UpstreamError("cannot read answer: the gateway spoke another version of HTTP")
-
-    async def _data(self, data: bytes) -> None:
-        if self._exchange.first_byte is None:
-            self._exchange.first_byte = asyncio.get_running_loop().time()
-        if self._on_body is not None:
-            self._on_body(data)
-        await self._clean(self._redactor.feed(data))
-
-    async def _clean(self, data: bytes) -> None:
-        if data:
-            self._down_hash.update(data)
-            if self._length_down is not None:
-                self._length_down -= len(data)
-                if self._length_down < 0:
-                    raise UpstreamError("cannot pass answer: it is longer than it said")
-            await self._down(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked_down else data)
-
-    async def _end(self) -> None:
-        await self._clean(self._redactor.end())
-        if self._length_down:
-            raise UpstreamError("cannot pass answer: it is shorter than it said")
-        if self._chunked_down:
-            await self._down(b"0\r\n\r\n")
-
-    async def _down(self, data: bytes) -> None:
-        if not self._exchange.take(len(data)):
-            raise GrantSpent
-        await self._write(data)
-
-    async def _write(self, data: bytes) -> None:
-        self._exchange.bytes_down += len(data)
-        await self._agent.write(data, self._limits.body_seconds_max)
 
 
 async def read_status(upstream: Stream, seconds: float) -> None:

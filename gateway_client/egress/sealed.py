@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from OpenSSL import SSL
 
+from gateway_client.egress.messages import HttpVersion
 from gateway_client.egress.stream import Reset
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gateway_client.egress.stream import Stream
 
 piece_bytes_max: Final = 64 * 1024
@@ -110,7 +113,9 @@ class ServerEngine:
 class ClientEngine:
     """The end towards a host, which is verified against the authorities of the operator's host and by its name."""
 
-    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+    def __init__(self, context: ssl.SSLContext, host: str, offered: Sequence[HttpVersion]) -> None:
+        """`offered` is what the context offers (ALPN)."""
+        self._offered = offered
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
 
@@ -129,9 +134,14 @@ class ClientEngine:
             raise BrokenSeal(f"its certificate is not trusted: {error.verify_message}") from error
         except ssl.SSLError as error:
             raise BrokenSeal(error.reason or "no TLS") from error
-        if self._object.selected_alpn_protocol() not in (None, "http/1.1"):
-            raise BrokenSeal("it speaks no HTTP/1.1")
+        if self._object.selected_alpn_protocol() not in (None, *self._offered):
+            raise BrokenSeal("it chose a protocol that was not offered")
         return True
+
+    @property
+    def chosen(self) -> HttpVersion:
+        """What the host chose to speak; one that chose nothing speaks HTTP/1.1 (RFC 9112 section 9)."""
+        return HttpVersion(self._object.selected_alpn_protocol() or HttpVersion.HTTP11)
 
     def read(self) -> bytes | None:
         try:
@@ -190,6 +200,10 @@ class Sealed:
     @property
     def lost(self) -> bool:
         return self._inner.lost
+
+    @property
+    def writable(self) -> bool:
+        return self._inner.writable
 
     async def read(self, seconds: float) -> bytes:
         """Give the next bytes, b"" at their orderly end; raise Reset, also where TLS was cut off, or TimeoutError."""

@@ -17,15 +17,21 @@ import ssl
 import sys
 import traceback
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import uvloop
 
 from gateway_client.egress.confine import STEADY, Confinement, confine, forbid_io_uring
 from gateway_client.egress.leaves import warm_up
+from gateway_client.egress.terminate import ANY_HTTP, ONLY_HTTP11
 from gateway_client.egress.worker import Worker
 from gateway_client.gateways import prices
 from gateway_client.gateways.adapters import ADAPTERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway_client.egress.messages import HttpVersion
 
 DAEMON_FD: Final = 3
 DIALER_FD: Final = 4
@@ -34,11 +40,11 @@ open_files_max: Final = 262_144
 CA_FILES: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 
-def tls_context(more: Path | None) -> ssl.SSLContext:
+def tls_context(more: Path | None, offered: Sequence[HttpVersion]) -> ssl.SSLContext:
     """Give a verifying context with the host's authorities and `more` read in: later no file can be opened."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(offered)
     for name in CA_FILES:
         if Path(name).is_file():
             context.load_verify_locations(cafile=name)
@@ -54,7 +60,8 @@ async def serve(user: str, ca_file: Path | None) -> None:
     worker = Worker(
         socket.socket(fileno=DAEMON_FD),
         socket.socket(fileno=DIALER_FD),
-        tls=tls_context(ca_file),
+        tls=tls_context(ca_file, ONLY_HTTP11),
+        tls_http2=tls_context(ca_file, ANY_HTTP),
         adapters=ADAPTERS,
         prices=prices.load(),
         descriptors_max=confinement.open_files_max,

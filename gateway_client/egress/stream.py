@@ -109,6 +109,11 @@ class Stream(asyncio.Protocol):
         """Whether the other side will send nothing more, and nothing of it is unread."""
         return self._eof and not self._chunks
 
+    @property
+    def writable(self) -> bool:
+        """Whether what was written fits in the buffers, the other side's included."""
+        return self._writable
+
     async def read(self, seconds: float) -> bytes:
         """Give the next bytes, b"" at end of file; raise Reset, or TimeoutError after `seconds` without any."""
         while not self._chunks:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from gateway_client.egress.passing import UpstreamError
+from gateway_client.egress.answering import UpstreamError
+from gateway_client.egress.messages import HttpVersion
 from gateway_client.egress.sealed import BrokenSeal, ClientEngine, Sealed, ServerEngine
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.target import BadTarget, address_of, normalise_host
@@ -13,10 +14,15 @@ from gateway_client.egress.wire import Reject, WireError
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Sequence
 
     from gateway_client.egress.leaves import Leaves
     from gateway_client.egress.messages import Limits
     from gateway_client.egress.stream import Stream
+
+ONLY_HTTP11: Final = (HttpVersion.HTTP11,)
+"""Offered to gateways, and where a WebSocket is asked for: its upgrade is of HTTP/1.1."""
+ANY_HTTP: Final = (HttpVersion.HTTP2, HttpVersion.HTTP11)
 
 
 async def open_inside(stream: Stream, begun: bytes, host: str, leaves: Leaves, limits: Limits) -> Sealed:
@@ -43,13 +49,16 @@ def _is_for(name: str | None, host: str) -> bool:
         return False
 
 
-async def seal(upstream: Stream, context: ssl.SSLContext, host: str, seconds: float) -> Sealed:
-    """Give TLS with `host` over a connection to it, verified; raise UpstreamError."""
-    sealed = Sealed(upstream, ClientEngine(context, host))
+async def seal(
+    upstream: Stream, context: ssl.SSLContext, host: str, seconds: float, *, offered: Sequence[HttpVersion]
+) -> tuple[Sealed, HttpVersion]:
+    """Give TLS with `host` over a connection to it, verified, and what it chose of `offered`; raise UpstreamError."""
+    engine = ClientEngine(context, host, offered)
+    sealed = Sealed(upstream, engine)
     try:
         await sealed.shake(b"", seconds)
     except BrokenSeal as error:
         raise UpstreamError(f"cannot speak TLS with {host}: {error}") from error
     except (Reset, TimeoutError) as error:
         raise UpstreamError(f"cannot speak TLS with {host}: it closed the connection or was too slow") from error
-    return sealed
+    return sealed, engine.chosen

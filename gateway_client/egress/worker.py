@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
 from gateway_client.egress.allowance import Allowance
+from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.codec import BadFrame
 from gateway_client.egress.decide import Allow, Reason, Refuse
@@ -22,7 +23,6 @@ from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.leaves import Leaves
 from gateway_client.egress.link import Link
-from gateway_client.egress.passing import UpstreamError
 from gateway_client.egress.resolver import Resolver
 from gateway_client.egress.share import Share, Thread, metered
 from gateway_client.egress.stream import Stream
@@ -70,12 +70,14 @@ class Worker:
         dialer: socket.socket,
         *,
         tls: ssl.SSLContext,
+        tls_http2: ssl.SSLContext,
         adapters: Mapping[str, GatewayAdapter],
         prices: PriceTable,
         descriptors_max: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.tls = tls
+        self.tls_http2 = tls_http2
         self._adapters = adapters
         self.prices = prices
         self.adapter: GatewayAdapter = next(iter(adapters.values()))
