@@ -33,9 +33,7 @@ class GrantSpent(UpstreamError):  # noqa: N818 - named for what it says
 
 
 class Answering:
-    """One answer: `head`, `data` as often as some comes, `end`. Each may raise UpstreamError, Reset or
-    TimeoutError.
-    """
+    """One answer: `head`, `data` as often as some comes, `end`; each may raise UpstreamError, Reset, TimeoutError."""
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ class ServerEngine:
 class ClientEngine:
     """The end towards a host, which is verified against the authorities of the operator's host and by its name."""
 
-    def __init__(self, context: ssl.SSLContext, host: str, offered: Sequence[HttpVersion]) -> None:
+    def __init__(self, context: ssl.SSLContext, host: str, offered: Sequence[HttpVersion] = ()) -> None:
         """`offered` is what the context offers (ALPN)."""
         self._offered = offered
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
