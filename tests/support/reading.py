@@ -19,9 +19,16 @@ class Read:
     reject: Reject | None = None
 
 
-def read(data: bytes, *, step: int = 1 << 20, limits: Limits | None = None, inside: Authority | None = None) -> Read:
+def read(
+    data: bytes,
+    *,
+    step: int = 1 << 20,
+    limits: Limits | None = None,
+    inside: Authority | None = None,
+    secure: bool = False,
+) -> Read:
     """Feed bytes in pieces until they are used up or refused."""
-    reader, result = RequestReader(limits or Limits(), inside=inside), Read()
+    reader, result = RequestReader(limits or Limits(), inside=inside, secure=secure), Read()
     pieces = (data[start : start + step] for start in range(0, len(data), step))
     body: bytearray | None = None
     try:

@@ -32,6 +32,10 @@ REQUEST = EgressRequest(Form.MODEL, "POST", "http", "gateway.internal", 3128, "/
     [
         (messages.Ask(1, "ag", REQUEST), messages.FROM_WORKER_TO_DAEMON),
         (messages.Outcome(1, "ag", 200, 1, 2, 3, messages.Usage("m", 1, 2, 0.5)), messages.FROM_WORKER_TO_DAEMON),
+        (
+            messages.Outcome(1, "ag", 200, 1, 2, 3, protocol=messages.HttpVersion.HTTP2),
+            messages.FROM_WORKER_TO_DAEMON,
+        ),
         (messages.Answer(1, messages.Reply(200, {"a": [1, {"b": None}]})), messages.FROM_DAEMON_TO_WORKER),
         (messages.Answer(1, messages.Refuse(403, "x", "y", "llm:z")), messages.FROM_DAEMON_TO_WORKER),
         (messages.Answer(1, messages.Allow("gr", messages.Upstream.API)), messages.FROM_DAEMON_TO_WORKER),
