@@ -19,8 +19,9 @@ continuations_max: Final = 8
 settings_max: Final = 64
 """In one frame; six are defined."""
 frames_idle_max: Final = 512
-"""In a row of which none moves the exchange: PING, SETTINGS, empty DATA, CONTINUATION (CVE-2024-27316, CVE-2019-9512 to
-9518), unknown ones."""
+"""That move nothing: PING, SETTINGS, empty DATA, CONTINUATION (CVE-2024-27316, CVE-2019-9512 to 9518), unknown ones."""
+frames_idle_per_progress: Final = 32
+"""How many are forgotten at one that moves something: a host makes room, measures time and keeps alive."""
 
 _HEADER_BYTES: Final = 9
 _STREAM: Final = 1  # the one that a client opens first, and we no other
@@ -73,7 +74,7 @@ class FrameReader:
 
     def progress(self) -> None:
         """Say that the exchange has moved."""
-        self._idle = 0
+        self._idle = max(0, self._idle - frames_idle_per_progress)
 
     def next_frame(self) -> bytes | GoAway | None:
         """Give the next frame that matters; raise BadFrames."""

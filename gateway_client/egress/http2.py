@@ -32,7 +32,7 @@ window_bytes: Final = 1024 * 1024
 header_list_bytes_max: Final = 64 * 1024
 """Of an answer, as counted by RFC 9113 section 6.5.2; h2 and hpack stop there."""
 informational_max: Final = 8
-sent_bytes_moving_min: Final = 256
+sent_bytes_moving_min: Final = 64
 """A piece of a body that counts as progress: a host that makes room for a byte at a time wastes both sides' time."""
 
 _STREAM: Final = 1
@@ -119,7 +119,7 @@ def request_fields(method: str, target: bytes, headers: Sequence[tuple[bytes, by
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             raise BadRequest("cannot send request: a header is malformed")
         if name == b"cookie":
-            cookies.append(value)
+            cookies += [value] if value else []
         else:
             fields.append((name, value))
     if cookies:
@@ -145,6 +145,7 @@ class Http2Client:
         self._connection.decoder.max_header_list_size = header_list_bytes_max
         self._frames = FrameReader()
         self._events: deque[Head | Piece | Step] = deque()
+        self._settled = False
         self._answered = False
         self._informational = 0
 
@@ -159,7 +160,13 @@ class Http2Client:
 
     @property
     def room(self) -> int:
-        """How many bytes of a body the host takes now."""
+        """How many bytes of a body the host takes now.
+
+        None before its settings: a host whose window is smaller than it is by default may reset a stream that filled
+        that one (section 6.9.3), and nghttp2 does.
+        """
+        if not self._settled:
+            return 0
         try:
             return max(0, min(self._connection.local_flow_control_window(_STREAM), frame_bytes_max))
         except H2Error:  # it has ended the stream
@@ -231,9 +238,11 @@ class Http2Client:
                 if not self._answered:
                     raise BadAnswer("the host ended the stream without an answer")
                 self._events.append(Step.END_OF_BODY)
+            case h2_events.RemoteSettingsChanged():
+                self._settled = True
             case h2_events.StreamReset():
                 raise BadAnswer(f"the host reset the stream ({_code(event.error_code)})")
-            case _:  # trailers are dropped; settings, windows and pings are h2's
+            case _:  # trailers are dropped; windows and pings are h2's
                 pass
 
     def _data(self, data: bytes, window: int) -> None:

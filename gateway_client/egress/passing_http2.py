@@ -134,6 +134,7 @@ class PassingHttp2:
                 await self._share.breathe()  # while bytes are there nothing below has to wait
                 event = self._step()
                 if event is Step.NEED_MORE:
+                    self._reply()
                     await self._feed(pump)
                 elif isinstance(event, Head):
                     self._moved()
@@ -144,7 +145,6 @@ class PassingHttp2:
                     self._moved()
                     await answer.data(event.data)
                     self._client.passed_on(event)
-                    self._reply()
                 elif event is Step.END_OF_BODY:
                     await answer.end()
                     whole = pump is None or (pump.done() and not pump.cancelled() and pump.exception() is None)
@@ -157,13 +157,12 @@ class PassingHttp2:
 
     def _step(self) -> Head | Piece | Step:
         event = self._client.step()
-        self._reply()
         if self._room is not None and not self._room.done() and self._client.room:
             self._room.set_result(None)
         return event
 
     def _reply(self) -> None:
-        """Send what h2 answers to frames; without waiting, since the host may wait for us to read first."""
+        """Send what h2 replies to what was read; without waiting, since the host may wait for us to read first."""
         data = self._client.outgoing()
         if not data:
             return

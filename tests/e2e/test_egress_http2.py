@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -191,8 +193,9 @@ async def test_a_window_that_shrinks_below_nothing_is_waited_for(tmp_path: Path)
 
     async def host(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal got
-        writer.write(http2.settings())
         await asked(reader)
+        writer.write(http2.settings())
+        assert await until_reply(reader, http2.SETTINGS) == 0  # nothing before it is told what is taken
         while got < 65535:
             kind, _, _, payload = await http2.read_frame(reader)
             got += len(payload) if kind == http2.DATA else 0
@@ -331,7 +334,8 @@ async def test_a_host_that_pings_and_reads_no_reply_does_not_fill_the_memory(tmp
         nonlocal sent
         await asked(reader)
         writer.write(HELLO + http2.headers())
-        some = http2.frame(http2.PING, bytes(8)) * 500 + http2.data(b"x")
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        some = (http2.frame(http2.PING, bytes(8)) * 30 + http2.data(b"x")) * 40
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         with contextlib.suppress(OSError):
             while sent < 400 << 20:
@@ -340,9 +344,14 @@ async def test_a_host_that_pings_and_reads_no_reply_does_not_fill_the_memory(tmp
                 sent += len(some)
 
     async with site(tmp_path, host) as side:
-        got = await side.ask(get(), seconds=30)
-        assert got.endswith(b"RESET")
-        assert "reads no reply" in (await side.outcome()).error
+        asking = asyncio.create_task(side.ask(get(), seconds=30))
+        await until(lambda: sent > 1 << 16)
+        began = time.monotonic()  # to another agent the worker is there all the while
+        assert (await side.ask(get("/v2/other"), port=side.plane.listen("ag_other"))).startswith(b"HTTP/1.1 403 ")
+        assert time.monotonic() - began < 2
+        assert (await asking).endswith(b"RESET")
+        outcome = await until(lambda: next((each for each in side.plane.outcomes if each.status == 200), None))
+        assert "reads no reply" in outcome.error
         assert sent < 100 << 20
 
 

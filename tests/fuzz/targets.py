@@ -1,4 +1,4 @@
-"""What must hold of every input of the parsers that read what an agent sends: `TARGETS[name](data)` raises where not.
+"""What must hold of every input of what reads an agent's bytes, or a host's: `TARGETS[name](data)` raises where not.
 
 Each takes any bytes. Refusing is fine, by the parser's own error; anything else that is raised is a finding.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Final
 
+import h11
+
 from gateway_client.egress import mcpcall, names, scope, target, tls
 from gateway_client.egress.bodyjson import BadCall
 from gateway_client.egress.request import Form
 from gateway_client.egress.upstream import forward_head
+from tests.support import http2
+from tests.support.http2_passing import passed
 from tests.support.reading import read
 
 if TYPE_CHECKING:
@@ -43,6 +47,16 @@ SEEDS: Final[dict[str, tuple[bytes, ...]]] = {
         b"llm:model=gpt-*",
         b"tls:a.example:443",
         b"mcp:tickets/search",
+    ),
+    "http2": (
+        b"\x00" + http2.headers(("content-length", "2"), ("a", "b")) + http2.data(b"ok", end=True),
+        b"\x21"
+        + http2.headers(status="103")
+        + http2.headers()
+        + http2.data(b"x", padding=3)
+        + http2.trailers(("c", "d")),
+        b"\x43" + http2.headers(("content-length", "9"), end=True),
+        b"\x80" + http2.window(9) + http2.goaway() + http2.frame(http2.PING, bytes(8)) + http2.headers() + http2.rst(2),
     ),
 }
 
@@ -119,6 +133,28 @@ def written_scope(data: bytes) -> None:
         assert scope.includes(found, found)
 
 
+def answer_over_http2(data: bytes) -> None:
+    """The same at every split; and what an agent gets, if it is whole, is one answer and nothing behind it."""
+    if not data:
+        return
+    step, method = (data[0] & 0x1F) + 1, ("GET", "HEAD", "POST", "GET")[data[0] >> 6]
+    stream = http2.settings() + data[1:]
+    found, pieces = passed(stream, method=method), passed(stream, method=method, step=step)
+    assert (found.got, found.error) == (pieces.got, pieces.error), "another reading at another split"
+    assert found.exchange.bytes_down == len(found.got)
+    if found.error:
+        assert not found.got.endswith(b"\r\n0\r\n\r\n") or b"transfer-encoding: chunked" not in found.got
+        return
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
+    client.send(h11.EndOfMessage())
+    client.receive_data(found.got)
+    while not isinstance(event := client.next_event(), h11.EndOfMessage):
+        assert isinstance(event, h11.Response | h11.Data), event
+    assert not event.headers
+    assert client.trailing_data == (b"", False), "something is behind the answer"
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "wire": wire,
     "target": normal,
@@ -126,4 +162,5 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "query": query,
     "mcp": mcp,
     "scope": written_scope,
+    "http2": answer_over_http2,
 }

@@ -80,13 +80,16 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[int, int, int, bytes
 
 
 @contextlib.contextmanager
-def nghttpd(pem: Path, root: Path, *options: str) -> Iterator[int]:
-    """Run nghttpd with a key and certificate in one file on a port of its own; `root` is what it serves."""
+def nghttpd(pem: Path, root: Path, *options: str, log: Path) -> Iterator[int]:
+    """Run nghttpd with a key and certificate in one file on a port of its own; `root` is what it serves.
+
+    `log` has every frame it got and sent.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    arguments = ["nghttpd", "-a", "127.0.0.1", "-d", str(root), *options, str(port), str(pem), str(pem)]
-    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    arguments = ["/usr/sbin/nghttpd", "-v", "-a", "127.0.0.1", "-d", str(root), *options, str(port), str(pem), str(pem)]
+    with log.open("wb") as out, subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=out) as process:
         try:
             _wait_for(port, process)
             yield port
