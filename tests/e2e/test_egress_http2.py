@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 # --- which is spoken
 
 
-async def test_the_host_chooses_and_the_outcome_says_what(tmp_path: Path) -> None:
-    async with site(tmp_path) as side:
+@pytest.mark.parametrize("protocols", [("h2", "http/1.1"), ("h2",)])
+async def test_the_host_chooses_and_the_outcome_says_what(tmp_path: Path, protocols: tuple[str, ...]) -> None:
+    async with site(tmp_path, protocols=protocols) as side:
         head, body = parts(await side.ask(get()))
         assert head.startswith(b"http/1.1 200 ok\r\ncontent-length: 2\r\n")
         assert body == b"ok"

@@ -63,10 +63,13 @@ BEFORE = {
     "another stream": HELLO + http2.frame(http2.HEADERS, BLOCK, flags=END, stream=3),
     "a stream of its own": HELLO + http2.frame(http2.HEADERS, BLOCK, flags=END, stream=2),
     "a body alone": HELLO + http2.data(b"ok", end=True),
+    "a body before its answer": HELLO + http2.data(b"ok") + http2.headers(end=True),
     "a window too wide": HELLO + http2.window(2**31 - 1, stream=0) * 2,
     "a window of nothing": HELLO + http2.window(0),
     "too wide by settings": http2.settings((4, 2**31)),
-    "two lengths": HELLO + http2.headers(("content-length", "2"), ("content-length", "2"), end=True),
+    "two lengths": HELLO
+    + http2.headers(("content-length", "2"), ("content-length", "2"))
+    + http2.data(b"ok", end=True),
     "two other lengths": HELLO + http2.headers(("content-length", "2"), ("content-length", "3")),
     "a signed length": HELLO + http2.headers(("content-length", "+2")),
     "a length that never comes": HELLO + http2.headers(("content-length", "2"), end=True),
