@@ -1,10 +1,10 @@
-"""What an agent may spend (tokens, money, requests, time): reserved before a call, settled after it (pure).
+"""What an agent may spend (tokens, money, requests, time, bytes): reserved before a call, settled after it (pure).
 
 Money is counted in millionths of a US dollar, so that a million small calls add up exactly; times in milliseconds. Time
-is not reserved: it is measured (budget_watch.py).
+is not reserved: it is measured (budget_watch.py). Bytes are reserved a lease at a time (leases.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -14,7 +14,14 @@ from typing import Final, Self
 from gateway_client.egress.decide import BudgetView
 from supervisord.errors import Exhausted, InvalidInput
 from supervisord.ids import shown
-from supervisord.sizes import DURATION_SECONDS_MAX, format_duration, parse_duration
+from supervisord.sizes import (
+    DURATION_SECONDS_MAX,
+    SIZE_BYTES_MAX,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+)
 
 MICROUSD_PER_USD: Final = 1_000_000
 MS_PER_SECOND: Final = 1000
@@ -25,9 +32,13 @@ TIME_MS_MIN: Final = MS_PER_SECOND
 """A shorter time is over before anybody has looked."""
 NOTICE_PERCENT: Final = 80
 
-BOUNDS: Final = ("llm_tokens", "cost_usd", "requests", "wall_clock", "cpu_seconds")
+BOUNDS: Final = ("llm_tokens", "cost_usd", "requests", "wall_clock", "cpu_seconds", "egress_bytes")
 """In the order of the fields of Budget."""
 TIMES: Final = frozenset({"wall_clock", "cpu_seconds"})
+MODEL_CALL: Final = ("llm_tokens", "cost_usd", "requests")
+"""The bounds that a model call draws on; it is refused where nothing is left of any."""
+OTHER_CALL: Final = ("requests",)
+"""Those of whatever else leaves. Bytes are leased beside either."""
 
 
 class OnExhausted(Enum):
@@ -70,9 +81,10 @@ class Budget:
     requests: int | None = None
     wall_ms: int | None = None
     cpu_ms: int | None = None
+    egress_bytes: int | None = None
 
     def amounts(self) -> tuple[int | None, ...]:
-        return (self.llm_tokens, self.cost_microusd, self.requests, self.wall_ms, self.cpu_ms)
+        return (self.llm_tokens, self.cost_microusd, self.requests, self.wall_ms, self.cpu_ms, self.egress_bytes)
 
     def narrows(self, other: "Budget") -> bool:
         """Tells whether everything this budget allows is allowed by the other too."""
@@ -96,7 +108,7 @@ class Budget:
 
     def words(self) -> dict[str, int | float | str]:
         """Gives the bounds that there are, in the words of a policy."""
-        return {name: format_duration(value) if name in TIMES else value for name, value in self.named().items()}
+        return {name: _word(name, value) for name, value in self.named().items()}
 
     def to_json(self) -> dict[str, int | None]:
         return dict(zip(self.__slots__, self.amounts(), strict=True))
@@ -180,12 +192,14 @@ class Amounts:
     llm_tokens: int = 0
     cost_microusd: int = 0
     requests: int = 0
+    egress_bytes: int = 0
 
     def __add__(self, other: "Amounts") -> "Amounts":
         return Amounts(
             self.llm_tokens + other.llm_tokens,
             self.cost_microusd + other.cost_microusd,
             self.requests + other.requests,
+            self.egress_bytes + other.egress_bytes,
         )
 
     def __sub__(self, other: "Amounts") -> "Amounts":
@@ -193,6 +207,7 @@ class Amounts:
             self.llm_tokens - other.llm_tokens,
             self.cost_microusd - other.cost_microusd,
             self.requests - other.requests,
+            self.egress_bytes - other.egress_bytes,
         )
 
     def least(self, other: "Amounts") -> "Amounts":
@@ -201,6 +216,7 @@ class Amounts:
             min(self.llm_tokens, other.llm_tokens),
             min(self.cost_microusd, other.cost_microusd),
             min(self.requests, other.requests),
+            min(self.egress_bytes, other.egress_bytes),
         )
 
     def within(self, other: "Amounts", budget: Budget) -> bool:
@@ -209,6 +225,7 @@ class Amounts:
             (budget.llm_tokens, self.llm_tokens, other.llm_tokens),
             (budget.cost_microusd, self.cost_microusd, other.cost_microusd),
             (budget.requests, self.requests, other.requests),
+            (budget.egress_bytes, self.egress_bytes, other.egress_bytes),
         )
         return all(limit is None or ours <= theirs for limit, ours, theirs in pairs)
 
@@ -232,13 +249,15 @@ class Ledger:
     def left(self) -> Budget:
         """Gives what is neither spent nor reserved, never below zero; None is no limit."""
         used = self.used()
-        taken = (used.llm_tokens, used.cost_microusd, used.requests, self.wall_ms, self.cpu_ms)
+        taken = (used.llm_tokens, used.cost_microusd, used.requests, self.wall_ms, self.cpu_ms, used.egress_bytes)
         return Budget(*map(_left, self.budget.amounts(), taken))
 
     def uses(self) -> tuple[Use, ...]:
         """Gives every bound there is and what is spent of it."""
-        spent = (self.spent.llm_tokens, self.spent.cost_microusd, self.spent.requests, self.wall_ms, self.cpu_ms)
-        reserved = (self.reserved.llm_tokens, self.reserved.cost_microusd, self.reserved.requests, 0, 0)
+        sums, held_of = self.spent, self.reserved
+        times = (self.wall_ms, self.cpu_ms)
+        spent = (sums.llm_tokens, sums.cost_microusd, sums.requests, *times, sums.egress_bytes)
+        reserved = (held_of.llm_tokens, held_of.cost_microusd, held_of.requests, 0, 0, held_of.egress_bytes)
         rows = zip(BOUNDS, self.budget.amounts(), spent, reserved, strict=True)
         return tuple(
             Use(name, used, limit, self.label, self.since, held)
@@ -250,8 +269,8 @@ class Ledger:
         """Gives what decide() sees of it."""
         return budget_view(self.left())
 
-    def reserve(self, amounts: Amounts) -> "Ledger":
-        """Gives the ledger with the amounts set aside; raises Exhausted naming the first budget that is too small.
+    def reserve(self, amounts: Amounts, bounds: Sequence[str] = MODEL_CALL) -> "Ledger":
+        """Gives the ledger with the amounts set aside; raises Exhausted naming the first of `bounds` that is too small.
 
         A call whose cost nobody can foresee reserves 0 of it, and is refused only when nothing at all is left: the
         overrun is at most what the calls under way cost, and it is recorded when they settle.
@@ -263,7 +282,7 @@ class Ledger:
             ("requests", left.requests, amounts.requests),
         )
         for name, available, need in wanted:
-            if available is not None and (available <= 0 or available < need):
+            if name in bounds and available is not None and (available <= 0 or available < need):
                 whose = f" of label {self.label}" if self.label else ""
                 raise Exhausted(
                     f"cannot spend {need} of budget {name}{whose}: {available} left",
@@ -286,15 +305,17 @@ def budget_view(left: Budget) -> BudgetView:
         requests_left=left.requests,
         wall_seconds_left=wall,
         cpu_seconds_left=cpu,
+        egress_bytes_left=left.egress_bytes,
     )
 
 
 def parse_budget(values: Mapping[str, object]) -> Budget:
     """Gives the budget of BOUNDS (`tokens` is `llm_tokens`); raises InvalidInput.
 
-    Values are numbers (from YAML) or their text (from the command line); times are durations or numbers of seconds.
+    Values are numbers (from YAML) or their text (from the command line); times are durations or numbers of seconds,
+    bytes are sizes or numbers.
     """
-    tokens = cost = requests = wall = cpu = None
+    tokens = cost = requests = wall = cpu = egress = None
     for name, value in values.items():
         match name:
             case "llm_tokens" | "tokens":
@@ -307,12 +328,14 @@ def parse_budget(values: Mapping[str, object]) -> Budget:
                 wall = _milliseconds(name, value)
             case "cpu_seconds":
                 cpu = _milliseconds(name, value)
+            case "egress_bytes":
+                egress = _bytes(name, value)
             case _:
                 raise InvalidInput(
                     f"cannot use budget {shown(name)}: there is no such budget",
                     remedy=f"known here: {', '.join(BOUNDS)}",
                 )
-    return Budget(tokens, cost, requests, wall, cpu)
+    return Budget(tokens, cost, requests, wall, cpu, egress)
 
 
 def format_usd(cost_microusd: int) -> str:
@@ -338,6 +361,18 @@ def _whole(name: str, value: object, most: int) -> int:
             remedy="correct the number",
         )
     return int(number)
+
+
+def _bytes(name: str, value: object) -> int:
+    if isinstance(value, str) and not value.replace(".", "", 1).isdecimal():
+        return parse_size(value)
+    return _whole(name, value, SIZE_BYTES_MAX)
+
+
+def _word(name: str, value: float) -> int | float | str:
+    if name == "egress_bytes":
+        return format_size(int(value))
+    return format_duration(value) if name in TIMES else value
 
 
 def _microusd(value: object) -> int:

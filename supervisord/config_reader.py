@@ -558,7 +558,7 @@ def _budgets(root: Table) -> tuple[LabelBudget, ...]:
             table.findings.add(table.name, error.message, error.remedy)
             budget = NO_BUDGET
         if not wanted:
-            table.findings.add(table.name, "bounds nothing", "give llm_tokens, cost_usd or requests")
+            table.findings.add(table.name, "bounds nothing", "give llm_tokens, cost_usd, requests or egress_bytes")
         table.end()
         if (text, period) in found:
             table.problem("label", f"{shown(text)} has two budgets of one period", "make one of them")

@@ -41,6 +41,7 @@ class Judge(Protocol):
 
     def ask(self, worker_id: str, ask: messages.Ask) -> None: ...
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None: ...
+    def moved(self, worker_id: str, moved: messages.Moved) -> None: ...
     def rejected(self, rejected: messages.Rejected) -> None: ...
     def not_connected(self, cause: str) -> None: ...
     def worker_lost(self, worker_id: str) -> None: ...
@@ -271,6 +272,12 @@ class EgressPlane:
             verdict = messages.Refuse(503, "limit", "the answer is too long")
         self._tell(worker, messages.Answer(x, verdict))
 
+    def lend(self, worker_id: str, agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as Leases tells it
+        """Tell a worker that so many more bytes of an agent may pass."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            self._tell(worker, messages.Lend(agent_id, count, last))
+
     def dial(self, order: messages.Dial) -> bool:
         """Have a socket connected and passed on; the worker learns of a failure from the dialer.
 
@@ -381,6 +388,8 @@ class EgressPlane:
             case messages.Ready():
                 worker.posture = message.posture
                 worker.ready.set()
+            case messages.Moved():  # of an agent that has ended, too: its labels go on; the judge knows whose it is
+                self.judge.moved(worker_id, message)
             case messages.Ask() | messages.Outcome() | messages.Rejected():
                 # A worker that was taken over may name any agent: it speaks for those it serves alone.
                 served = self._served.get(message.agent_id)

@@ -19,10 +19,18 @@ from gateway_client.egress.decide import AgentView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action, CannotRecord
-from supervisord.budgets import COST_MICROUSD_MAX, LLM_TOKENS_MAX, MICROUSD_PER_USD, Amounts
+from supervisord.budgets import (
+    COST_MICROUSD_MAX,
+    LLM_TOKENS_MAX,
+    MICROUSD_PER_USD,
+    MODEL_CALL,
+    OTHER_CALL,
+    Amounts,
+)
 from supervisord.errors import StockadeError
 from supervisord.exchange_actions import guardrail_action, guardrail_facts, outcome_details
 from supervisord.ids import AgentId, GrantId
+from supervisord.leases import Leases
 from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
 from supervisord.limit_actions import abandoned_action
@@ -70,9 +78,12 @@ class Open:
 
     agent_id: str
     request: EgressRequest
+    worker_id: str = ""
     grant_id: str = ""
     reserved: Amounts = field(default_factory=Amounts)
     metered: bool = False
+    leased: bool = False
+    """Whether its bytes are counted on a lease."""
     counted: bool = True
     phase: Phase = Phase.ASKED
     settled: bool = False
@@ -130,6 +141,7 @@ class Exchanges:
         self._on_deny = on_deny
         self._now = now
         self.ledgers = Ledgers(store, labels=label_budgets)
+        self._leases = Leases(self.ledgers, plane.lend)
         self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
@@ -148,13 +160,20 @@ class Exchanges:
             self._plane.answer(worker_id, ask.x, messages.Refuse(503, Reason.LIMIT, "too many requests at once"))
             return
         # In the table from the question on: an agent that hangs up before it is judged has ended all the same.
-        self._open[key] = opened = Open(ask.agent_id, ask.request)
+        self._open[key] = opened = Open(ask.agent_id, ask.request, worker_id)
         self._open_of[ask.agent_id] = mine + 1
         self._asking[ask.agent_id] = self._asking.get(ask.agent_id, 0) + 1
         self._in_background(self._judge(worker_id, ask, opened))
 
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None:
         self._ended((worker_id, outcome.x), outcome)
+
+    def moved(self, worker_id: str, moved: messages.Moved) -> None:
+        agent = self._agents.get(moved.agent_id)
+        want = moved.want if agent is not None and agent.live else 0
+        self._in_background(
+            self._leases.moved(worker_id, AgentId(moved.agent_id), used=moved.used, back=moved.back, want=want)
+        )
 
     def _ended(self, key: tuple[str, int], outcome: messages.Outcome) -> None:
         opened = self._open.get(key)
@@ -201,6 +220,7 @@ class Exchanges:
 
     def worker_lost(self, worker_id: str) -> None:
         """Settle what a dead worker had open: what was allowed may have been used, what was asked is not begun."""
+        self._leases.lost(worker_id)
         for key in [key for key in self._open if key[0] == worker_id]:
             self._ended(key, messages.Outcome(key[1], self._open[key].agent_id, 0, 0, 0, 0, error=WORKER_DIED))
 
@@ -237,7 +257,7 @@ class Exchanges:
             policy=agent.what.policy,
             state=agent.state.value,
             grants=self._book.view(agent.agent_id),
-            budget=self.ledgers.view(agent.agent_id),
+            budget=replace(self.ledgers.view(agent.agent_id), egress_bytes_left=self._leases.left(agent.agent_id)),
             forwarding=self._route.forwarding,
             allow_networks=self._route.allow_networks,
             mcp_servers=self._route.mcp_servers,
@@ -300,7 +320,8 @@ class Exchanges:
                     503, Reason.GATEWAY_DOWN, "the gateway does not answer; try again in a moment"
                 )
             case messages.Allow() if verdict.grant_id:
-                verdict = self._take(agent, verdict, opened)
+                leased = self.ledgers.bytes_left(agent.agent_id) is not None
+                verdict = self._take(agent, replace(verdict, leased=leased), opened)
         try:
             await self._keep_uses(opened)
             await self._record(agent, ask, verdict)
@@ -331,10 +352,11 @@ class Exchanges:
     def _take(self, agent: Agent, verdict: messages.Allow, opened: Open) -> messages.Allow | messages.Refuse:
         """Set aside a use of the grant and its part of the budget, before anything else can."""
         amounts = Amounts(llm_tokens=verdict.reserve_tokens, requests=1)
+        bounds = MODEL_CALL if verdict.upstream is messages.Upstream.API else OTHER_CALL
         metered = False
         try:
-            if verdict.upstream in (messages.Upstream.API, messages.Upstream.MCP) and verdict.counted:
-                metered = self.ledgers.reserve(agent.agent_id, amounts)
+            if verdict.counted:
+                metered = self.ledgers.reserve(agent.agent_id, amounts, bounds)
             if verdict.counted:
                 self._book.use(GrantId(verdict.grant_id))
         except StockadeError as error:
@@ -344,6 +366,7 @@ class Exchanges:
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
         opened.grant_id, opened.metered, opened.counted = verdict.grant_id, metered, verdict.counted
+        opened.leased = verdict.leased
         if metered:
             opened.reserved = amounts
         return verdict
@@ -352,6 +375,8 @@ class Exchanges:
         """Write down what was taken of budget and counted uses, so that a restart gives none of it again."""
         if opened.metered:
             await self.ledgers.cover(AgentId(opened.agent_id))
+        if opened.leased:
+            await self._leases.lend(opened.worker_id, AgentId(opened.agent_id))
         if opened.grant_id:
             grant = self._book.get(GrantId(opened.grant_id))
             if grant.max_uses is not None:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from supervisord.budgets import NO_BUDGET, Amounts, Budget, LabelBudget, Ledger, budget_view, period_start
+from supervisord.budgets import (
+    MODEL_CALL,
+    NO_BUDGET,
+    Amounts,
+    Budget,
+    LabelBudget,
+    Ledger,
+    budget_view,
+    period_start,
+)
 from supervisord.errors import StockadeError
 
 if TYPE_CHECKING:
@@ -133,19 +142,32 @@ class Ledgers:
                 ledger, wall_ms=max(ledger.wall_ms, wall_ms or 0), cpu_ms=max(ledger.cpu_ms, cpu_ms or 0)
             )
 
-    def reserve(self, agent_id: AgentId, amounts: Amounts) -> bool:
-        """Set aside, of all that the agent draws on or of none; False where it has no budget. Raises Exhausted."""
+    def bytes_left(self, agent_id: AgentId) -> int | None:
+        """Give how many bytes may be leased to the agent; None where nothing bounds them."""
+        left = [kept.ledger.left().egress_bytes for kept in self._drawn(agent_id)]
+        return min((bound for bound in left if bound is not None), default=None)
+
+    def reserve(
+        self, agent_id: AgentId, amounts: Amounts, bounds: Sequence[str] = MODEL_CALL, *, begins: bool = True
+    ) -> bool:
+        """Set aside, of all that the agent draws on or of none; False where it has no budget. Raises Exhausted.
+
+        What `begins` is settled once that ends; what adds to something under way does not begin.
+        """
         drawn = self._drawn(agent_id)
-        after = [kept.ledger.reserve(amounts) for kept in drawn]
+        after = [kept.ledger.reserve(amounts, bounds) for kept in drawn]
         for kept, ledger in zip(drawn, after, strict=True):
             kept.ledger = ledger
         drawing = self._drawings.get(agent_id)
-        if drawing is not None:
+        if drawing is not None and begins:
             drawing.under_way += 1
         return bool(drawn)
 
-    def settle(self, agent_id: AgentId, reserved: Amounts, actual: Amounts) -> None:
-        """Count what was reserved as it was really used; a label's also when the agent has ended meanwhile."""
+    def settle(self, agent_id: AgentId, reserved: Amounts, actual: Amounts, *, ends: bool = True) -> None:
+        """Count what was reserved as it was really used; a label's also when the agent has ended meanwhile.
+
+        Without `ends` it is a part of what is under way, which goes on.
+        """
         for kept in self._drawn(agent_id):
             kept.ledger = kept.ledger.settle(reserved, actual)
             if not kept.covered:
@@ -154,7 +176,7 @@ class Ledgers:
                 kept.lowering = True
                 self._in_background(self._settled(kept, self._lower))
         drawing = self._drawings.get(agent_id)
-        if drawing is not None:
+        if drawing is not None and ends:
             drawing.under_way -= 1
             if drawing.ended and not drawing.under_way:
                 del self._drawings[agent_id]
@@ -254,7 +276,9 @@ class Ledgers:
 
 def block(budget: Budget) -> Amounts:
     """What is written ahead at a time: a small part of each limit."""
-    return Amounts(_part(budget.llm_tokens), _part(budget.cost_microusd), _part(budget.requests))
+    return Amounts(
+        _part(budget.llm_tokens), _part(budget.cost_microusd), _part(budget.requests), _part(budget.egress_bytes)
+    )
 
 
 def _begun(shared: LabelBudget, now_s: float) -> Kept:

@@ -75,6 +75,10 @@ MIGRATIONS: Final = (
         subject TEXT NOT NULL, use TEXT NOT NULL, what TEXT NOT NULL, PRIMARY KEY (subject, use, what)
     ) STRICT;
     """,
+    """
+    ALTER TABLE spent ADD COLUMN egress_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE label_spent ADD COLUMN egress_bytes INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 T = TypeVar("T")
@@ -180,7 +184,7 @@ class Store:
     async def save_spent(self, agent_id: AgentId, amounts: Amounts) -> None:
         """Insert or replace what an agent has used of its budget at most."""
         values = (agent_id, *_stored(amounts))
-        await self._write("keep what was spent", "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [values])
+        await self._write("keep what was spent", "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?, ?)", [values])
 
     async def drop_spent(self, agent_id: AgentId) -> None:
         """Forget what an agent has used, and what was said and done about it."""
@@ -189,24 +193,21 @@ class Store:
 
     async def spent(self) -> dict[AgentId, Amounts]:
         rows = await self._read(
-            "list what was spent", "SELECT agent_id, llm_tokens, cost_microusd, requests FROM spent"
+            "list what was spent", "SELECT agent_id, llm_tokens, cost_microusd, requests, egress_bytes FROM spent"
         )
-        return {
-            AgentId(str(agent_id)): Amounts(cast("int", tokens), cast("int", cost), cast("int", requests))
-            for agent_id, tokens, cost, requests in rows
-        }
+        return {AgentId(str(agent_id)): Amounts(*cast("list[int]", amounts)) for agent_id, *amounts in rows}
 
     async def save_label_spent(self, label: str, period: str, since: str, amounts: Amounts) -> None:
         """Insert or replace what the agents of a label have used of its budget at most, since that period began."""
-        sql = "INSERT OR REPLACE INTO label_spent VALUES (?, ?, ?, ?, ?, ?)"
+        sql = "INSERT OR REPLACE INTO label_spent VALUES (?, ?, ?, ?, ?, ?, ?)"
         await self._write("keep what a label spent", sql, [(label, period, since, *_stored(amounts))])
 
     async def label_spent(self) -> dict[tuple[str, str], tuple[str, Amounts]]:
         """What was used by label and period, and since when."""
         rows = await self._read("list what labels spent", "SELECT * FROM label_spent")
         return {
-            (str(label), str(period)): (str(since), Amounts(cast("int", tokens), cast("int", cost), cast("int", count)))
-            for label, period, since, tokens, cost, count in rows
+            (str(label), str(period)): (str(since), Amounts(*cast("list[int]", amounts)))
+            for label, period, since, *amounts in rows
         }
 
     async def save_budget_mark(self, subject: str, use: str, what: str) -> None:
@@ -390,12 +391,13 @@ def _open(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _stored(amounts: Amounts) -> tuple[int, int, int]:
+def _stored(amounts: Amounts) -> tuple[int, int, int, int]:
     """Amounts as SQLite takes them: its integers end at 2^63, and an amount beyond every budget is as good."""
     return (
         min(amounts.llm_tokens, INTEGER_MAX),
         min(amounts.cost_microusd, INTEGER_MAX),
         min(amounts.requests, INTEGER_MAX),
+        min(amounts.egress_bytes, INTEGER_MAX),
     )
 
 

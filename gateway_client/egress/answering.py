@@ -25,15 +25,8 @@ class UpstreamError(Exception):
     """The gateway answered nothing that can be passed on."""
 
 
-class GrantSpent(UpstreamError):  # noqa: N818 - named for what it says
-    """No more bytes may pass on the grant."""
-
-    def __init__(self) -> None:
-        super().__init__("the bytes of the grant are used up")
-
-
 class Answering:
-    """One answer: `head`, `data` as often as some comes, `end`; each may raise UpstreamError, Reset, TimeoutError."""
+    """One answer: `head`, `data` as often as some comes, `end`; each may raise what ends it, BytesSpent too."""
 
     def __init__(
         self,
@@ -96,8 +89,7 @@ class Answering:
         passed.append((b"connection", b"keep-alive" if self.keep_alive else b"close"))
         line = f"HTTP/1.1 {status} {phrase(status)}\r\n".encode("ascii")
         head = line + b"".join(b"%s: %s\r\n" % pair for pair in passed) + b"\r\n"
-        if not self._exchange.take(len(head)):
-            raise GrantSpent
+        await self._exchange.take(len(head))
         self.started = True
         await self._write(head)
 
@@ -126,8 +118,7 @@ class Answering:
             await self._down(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
 
     async def _down(self, data: bytes) -> None:
-        if not self._exchange.take(len(data)):
-            raise GrantSpent
+        await self._exchange.take(len(data))
         await self._write(data)
 
     async def _write(self, data: bytes) -> None:

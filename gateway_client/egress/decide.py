@@ -18,6 +18,7 @@ tokens_reserved_default: Final = 4096
 """What a call that names no limit reserves of a token budget for each answer until its usage is known."""
 
 SELF_PREFIX: Final = "/.stockade/v1/"
+BUDGET_SPENT: Final = "the agent's budget of egress_bytes is used up"
 
 
 class Upstream(StrEnum):
@@ -96,6 +97,8 @@ class BudgetView:
     wall_seconds_left: float | None = None
     """With one of the times used up nothing leaves any more."""
     cpu_seconds_left: float | None = None
+    egress_bytes_left: int | None = None
+    """What egress workers have been lent for this agent is among it."""
 
     @property
     def time_over(self) -> str:
@@ -135,6 +138,8 @@ class Allow:
     """What may pass on the grant, by the daemon's last count; the worker goes on from the first it was told."""
     counted: bool = True
     """Whether it is a use of the grant; what only keeps a session going is none."""
+    leased: bool = False
+    """Whether its bytes are counted on what the daemon lends of the agent's budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +205,8 @@ def _decide_model(request: EgressRequest, view: AgentView, *, now: float) -> Ver
     grant = _best_grant(request, view, now=now)
     if isinstance(grant, Refuse):
         return grant
+    if used_up := _bytes_used_up(view.budget):
+        return used_up
     if request.dialect in (Dialect.MODELS, Dialect.ANTHROPIC_COUNT_TOKENS):  # these use no model, so cost nothing
         return _allow(grant, Upstream.API)
     reserved = _set_aside(request, view.budget)
@@ -213,10 +220,21 @@ def _decide_mcp(request: EgressRequest, view: AgentView, *, now: float) -> Verdi
     grant = _best_grant(request, view, now=now, counted=not session)
     if isinstance(grant, Refuse):
         return grant
-    left = view.budget.requests_left
-    if left is not None and left <= 0:
-        return Refuse(429, Reason.BUDGET_EXHAUSTED, "the agent's budget of requests is used up")
+    if used_up := _bytes_used_up(view.budget) or _requests_used_up(view.budget):
+        return used_up
     return replace(_allow(grant, Upstream.MCP), counted=not session)
+
+
+def _bytes_used_up(budget: BudgetView) -> Refuse | None:
+    left = budget.egress_bytes_left
+    return Refuse(429, Reason.BUDGET_EXHAUSTED, BUDGET_SPENT) if left is not None and left <= 0 else None
+
+
+def _requests_used_up(budget: BudgetView) -> Refuse | None:
+    left = budget.requests_left
+    if left is None or left > 0:
+        return None
+    return Refuse(429, Reason.BUDGET_EXHAUSTED, "the agent's budget of requests is used up")
 
 
 def mcp_globs(server: str, view: AgentView, *, now: float) -> tuple[str, ...]:
@@ -277,7 +295,7 @@ def _decide_elsewhere(request: EgressRequest, view: AgentView, *, now: float, up
         return Refuse(
             403, Reason.FORWARDING_OFF, "the gateway serves models only; the operator must set gateway.forward_proxy"
         )
-    return _allow(grant, upstream)
+    return _bytes_used_up(view.budget) or _requests_used_up(view.budget) or _allow(grant, upstream)
 
 
 def _look_inside(request: EgressRequest, view: AgentView, *, now: float, opaque: bool) -> Upstream | None:
@@ -360,6 +378,7 @@ def _answer_self(request: EgressRequest, view: AgentView, *, now: float) -> Verd
                     "requests_left": budget.requests_left,
                     "wall_seconds_left": budget.wall_seconds_left,
                     "cpu_seconds_left": budget.cpu_seconds_left,
+                    "egress_bytes_left": budget.egress_bytes_left,
                 },
             )
         case _:

@@ -1,16 +1,19 @@
-"""One exchange as a lifecycle: a table of what may follow what, and the facts its outcome tells. Pure."""
+"""One exchange as a lifecycle: a table of what may follow what, the facts its outcome tells, and its bytes."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
+from gateway_client.egress.decide import BUDGET_SPENT
 from gateway_client.egress.messages import Outcome, Usage
 
 if TYPE_CHECKING:
-    from gateway_client.egress.allowance import Allowance
+    from gateway_client.egress.allowance import Allowance, Lease
     from gateway_client.egress.messages import HttpVersion
+
 guardrails_chars_max: Final = 500
 
 
@@ -52,6 +55,20 @@ def transition(state: State, event: Event) -> State:
     return following
 
 
+class BytesSpent(Exception):  # noqa: N818 - named for what it says
+    """No more bytes may pass."""
+
+
+class GrantSpent(BytesSpent):
+    def __init__(self) -> None:
+        super().__init__("the bytes of the grant are used up")
+
+
+class BudgetSpent(BytesSpent):
+    def __init__(self) -> None:
+        super().__init__(BUDGET_SPENT)
+
+
 @dataclass(slots=True)
 class Exchange:
     """What is known of one exchange so far. `state` changes through `advance` alone."""
@@ -68,6 +85,10 @@ class Exchange:
     response_sha256: str = ""
     error: str = ""
     allowance: Allowance | None = None
+    lease: Lease | None = None
+    """None: no budget bounds the bytes of its agent."""
+    waiting: int = 0
+    """How often it waits for more of its lease: it then learns from that where there is none."""
     first_byte: float | None = None
     """When the first byte of the answer's body came, on the clock of `started`."""
     guardrails: str = ""
@@ -76,9 +97,26 @@ class Exchange:
     def advance(self, event: Event) -> None:
         self.state = transition(self.state, event)
 
-    def take(self, count: int) -> bool:
-        """Whether that many more bytes may pass on its grant."""
-        return self.allowance is None or self.allowance.take(count)
+    async def take(self, count: int) -> None:
+        """Return once that many more bytes may pass; raise BytesSpent where its grant or budget does not have them."""
+        if self.allowance is not None and not self.allowance.take(count):
+            raise GrantSpent
+        if self.lease is not None and not self.lease.take_now(count):
+            self.waiting += 1
+            try:
+                taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+                self.lease.when_taken(count, lambda there: None if taken.done() else taken.set_result(there))
+                if not await taken:
+                    raise BudgetSpent
+            finally:
+                self.waiting -= 1
+
+    @property
+    def used_up(self) -> str:
+        """Say what of its bounds no more bytes are left of; empty where there are."""
+        if self.allowance is not None and self.allowance.spent:
+            return str(GrantSpent())
+        return BUDGET_SPENT if self.lease is not None and self.lease.spent else ""
 
     def outcome(self, *, now: float) -> Outcome:
         return Outcome(

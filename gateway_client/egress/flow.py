@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
 
 from gateway_client.egress import mcp, mcpcall, websocket
-from gateway_client.egress.answering import Answering, GrantSpent, UpstreamError
+from gateway_client.egress.answering import Answering, UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.bodyjson import Scales
 from gateway_client.egress.decide import Allow, Reason, Refuse, Reply, Upstream, output_reserved
-from gateway_client.egress.exchange import Event
+from gateway_client.egress.exchange import BytesSpent, Event, GrantSpent
 from gateway_client.egress.intake import Buffered, Intake
 from gateway_client.egress.messages import ForwardMode, HttpVersion
 from gateway_client.egress.modelapi import BadCall, Call, Endpoint, check_type, endpoint, reading
@@ -427,14 +427,14 @@ class Connection:
     ) -> bool:
         try:
             return await passing.run(target, headers, body)
-        except (UpstreamError, Reset) as error:
+        except (UpstreamError, BytesSpent, Reset) as error:
             exchange = self._open_exchange
             exchange.error = str(error) or "the connection was reset"
             if answer.started or self.stream.lost:
                 self.stream.reset()  # a cut answer must not look like a whole one
                 raise Reset from error
-            if isinstance(error, GrantSpent):
-                raise _Answered(Refuse(403, Reason.GRANT_USED_UP, exchange.error)) from error
+            if isinstance(error, BytesSpent):
+                raise _Answered(_spent(error)) from error
             raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error)) from error
         except WireError as error:  # the rest of a long body was malformed: what was begun upstream is cut off
             if self.upstream is not None:
@@ -520,19 +520,20 @@ class Connection:
             self._desk.rejected(self.agent.identity.agent_id, error.reject)
             stream.reset()
             raise Reset from error
-        if not exchange.take(len(hello)):
-            exchange.error = str(GrantSpent())
+        try:
+            await exchange.take(len(hello))
+        except BytesSpent as error:
+            exchange.error = str(error)
             stream.reset()
-            raise Reset
+            raise Reset from error
         upstream.put(hello)
         up_before, down_before = stream.received_bytes - len(hello), upstream.received_bytes
         try:
-            await relay(stream, upstream, limits, exchange.allowance)
+            await relay(stream, upstream, limits, exchange)
         finally:
             exchange.bytes_up = stream.received_bytes - up_before
             exchange.bytes_down = upstream.received_bytes - down_before
-            if exchange.allowance is not None and exchange.allowance.spent:
-                exchange.error = str(GrantSpent())
+            exchange.error = exchange.used_up or exchange.error
 
     async def _relay_websocket(self, head: Head, upstream: Stream | Sealed, answered: Headers) -> None:
         exchange = self._open_exchange
@@ -549,8 +550,7 @@ class Connection:
         finally:
             exchange.bytes_up += passed.bytes_up
             exchange.bytes_down += passed.bytes_down
-            if exchange.allowance is not None and exchange.allowance.spent:
-                exchange.error = str(GrantSpent())
+            exchange.error = exchange.used_up or exchange.error
 
     # --- the exchange
 
@@ -676,6 +676,12 @@ def _keeps(head: Head) -> bool:
 
 def _retry(status: int) -> str:
     return "Retry-After: 1\r\n" if status == 503 else ""  # noqa: PLR2004 - Service Unavailable
+
+
+def _spent(error: BytesSpent) -> Refuse:
+    if isinstance(error, GrantSpent):
+        return Refuse(403, Reason.GRANT_USED_UP, str(error))
+    return Refuse(429, Reason.BUDGET_EXHAUSTED, str(error))
 
 
 def _not_possible() -> Refuse:

@@ -46,9 +46,11 @@ __all__ = [
     "Freeze",
     "Gate",
     "HttpVersion",
+    "Lend",
     "Limits",
     "Listen",
     "Listener",
+    "Moved",
     "Outcome",
     "Preface",
     "Ready",
@@ -182,6 +184,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Lend:
+    """So many more bytes of an agent's budget may pass: they are set aside. `last`: that was all there is now."""
+
+    agent_id: str
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """Reset open exchanges and relays at once: all of an agent, or those named by `xs`."""
 
@@ -259,6 +270,16 @@ class Outcome:
     """What the gateway's headers say its own guardrails did."""
     protocol: HttpVersion | None = None
     """What was spoken with a host in TLS that ended here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What passed of the bytes lent since it was last told, what is given back, and how many more are asked for."""
+
+    agent_id: str
+    used: int
+    back: int
+    want: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,8 +423,8 @@ class Done:
     x: int
 
 
-FromDaemonToWorker = Configure | Listen | Gate | Unlisten | Answer | Cut | Freeze | Thaw
-FromWorkerToDaemon = Ready | Ask | Outcome | Rejected
+FromDaemonToWorker = Configure | Listen | Gate | Unlisten | Answer | Lend | Cut | Freeze | Thaw
+FromWorkerToDaemon = Ready | Ask | Outcome | Moved | Rejected
 FromDaemonToDialer = ConfigureDialer | AttachWorker | Dial | CutUpstreams | CutExchanges | Listener | Forget
 FromDialerToDaemon = DialerReady | Dialed | CutDone | ExchangesCut
 FromDialerToWorker = UpstreamReady | UpstreamFailed

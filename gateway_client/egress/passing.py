@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import h11
 
-from gateway_client.egress.answering import GrantSpent, UpstreamError
+from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.share import metered
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.wire import h11_feed_bytes_max
@@ -69,34 +69,39 @@ class Passing:
     async def run(self, target: bytes, headers: HeaderList, body: bytes | AsyncIterator[bytes]) -> bool:
         """Pass it on; give whether the agent's connection can be kept. Raise UpstreamError where the gateway failed."""
         request = h11.Request(method=self._method.encode("ascii"), target=target, headers=headers)
-        self._up(self._client.send(request))
+        await self._up(self._client.send(request))
         if isinstance(body, bytes):
-            self._send_body(body)
-            self._up(self._client.send(h11.EndOfMessage()))
+            await self._send_body(body)
+            await self._up(self._client.send(h11.EndOfMessage()))
             return await self._read_answer(pump=None)
         pump = asyncio.get_running_loop().create_task(metered(self._pump(body), self._share))
+        pump.add_done_callback(self._pumped)
         try:
             return await self._read_answer(pump=pump)
         finally:
             pump.cancel()
 
-    def _up(self, data: bytes | None) -> None:
+    async def _up(self, data: bytes | None) -> None:
         if data:
-            if not self._exchange.take(len(data)):
-                raise GrantSpent
+            await self._exchange.take(len(data))
             self._exchange.bytes_up += len(data)
             self._upstream.put(data)
 
-    def _send_body(self, data: bytes) -> None:
+    async def _send_body(self, data: bytes) -> None:
         if data:
             self._up_hash.update(data)
-            self._up(self._client.send(h11.Data(data=data)))
+            await self._up(self._client.send(h11.Data(data=data)))
 
     async def _pump(self, body: AsyncIterator[bytes]) -> None:
         async for data in body:
-            self._send_body(data)
+            await self._send_body(data)
             await self._upstream.write(b"", self._limits.body_seconds_max)
-        self._up(self._client.send(h11.EndOfMessage()))
+        await self._up(self._client.send(h11.EndOfMessage()))
+
+    def _pumped(self, pump: asyncio.Task[None]) -> None:
+        """Wake whoever waits for an answer to a body that will never be whole."""
+        if not pump.cancelled() and pump.exception() is not None:
+            self._upstream.reset()
 
     async def _read_answer(self, *, pump: asyncio.Task[None] | None) -> bool:
         """Read the answer while the body may still be going up: a gateway may answer early."""
@@ -139,11 +144,11 @@ class Passing:
                 await self._feed(pump)
 
     async def _feed(self, pump: asyncio.Task[None] | None) -> None:
-        if pump is not None and pump.done() and not pump.cancelled() and (problem := pump.exception()) is not None:
-            raise problem
+        _raise_problem(pump)
         try:
             data = await self._upstream.read(self._limits.response_idle_seconds_max)
         except Reset as error:
+            _raise_problem(pump)
             raise UpstreamError("cannot read answer: the gateway reset the connection") from error
         except TimeoutError as error:
             raise UpstreamError("cannot read answer: the gateway sent nothing for too long") from error
@@ -169,6 +174,11 @@ class Passing:
             raise UpstreamError("cannot read answer: the gateway told a length and a transfer coding")
         if response.http_version not in (b"1.0", b"1.1"):
             raise UpstreamError("cannot read answer: the gateway spoke another version of HTTP")
+
+
+def _raise_problem(pump: asyncio.Task[None] | None) -> None:
+    if pump is not None and pump.done() and not pump.cancelled() and (problem := pump.exception()) is not None:
+        raise problem
 
 
 async def read_status(upstream: Stream, seconds: float) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from typing import TYPE_CHECKING, Final
 
-from gateway_client.egress.answering import GrantSpent, UpstreamError
+from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.http2 import BadAnswer, BadRequest, Head, Http2Client, Piece, Step, request_fields
 from gateway_client.egress.share import metered
 from gateway_client.egress.stream import Reset
@@ -51,6 +51,7 @@ class PassingHttp2:
         self._method = method
         self._client = Http2Client()
         self._up_hash = hashlib.sha256()
+        self._going_up = asyncio.Lock()
         self._replies_unread = 0
         self._room: asyncio.Future[None] | None = None
         self._moved_at = 0.0
@@ -63,7 +64,7 @@ class PassingHttp2:
         except BadRequest as error:
             raise UpstreamError(str(error)) from error
         self._client.begin(fields, end=not body)
-        self._up(self._client.outgoing())
+        await self._up()
         if not body:
             return await self._read_answer(pump=None)
         pieces = _one(body) if isinstance(body, bytes) else body
@@ -77,12 +78,15 @@ class PassingHttp2:
     def _moved(self) -> None:
         self._moved_at = asyncio.get_running_loop().time()
 
-    def _up(self, data: bytes) -> None:
-        if data:
-            if not self._exchange.take(len(data)):
-                raise GrantSpent
-            self._exchange.bytes_up += len(data)
-            self._upstream.put(data)
+    async def _up(self) -> int:
+        """Send what has gathered, in its order also where bytes have to be waited for; give how much it was."""
+        async with self._going_up:
+            data = self._client.outgoing()
+            if data:
+                await self._exchange.take(len(data))
+                self._exchange.bytes_up += len(data)
+                self._upstream.put(data)
+            return len(data)
 
     # --- the body going up
 
@@ -96,11 +100,11 @@ class PassingHttp2:
                     sent += len(piece)
                     self._up_hash.update(piece)
                     client.send(piece, moving=sent == len(data))
-                    self._up(client.outgoing())
+                    await self._up()
                     self._moved()
                     await self._write_out(seconds)
             client.end()
-            self._up(client.outgoing())
+            await self._up()
         except BadAnswer as error:
             raise UpstreamError(f"cannot send body: {error}") from error
 
@@ -134,7 +138,7 @@ class PassingHttp2:
                 await self._share.breathe()  # while bytes are there nothing below has to wait
                 event = self._step()
                 if event is Step.NEED_MORE:
-                    self._reply()
+                    await self._reply()
                     await self._feed(pump)
                 elif isinstance(event, Head):
                     self._moved()
@@ -161,13 +165,12 @@ class PassingHttp2:
             self._room.set_result(None)
         return event
 
-    def _reply(self) -> None:
-        """Send what h2 replies to what was read; without waiting, since the host may wait for us to read first."""
-        data = self._client.outgoing()
-        if not data:
+    async def _reply(self) -> None:
+        """Send what h2 replies to what was read; without waiting for the host, which may wait for us to read first."""
+        sent = await self._up()
+        if not sent:
             return
-        self._up(data)
-        self._replies_unread = 0 if self._upstream.writable else self._replies_unread + len(data)
+        self._replies_unread = 0 if self._upstream.writable else self._replies_unread + sent
         if self._replies_unread > replies_unread_bytes_max:
             raise UpstreamError("cannot read answer: the host sends frame after frame and reads no reply")
 

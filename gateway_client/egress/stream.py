@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway_client.egress.allowance import Allowance
+    from gateway_client.egress.allowance import Allowance, Lease
 
 unread_bytes_max: Final = 64 * 1024
 unsent_bytes_max: Final = 256 * 1024
@@ -41,6 +41,8 @@ class Stream(asyncio.Protocol):
         self._writer: asyncio.Future[None] | None = None
         self._relay_end: asyncio.Future[None] | None = None
         self._allowance: Allowance | None = None
+        self._lease: Lease | None = None
+        self._held = False
         self.on_lost: Callable[[], None] | None = None
         self.received_bytes = 0
 
@@ -62,6 +64,10 @@ class Stream(asyncio.Protocol):
                 self.reset()
                 peer.reset()
                 return
+            if self._held or (self._lease is not None and not self._lease.take_now(len(data))):
+                self._chunks.append(data)
+                self._hold()
+                return
             peer._transport.write(data)  # noqa: SLF001
             return
         self._chunks.append(data)
@@ -72,10 +78,8 @@ class Stream(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        if self._peer is not None:
-            self._peer.end()
-            if self._peer._eof:  # noqa: SLF001
-                self._finish_relay()
+        if self._peer is not None and not self._held:
+            self._end_relayed()
         self._wake(self._reader)
         return True
 
@@ -189,10 +193,13 @@ class Stream(asyncio.Protocol):
 
     # --- the relay
 
-    def splice(self, other: Stream, allowance: Allowance | None = None) -> asyncio.Future[None]:
+    def splice(
+        self, other: Stream, allowance: Allowance | None = None, lease: Lease | None = None
+    ) -> asyncio.Future[None]:
         """Join two streams: every byte of one is written to the other until both have ended or one is lost.
 
-        With an `allowance`, both are reset before a byte too many passes; what is unread by now counts as well.
+        With an `allowance`, both are reset before a byte too many passes; what is unread by now counts as well. So
+        with a `lease`, whose bytes may have to be waited for.
         """
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if allowance is not None and not allowance.take(self._unread + other._unread):
@@ -202,14 +209,11 @@ class Stream(asyncio.Protocol):
             return end
         for near, far in ((self, other), (other, self)):
             near._relay_end = end  # noqa: SLF001
-            near._allowance = allowance  # noqa: SLF001
-            while near._chunks:  # noqa: SLF001
-                far.put(near._chunks.popleft())  # noqa: SLF001
+            near._allowance, near._lease = allowance, lease  # noqa: SLF001
             near._unread = 0  # noqa: SLF001
             near._peer = far  # noqa: SLF001
         for near, far in ((self, other), (other, self)):
-            if near._eof:  # noqa: SLF001
-                far.end()
+            near._pass_held()  # noqa: SLF001
             if near._lost:  # noqa: SLF001
                 self._finish_relay()
             elif far._writable:  # noqa: SLF001
@@ -217,6 +221,49 @@ class Stream(asyncio.Protocol):
             else:
                 near._pause()  # noqa: SLF001
         return end
+
+    def _hold(self) -> None:
+        """Take nothing more, and go on when the lease has what is here."""
+        if self._held or self._lease is None:
+            return
+        self._pause()
+        self._held = True
+        self._lease.when_taken(len(self._chunks[0]), self._leased)
+
+    def _leased(self, there: bool) -> None:  # noqa: FBT001 - it is the answer
+        peer = self._peer
+        if peer is None or peer._transport is None or self._lost or peer._lost:  # noqa: SLF001
+            return
+        if not there:
+            self.reset()
+            peer.reset()
+            return
+        self._held = False
+        peer._transport.write(self._chunks.popleft())  # noqa: SLF001
+        self._pass_held()
+
+    def _pass_held(self) -> None:
+        """Pass what was read before the relay began, or while it waited for its lease."""
+        peer = self._peer
+        if peer is None or self._held:
+            return
+        while self._chunks:
+            if self._lease is not None and not self._lease.take_now(len(self._chunks[0])):
+                self._hold()
+                return
+            peer.put(self._chunks.popleft())
+        if self._eof:
+            self._end_relayed()
+        if peer._writable:  # noqa: SLF001
+            self._resume()
+
+    def _end_relayed(self) -> None:
+        peer = self._peer
+        if peer is None:
+            return
+        peer.end()
+        if peer._eof and not peer._held:  # noqa: SLF001
+            self._finish_relay()
 
     def _finish_relay(self) -> None:
         self._wake(self._relay_end)
@@ -230,7 +277,7 @@ class Stream(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if not self._reading and self._transport is not None and not self._lost:
+        if not self._reading and self._transport is not None and not self._lost and not self._held:
             self._reading = True
             if not self._frozen:
                 self._transport.resume_reading()

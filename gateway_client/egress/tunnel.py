@@ -11,7 +11,7 @@ from gateway_client.egress.stream import Reset
 from gateway_client.egress.wire import Reject, WireError
 
 if TYPE_CHECKING:
-    from gateway_client.egress.allowance import Allowance
+    from gateway_client.egress.exchange import Exchange
     from gateway_client.egress.messages import Limits
     from gateway_client.egress.stream import Stream
 
@@ -37,9 +37,9 @@ async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) 
         found = peeker.feed(more)
 
 
-async def relay(stream: Stream, upstream: Stream, limits: Limits, allowance: Allowance | None) -> None:
-    """Relay until both sides ended, one is lost, the allowance is spent, or nothing moved for long."""
-    end = stream.splice(upstream, allowance)
+async def relay(stream: Stream, upstream: Stream, limits: Limits, exchange: Exchange) -> None:
+    """Relay until both sides ended, one is lost, the bytes of grant or budget are spent, or nothing moved for long."""
+    end = stream.splice(upstream, exchange.allowance, exchange.lease)
     moved = -1
     while not end.done():
         await asyncio.wait((end,), timeout=limits.tunnel_idle_seconds_max)

@@ -8,12 +8,13 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Final
 
+from gateway_client.egress.exchange import BytesSpent
 from gateway_client.egress.share import metered
 from gateway_client.egress.stream import Reset
 from gateway_client.egress.upstream import returned_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from gateway_client.egress.messages import Limits
     from gateway_client.egress.sealed import Sealed
@@ -66,9 +67,9 @@ class Relay:
         limits: Limits,
         share: Share,
         *,
-        take: Callable[[int], bool],
+        take: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`take` says of each piece whether the grant's bytes suffice for it."""
+        """`take` returns once a piece may pass, and raises BytesSpent where it may not."""
         self._agent = agent
         self._upstream = upstream
         self._limits = limits
@@ -83,7 +84,7 @@ class Relay:
         """Relay; raise Reset where a side was cut off and TimeoutError where one does not take what it is sent."""
         loop = asyncio.get_running_loop()
         if self.begun:
-            self._spend(len(self.begun))
+            await self._spend(len(self.begun))
             self.bytes_up += len(self.begun)
             await self._upstream.write(self.begun, self._limits.body_seconds_max)
         tasks = [loop.create_task(metered(self._pump(up=up), self._share)) for up in (True, False)]
@@ -96,11 +97,13 @@ class Relay:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _spend(self, count: int) -> None:
-        if not self._take(count):
+    async def _spend(self, count: int) -> None:
+        try:
+            await self._take(count)
+        except BytesSpent as error:
             self._agent.reset()
             self._upstream.reset()
-            raise Reset
+            raise Reset from error
 
     async def _pump(self, *, up: bool) -> None:
         near, far = (self._agent, self._upstream) if up else (self._upstream, self._agent)
@@ -114,7 +117,7 @@ class Relay:
                 continue
             if not data:
                 return
-            self._spend(len(data))
+            await self._spend(len(data))
             if up:
                 self.bytes_up += len(data)
             else:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
-from gateway_client.egress.allowance import Allowance
+from gateway_client.egress.allowance import Allowance, Lease, Moved
 from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.codec import BadFrame
-from gateway_client.egress.decide import Allow, Reason, Refuse
+from gateway_client.egress.decide import BUDGET_SPENT, Allow, Reason, Refuse
 from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.leaves import Leaves
@@ -92,6 +92,9 @@ class Worker:
         self._rejects: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._allowances: dict[tuple[str, str], Allowance] = {}
+        self._leases: dict[str, Lease] = {}
+        self._open_of: dict[str, int] = {}
+        """How many exchanges of each agent are open."""
         self._next_x = 1
         self._thread = Thread()
         self._descriptors_max = min(descriptors_max, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -140,6 +143,8 @@ class Worker:
                 waiter = self._answers.get(message.x)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(message.verdict)
+            case messages.Lend():
+                self._lend(message)
             case messages.Cut():
                 self._cut(message)
             case messages.Freeze():
@@ -148,6 +153,37 @@ class Worker:
                 self._freeze(message.agent_id, frozen=False)
             case _:
                 assert_never(message)
+
+    def _lend(self, message: messages.Lend) -> None:
+        lease = self._lease(message.agent_id)
+        lease.lend(message.count, last=message.last)
+        if message.agent_id not in self._open_of:  # it ended while this was on its way
+            self._end_lease(message.agent_id)
+
+    def _lease(self, agent_id: str) -> Lease:
+        """Give what counts the bytes of an agent; anew where the one before is used up."""
+        lease = self._leases.get(agent_id)
+        if lease is None or lease.spent:
+
+            def tell(moved: Moved) -> None:
+                self._tell(messages.Moved(agent_id, moved.used, moved.back, moved.want))
+
+            self._leases[agent_id] = lease = Lease(tell, self._cut_lease)
+        return lease
+
+    def _end_lease(self, agent_id: str) -> None:
+        lease = self._leases.pop(agent_id, None)
+        if lease is not None:
+            lease.end()
+
+    def _cut_lease(self, lease: Lease) -> None:
+        """Reset whatever is open on a budget that is used up; what waits for bytes of it ends by itself."""
+        for agent in self._agents.values():
+            for connection in list(agent.connections):
+                exchange = connection.exchange
+                if exchange is not None and exchange.lease is lease and not exchange.waiting:
+                    exchange.error = BUDGET_SPENT
+                    connection.cut()
 
     def _daemon_gone(self) -> None:
         """Nothing can be recorded any more: cut what is open, and answer 503 from here on."""
@@ -345,6 +381,7 @@ class Worker:
             return exchange, Refuse(503, Reason.LIMIT, "the proxy serves too many requests now")
         waiter: asyncio.Future[messages.Verdict] = self._loop.create_future()
         self._exchanges[x] = exchange
+        self._open_of[agent_id] = self._open_of.get(agent_id, 0) + 1
         self._answers[x] = waiter
         self._upstreams[x] = self._loop.create_future()
         self._tell(messages.Ask(x=x, agent_id=agent_id, request=request))
@@ -362,6 +399,8 @@ class Worker:
             # Counted on from what it was when this worker first heard of it: the daemon hears of bytes afterwards.
             key = (agent_id, verdict.grant_id)
             exchange.allowance = self._allowances.setdefault(key, Allowance(verdict.bytes_left))
+        if isinstance(verdict, Allow) and verdict.leased:
+            exchange.lease = self._lease(agent_id)
         return exchange, verdict
 
     async def upstream(self, exchange: Exchange) -> Stream:
@@ -406,6 +445,12 @@ class Worker:
             if waiter is not None and not waiter.cancel() and not waiter.cancelled() and waiter.exception() is None:
                 os.close(waiter.result())  # it came, and nobody was there to take it
         if self._exchanges.pop(exchange.x, None) is not None:
+            left = self._open_of[exchange.agent_id] - 1
+            if left:
+                self._open_of[exchange.agent_id] = left
+            else:
+                del self._open_of[exchange.agent_id]
+                self._end_lease(exchange.agent_id)
             self._tell(exchange.outcome(now=self._loop.time()))
 
     def rejected(self, agent_id: str, reject: Reject) -> None:

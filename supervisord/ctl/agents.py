@@ -298,11 +298,21 @@ def budgets(stockade: Stockade, options: Namespace) -> int:
         return OK
     head = ("LABEL", "SINCE", "BOUND", "SPENT", "UNDER WAY", "LIMIT", "USED")
     rows = [
-        (use.label, use.since, use.bound, f"{use.spent:.15g}", f"{use.reserved:.15g}", f"{use.limit:.15g}", part(use))
+        (
+            use.label,
+            use.since,
+            use.bound,
+            *(_amount(use.bound, of) for of in (use.spent, use.reserved, use.limit)),
+            part(use),
+        )
         for use in found
     ]
     print_table(head, rows)
     return OK
+
+
+def _amount(bound: str, value: float) -> str | None:
+    return size(int(value)) if bound == "egress_bytes" else f"{value:.15g}"
 
 
 def show_holds(found: Sequence[Hold], options: Namespace, *, one: bool = False) -> None:

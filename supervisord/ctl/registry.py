@@ -180,7 +180,14 @@ def _limits(posture: Mapping[str, object]) -> str:
 def _left(running: RunningAgent) -> str:
     if not running.budget:
         return "no budget"
-    return ", ".join(f"{key} {running.budget_left.get(key, 0):g} of {most:g}" for key, most in running.budget.items())
+    return ", ".join(
+        f"{key} {_amount(key, running.budget_left.get(key, 0))} of {_amount(key, most)}"
+        for key, most in running.budget.items()
+    )
+
+
+def _amount(bound: str, value: float) -> str | None:
+    return size(int(value)) if bound == "egress_bytes" else f"{value:g}"
 
 
 def _scope(grant: Grant) -> str:

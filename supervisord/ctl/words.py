@@ -57,10 +57,12 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def amount(text: str) -> tuple[str, float]:
-    """(what, how much) of `tokens=20000`, `wall_clock=2h` (in seconds)."""
+    """(what, how much) of `tokens=20000`, `wall_clock=2h` (in seconds), `egress_bytes=100MiB` (in bytes)."""
     key, value = pair(text)
     if key in ("wall_clock", "cpu_seconds") and _DURATION.fullmatch(value):
         return key, duration(value)
+    if key == "egress_bytes" and _SIZE.fullmatch(value):
+        return key, float(size(value))
     try:
         return key, float(value)
     except ValueError:

@@ -17,7 +17,7 @@ REQUEST_SECONDS_MAX = 60.0
 
 
 class Site:
-    """`/slow` sends pieces until the client goes, `/big` eight megabytes; every other path answers `ok`.
+    """`/slow` sends pieces until the client goes, `/big` eight megabytes, `/take` reads for ever; all else is `ok`.
 
     With a context it speaks TLS. A WebSocket's bytes come back as they are.
 
@@ -59,6 +59,9 @@ class Site:
                 if self.path == "/slow":
                     self._slow()
                     return
+                if self.path == "/take":
+                    self._take()
+                    return
                 if "Sec-WebSocket-Key" in self.headers:
                     self._echo()
                     return
@@ -66,9 +69,21 @@ class Site:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                try:
+                    self.wfile.write(body)
+                except OSError:
+                    self.close_connection = True
 
             do_POST = do_GET  # noqa: N815 - http.server calls it so
+
+            def _take(self) -> None:
+                """Read whatever comes, and answer nothing before its end."""
+                try:
+                    while self.rfile.read1(65536):
+                        pass
+                except OSError:
+                    pass
+                self.close_connection = True
 
             def _slow(self) -> None:
                 self.send_response(200)

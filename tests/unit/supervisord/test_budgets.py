@@ -23,6 +23,9 @@ def test_a_budget_from_yaml_and_from_the_command_line() -> None:
     assert parse_budget({"llm_tokens": 200000, "cost_usd": 2}) == Budget(200000, 2_000_000)
     assert parse_budget({"wall_clock": "1h30m", "cpu_seconds": "1.5s"}) == Budget(wall_ms=5_400_000, cpu_ms=1500)
     assert parse_budget({"wall_clock": 60.0, "cpu_seconds": "60"}) == Budget(wall_ms=60_000, cpu_ms=60_000)
+    assert parse_budget({"egress_bytes": "1.5MiB"}) == Budget(egress_bytes=3 << 19)
+    assert parse_budget({"egress_bytes": 104857600.0}) == parse_budget({"egress_bytes": "104857600"})
+    assert Budget(egress_bytes=100 << 20).words() == {"egress_bytes": "100MiB"}
     assert parse_budget({"tokens": "500", "cost_usd": "0.000001", "requests": "3"}) == Budget(500, 1, 3)
 
 
@@ -31,7 +34,8 @@ def test_a_budget_from_yaml_and_from_the_command_line() -> None:
     [{"token": 1}, {"llm_tokens": -1},
      {"llm_tokens": 1.5}, {"llm_tokens": "x"}, {"llm_tokens": True}, {"llm_tokens": None},
      {"cost_usd": "NaN"}, {"cost_usd": "Infinity"}, {"cost_usd": 1e10}, {"requests": 10**13}, {"wall_clock": "999ms"},
-     {"wall_clock": 0}, {"cpu_seconds": "x"}, {"cpu_seconds": float("inf")}, {"wall_clock": True}],
+     {"wall_clock": 0}, {"cpu_seconds": "x"}, {"cpu_seconds": float("inf")}, {"wall_clock": True},
+     {"egress_bytes": "5 apples"}, {"egress_bytes": -1}, {"egress_bytes": 0.5}, {"egress_bytes": "1048577TiB"}],
 )  # fmt: skip
 def test_budgets_that_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(InvalidInput) as raised:

@@ -477,9 +477,9 @@ key_file = "/nonexistent/client.key"
 def test_what_labels_may_spend() -> None:
     text = (
         '[[budgets]]\nlabel = "team=a"\nllm_tokens = 5\ncost_usd = 1.5\nperiod = "day"\n'
-        '[[budgets]]\nlabel = "team=a"\nrequests = 9\n'
+        '[[budgets]]\nlabel = "team=a"\nrequests = 9\negress_bytes = "1GiB"\n'
     )
     assert parse_config(text, source="s.toml").budgets == (
         LabelBudget("team=a", Budget(llm_tokens=5, cost_microusd=1_500_000), Period.DAY),
-        LabelBudget("team=a", Budget(requests=9), Period.NONE),
+        LabelBudget("team=a", Budget(requests=9, egress_bytes=1 << 30), Period.NONE),
     )

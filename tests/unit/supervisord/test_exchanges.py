@@ -51,6 +51,7 @@ class Plane:
         self.dialed: list[messages.Dial] = []
         self.answers: dict[int, messages.Verdict] = {}
         self.cut: list[tuple[str, tuple[int, ...]]] = []
+        self.lent: list[tuple[int, bool]] = []
 
     def dial(self, order: messages.Dial) -> bool:
         self.dialed.append(order)
@@ -58,6 +59,9 @@ class Plane:
 
     def answer(self, _worker_id: str, x: int, verdict: messages.Verdict) -> None:
         self.answers[x] = verdict
+
+    def lend(self, _worker_id: str, _agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as the plane has it
+        self.lent.append((count, last))
 
     def cut_exchanges(self, worker_id: str, xs: list[int]) -> list[Any]:
         self.cut.append((worker_id, tuple(xs)))
@@ -289,3 +293,56 @@ async def test_a_log_that_refuses_gives_back_what_was_set_aside() -> None:
     assert ledger is not None
     assert (ledger.reserved, world.book.get(grant.grant_id).reserved) == (Amounts(), 0)
     assert world.exchanges.open_count(MINE) == 0
+
+
+# --- forwarded requests, and bytes
+
+
+def fetch() -> EgressRequest:
+    return EgressRequest(form=Form.FORWARD, method="GET", scheme="http", host="pin.example", port=80, path="/")
+
+
+@pytest.mark.parametrize(
+    ("request_", "scope"), [(tunnel, "tls:pin.example:9443"), (fetch, "http:GET:http://pin.example/**")]
+)
+async def test_what_is_forwarded_draws_on_requests_and_on_no_tokens(
+    request_: Callable[[], EgressRequest], scope: str
+) -> None:
+    bench = World(Budget(requests=2, llm_tokens=0, cost_microusd=0))
+    bench.book.add(MINE, parse_scope(scope), by="x")
+    for x in (1, 2, 3):
+        bench.ask(x, request=request_())
+        await until(lambda x=x: x in bench.plane.answers)  # type: ignore[misc]
+    assert [isinstance(bench.plane.answers[x], messages.Allow) for x in (1, 2, 3)] == [True, True, False]
+    refused = bench.plane.answers[3]
+    assert isinstance(refused, messages.Refuse)
+    assert (refused.status, "requests" in refused.detail) == (429, True)
+    assert len(bench.plane.dialed) == 2
+
+
+async def test_bytes_are_lent_before_the_answer_and_only_where_a_budget_bounds_them() -> None:
+    for budget, lent in ((Budget(egress_bytes=10**6), [(65536, False)]), (Budget(requests=5), [])):
+        bench = World(budget)
+        bench.book.add(MINE, parse_scope("http:GET:http://pin.example/**"), by="x")
+        bench.ask(1, request=fetch())
+        await until(lambda bench=bench: bench.plane.answers)  # type: ignore[misc]
+        answer = bench.plane.answers[1]
+        assert isinstance(answer, messages.Allow)
+        assert (answer.leased, bench.plane.lent) == (bool(lent), lent)
+
+
+@pytest.mark.parametrize("request_", [tunnel, fetch, chat])
+async def test_bytes_that_are_used_up_let_nothing_out_and_say_so(request_: Callable[[], EgressRequest]) -> None:
+    bench = World(Budget(egress_bytes=1000))
+    for scope in ("tls:pin.example:9443", "http:GET:http://pin.example/**", "llm:*"):
+        bench.book.add(MINE, parse_scope(scope), by="x")
+    bench.ask(1, request=request_())
+    await until(lambda: bench.plane.answers)
+    bench.exchanges.moved(WORKER, messages.Moved(MINE, used=1000, back=0, want=0))
+    bench.end(1, bytes_up=1)
+    await until(lambda: not bench.exchanges.open_count(MINE))
+    bench.ask(2, request=request_())
+    await until(lambda: 2 in bench.plane.answers)
+    refused = bench.plane.answers[2]
+    assert isinstance(refused, messages.Refuse)
+    assert (refused.status, refused.reason_code, "egress_bytes" in refused.detail) == (429, "budget_exhausted", True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gateway_client.egress.scope import parse_scope
+from supervisord.budgets import Amounts
 from supervisord.holds import Hold
 from supervisord.ids import AgentId, GrantId
 from supervisord.scopes import Ended, Grant
@@ -119,6 +120,22 @@ async def test_damaged_and_newer_files_are_refused(tmp_path: Path) -> None:
         await Store.open(path)
     with pytest.raises(CannotStore):
         await Store.open(tmp_path / "none" / "state.db")
+
+
+async def test_what_was_spent_under_a_version_that_knew_no_bytes_is_still_spent(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    before = next(number for number, script in enumerate(MIGRATIONS) if "egress_bytes" in script)
+    with sqlite3.connect(path) as database:
+        database.executescript("".join(MIGRATIONS[:before]) + f"PRAGMA user_version = {before};")
+        database.execute("INSERT INTO spent VALUES (?, 1, 2, 3)", (AGENT,))
+        database.execute("INSERT INTO label_spent VALUES ('team=a', 'day', '2026-01-01', 4, 5, 6)")
+    database.close()
+    store = await Store.open(path, boot_id="one")
+    assert await store.spent() == {AGENT: Amounts(1, 2, 3, 0)}
+    assert await store.label_spent() == {("team=a", "day"): ("2026-01-01", Amounts(4, 5, 6, 0))}
+    await store.save_spent(AGENT, Amounts(1, 2, 3, 2**70))
+    assert (await store.spent())[AGENT].egress_bytes == 2**63 - 1
+    await store.close()
 
 
 async def test_a_closed_store_says_so(tmp_path: Path) -> None:
