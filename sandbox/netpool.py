@@ -167,8 +167,8 @@ class Pool:
             made += 1
         return made
 
-    def open_gate(self, listener: int, ports: Sequence[int]) -> list[int]:
-        """Make the sockets of a transparent network that `listener` is in; raises OSError."""
+    def open_gate(self, listener: int, ports: Sequence[int]) -> dict[int, int]:
+        """Make the sockets of a transparent network that `listener` is in, by port; raises OSError."""
         return transparent.open_sockets(self._home, listener, GATE_ADDRESS, ports)
 
     def close(self) -> None:

@@ -122,6 +122,7 @@ def _transparent(chain: str, *, agent: str, gate: str, out: bool) -> tuple[bytes
     """What a transparent network has besides: look-ups at the gate, and TCP to the addresses that it makes up."""
     return (
         _rule(chain, _between(agent, socket.inet_aton(gate), socket.IPPROTO_UDP, out=out, port=53), _accept()),
+        _rule(chain, _between(agent, socket.inet_aton(gate), socket.IPPROTO_TCP, out=out, port=53), _accept()),
         _rule(chain, _between(agent, _NAMES, socket.IPPROTO_TCP, out=out), _accept()),
     )
 

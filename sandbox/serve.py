@@ -611,9 +611,9 @@ class Server:
         except (OSError, ValueError) as error:
             raise StepError("open gate", getattr(error, "errno", 0) or 0, str(error)) from error
         try:
-            answer(fds=tuple(made))
+            answer(ports=list(made), fds=tuple(made.values()))
         finally:
-            sync.close_all(made)
+            sync.close_all(tuple(made.values()))
 
     def _met_limit(self, agent: Agent, kind: Kind, details: dict[str, Any]) -> None:
         limits = agent.plan.limits

@@ -45,10 +45,12 @@ def agent_route(gate: str, *, index: int, source: str) -> bytes:
     return netlink.gateway_route(NETWORK, prefix=NETWORK_PREFIX, gateway=gate, index=index, source=source)
 
 
-def open_sockets(home: int, gate_listener: int, gate: str, ports: Sequence[int]) -> list[int]:
-    """Make the name server's socket and a listener for each port in the gate that a listener is in.
+def open_sockets(home: int, gate_listener: int, gate: str, ports: Sequence[int]) -> dict[int, int]:
+    """Make the name server's sockets and a listener for each port in the gate that a listener is in.
 
-    `home` is the network namespace to come back to. Raises OSError with nothing left.
+    Gives their descriptors by port: 0 is the name server's for datagrams, 53 the one for connections, which also takes
+    those to made-up addresses where 53 is one of the ports. `home` is the network namespace to come back to. Raises
+    OSError with nothing left.
     """
     if not ports or len(ports) > PORTS_MAX or len(set(ports)) != len(ports):
         raise ValueError(f"cannot open gate: from 1 to {PORTS_MAX} different ports")
@@ -62,19 +64,19 @@ def open_sockets(home: int, gate_listener: int, gate: str, ports: Sequence[int])
             names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
             made.callback(names.close)
             names.bind((gate, NAMES_PORT))
-            sockets = [names]
-            for port in ports:
+            sockets = {0: names}
+            for port in (NAMES_PORT, *(port for port in ports if port != NAMES_PORT)):
                 listener = socket.socket(
                     socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
                 )
                 made.callback(listener.close)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                listener.bind(("", port))
+                listener.bind(("" if port in ports else gate, port))
                 listener.listen(BACKLOG_MAX)
-                sockets.append(listener)
+                sockets[port] = listener
         finally:
             # Not caught by anyone: a launcher that cannot leave an agent's namespace must not go on.
             setns(home, CLONE_NEWNET)
         made.pop_all()
-        return [each.detach() for each in sockets]
+        return {port: each.detach() for port, each in sockets.items()}

@@ -59,7 +59,7 @@ class Served:
     frozen: bool = False
     authority: messages.Authority | None = None
     gate: dict[int, int] = field(default_factory=dict)
-    """Of a transparent network: descriptors by port, 0 is the name server's."""
+    """Of a transparent network: descriptors by port, 0 is the name server's for datagrams."""
 
 
 @dataclass(slots=True)

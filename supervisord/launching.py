@@ -423,7 +423,9 @@ class Launching:
             return
         ports = transparent_ports(grant.scope for grant in self._book.for_agent(agent.agent_id))
         reply = await self._launcher.call("gate", agent_id=agent.agent_id, ports=list(ports))
-        if not self._plane.open_gate(agent.agent_id, dict(zip((0, *ports), reply.fds, strict=True))):
+        made = reply.body.get("ports")
+        doors = map(int, made) if isinstance(made, list) else (0, *ports)  # a launcher of an older version does not say
+        if not self._plane.open_gate(agent.agent_id, dict(zip(doors, reply.fds, strict=True))):
             close_all(reply.fds)
 
     def _authority(self, agent: Agent) -> messages.Authority | None:

@@ -161,7 +161,8 @@ class Listen:
 class Gate:
     """Serve one more socket of an agent whose network is transparent, after its `Listen`; the socket comes with it.
 
-    `port` is what its connections are for; 0: it is the datagram socket of the name server.
+    `port` is what its connections are for; 0: it is the datagram socket of the name server, and connections to the gate
+    at 53 are for that too.
     """
 
     agent_id: str

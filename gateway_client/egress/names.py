@@ -1,7 +1,8 @@
 """Names of a transparent network: what a look-up asks, what it is answered, and which address stands for which name.
 
 No address of the world is ever told, and nothing is looked up: a name that is granted gets an address made up for this
-agent, and its connection there is taken for the name. Pure: bytes in, bytes out (RFC 1035 section 4.1).
+agent, and its connection there is taken for the name. Pure: bytes in, bytes out (RFC 1035 section 4.1; over connections
+with a length before each message, RFC 7766 section 8).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from gateway_client.egress.target import BadTarget, address_of, normalise_host
@@ -20,6 +21,8 @@ answer_seconds: Final = 1
 """For how long a program may keep an answer: grants end."""
 
 FIRST: Final = int(IPv4Address("198.19.0.1"))
+MADE_UP: Final = IPv4Network("198.19.0.0/16")
+NAMES_PORT: Final = 53
 
 A: Final = 1
 _IN: Final = 1
@@ -28,6 +31,7 @@ _HEADER: Final = struct.Struct(">HHHHHH")
 _RESPONSE, _AVAILABLE, _DESIRED = 0x8000, 0x0080, 0x0100
 _OPCODE_AND_KIND: Final = 0xF800
 _LABEL_BYTES_MAX: Final = 63
+_LENGTH_BYTES: Final = 2
 _QUESTION_TAIL: Final = struct.Struct(">HH")
 # Asked for beside A by about every resolver; an empty answer is true for each: there is only an A.
 _EMPTY: Final = frozenset({28, 64, 65})  # AAAA, SVCB, HTTPS
@@ -106,6 +110,44 @@ def _question(data: bytes) -> tuple[str, int, int]:
     if family != _IN or address_of(name) is not None:
         raise _Malformed
     return name, kind, end
+
+
+class BadLength(Exception):  # noqa: N818 - named for what it says
+    """A message on a connection is too long for a look-up, or too short for anything: what follows it is unknown."""
+
+
+class Framed:
+    """Bytes of a connection to messages; holds no more than what was fed and less than one message before."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a message has begun to come."""
+        return bool(self._data)
+
+    def feed(self, data: bytes) -> None:
+        self._data += data
+
+    def next(self) -> bytes | None:
+        """Give the next message, None where it has not come as a whole; raise BadLength as soon as that is known."""
+        if len(self._data) < _LENGTH_BYTES:
+            return None
+        length = int.from_bytes(self._data[:_LENGTH_BYTES], "big")
+        if not _HEADER.size <= length <= query_bytes_max:
+            raise BadLength
+        end = _LENGTH_BYTES + length
+        if len(self._data) < end:
+            return None
+        message = bytes(self._data[_LENGTH_BYTES:end])
+        del self._data[:end]
+        return message
+
+
+def framed(message: bytes) -> bytes:
+    """Give a message as it goes over a connection."""
+    return len(message).to_bytes(_LENGTH_BYTES, "big") + message
 
 
 class MadeUp:

@@ -10,7 +10,9 @@ import logging
 import os
 import resource
 import socket
+import struct
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
@@ -23,6 +25,7 @@ from gateway_client.egress.exchange import Exchange
 from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.leaves import Leaves
 from gateway_client.egress.link import Link
+from gateway_client.egress.names import MADE_UP, NAMES_PORT
 from gateway_client.egress.resolver import Resolver
 from gateway_client.egress.share import Share, Thread, metered
 from gateway_client.egress.stream import Stream
@@ -288,7 +291,11 @@ class Worker:
                     self._pause(door, listener, error)
                 return
             agent = self._agents.get(door.agent_id)
-            if agent is None or len(agent.connections) >= self._connections_max():
+            if agent is not None and door.port == NAMES_PORT and not _made_up(accepted):
+                if self._full(agent) or agent.resolver is None or not agent.resolver.serve(accepted):
+                    _reset(accepted)
+                continue
+            if agent is None or self._full(agent):
                 _turn_away(accepted)
                 continue
             meant = self._meant(agent, accepted) if door.port else None
@@ -310,6 +317,10 @@ class Worker:
             )
             return None
         return Authority(name, port)
+
+    def _full(self, agent: Agent) -> bool:
+        lines = 0 if agent.resolver is None else agent.resolver.lines
+        return len(agent.connections) + lines >= self._connections_max()
 
     def _connections_max(self) -> int:
         """Give how many connections one agent may have: no agent gets at what the others need of the descriptors."""
@@ -354,6 +365,8 @@ class Worker:
         if agent is not None:
             for connection in list(agent.connections):
                 connection.cut()
+            if agent.resolver is not None:
+                agent.resolver.cut()
         wanted = set(message.xs)
         if wanted:
             for each in self._agents.values():
@@ -367,6 +380,8 @@ class Worker:
             agent.frozen = frozen
             for connection in agent.connections:
                 connection.freeze(frozen=frozen)
+            if agent.resolver is not None:
+                agent.resolver.freeze(frozen=frozen)
 
     # --- what a connection asks of its worker
 
@@ -484,6 +499,17 @@ def _give_up(waiter: asyncio.Future[messages.Verdict]) -> None:
 
 def _daemon_gone() -> Refuse:
     return Refuse(503, Reason.DAEMON_GONE, "the daemon is not there to record it, so nothing may leave")
+
+
+def _made_up(accepted: socket.socket) -> bool:
+    """Tell whether a connection was made to an address that stands for a name, and not to the gate's own."""
+    return IPv4Address(accepted.getsockname()[0]) in MADE_UP
+
+
+def _reset(accepted: socket.socket) -> None:
+    """Close a connection so that nothing of it is left to wait for."""
+    with accepted, contextlib.suppress(OSError):
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def _turn_away(accepted: socket.socket) -> None:

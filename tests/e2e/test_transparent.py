@@ -143,6 +143,50 @@ def test_an_address_that_no_name_was_told_for_leads_nowhere(stage: tuple[Instanc
     assert secure.seen == ["GET /x"]
 
 
+def test_glibc_looks_up_over_connections_where_it_is_told_to(stage: tuple[Instance, Site, Site]) -> None:
+    """`options use-vc`: no datagram leaves the program, which the agent's own kernel counts."""
+    stockade, secure, _ = stage
+    secure.seen.clear()
+    count = "awk '/^Udp:/ && $2 ~ /^[0-9]/ {print \"datagrams\", $5}' /proc/net/snmp"
+    look_up = f"getent ahostsv4 {HOST} | head -1 | cut -d' ' -f1; getent ahosts {OTHER} || echo none"
+    fetch = f"curl -sS -o /dev/null -w '%{{http_code}}\\n' https://{HOST}/x"
+    script = f"{count}; export RES_OPTIONS=use-vc; {look_up}; {fetch}; {count}; unset RES_OPTIONS; {look_up}; {count}"
+    lines = run(stockade, script, f"http:GET:https://{HOST}/**").splitlines()
+    assert lines[1:4] == ["198.19.0.1", "none", "200"], lines
+    assert lines[0] == lines[4]
+    # The twin: without it there are.
+    assert lines[5:7] == ["198.19.0.1", "none"]
+    assert int(lines[7].split()[1]) > int(lines[4].split()[1])
+    denied = [entry["object"] for entry in stockade.actions("--verdict", "denied")]
+    assert f"LOOKUP {OTHER}" in denied
+
+
+def test_look_ups_over_connections_carry_nothing_out(stage: tuple[Instance, Site, Site]) -> None:
+    stockade, _, _ = stage
+    code = f"""
+        import socket, struct
+        def ask(*questions):
+            line = socket.create_connection(("198.18.0.1", 53), 5)
+            for name, kind in questions:
+                labels = b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\\0"
+                data = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + labels + struct.pack(">HH", kind, 1)
+                line.sendall(struct.pack(">H", len(data)) + data)
+            found = []
+            for _ in questions:
+                data = line.recv(int.from_bytes(line.recv(2, socket.MSG_WAITALL), "big"), socket.MSG_WAITALL)
+                found.append((data[3] & 15, struct.unpack(">H", data[6:8])[0]))
+            return found
+        print(ask(("{HOST}", 1), ("{HOST}", 28), ("{HOST}", 16), ("{HOST}", 252), ("secret.{HOST}", 1)))
+        print(ask(("secret.tunnel.example", 16), ("secret.tunnel.example", 1)))
+        try:
+            socket.create_connection(("198.19.0.1", 53), 3)
+        except OSError as error:
+            print(type(error).__name__)
+    """
+    lines = python(stockade, code, f"tls:{HOST}:443").splitlines()
+    assert lines == ["[(0, 1), (0, 0), (5, 0), (5, 0), (3, 0)]", "[(5, 0), (3, 0)]", "ConnectionRefusedError"]
+
+
 def test_look_ups_carry_nothing_out(stage: tuple[Instance, Site, Site]) -> None:
     """A tunnel of look-ups: whatever is asked, under a granted name too, only that very name has an answer."""
     stockade, _, _ = stage

@@ -112,8 +112,22 @@ def hello(data: bytes) -> None:
 
 
 def query(data: bytes) -> None:
-    """A question, an answer to send back, or nothing; never an error."""
+    """A question, an answer to send back, or nothing; never an error. On a connection the same at any split."""
     names.read_query(data)
+    if data:
+        step, stream = data[0] + 1, data[1:]
+        whole = _framed([stream])
+        assert _framed([stream[start : start + step] for start in range(0, len(stream), step)]) == whole
+
+
+def _framed(pieces: list[bytes]) -> list[bytes]:
+    coming, found = names.Framed(), []
+    with contextlib.suppress(names.BadLength):
+        for piece in pieces:
+            coming.feed(piece)
+            while (message := coming.next()) is not None:
+                found.append(message)
+    return found
 
 
 def mcp(data: bytes) -> None:

@@ -35,8 +35,9 @@ def net(pool: Pool) -> Iterator[Net]:
 
 @pytest.fixture
 def gate(pool: Pool, net: Net) -> Iterator[list[socket.socket]]:
-    """The name server's socket, and the listeners of 80 and 443."""
-    sockets = [socket.socket(fileno=fd) for fd in pool.open_gate(net.listener, (80, 443))]
+    """The name server's socket, the listeners of 80 and 443, and the name server's for connections."""
+    made = pool.open_gate(net.listener, (80, 443))
+    sockets = [socket.socket(fileno=made[port]) for port in (0, 80, 443, 53)]
     for each in sockets:
         each.settimeout(5)
     yield sockets
@@ -94,6 +95,28 @@ def test_look_ups_reach_the_name_server(net: Net, gate: list[socket.socket]) -> 
     assert gate[0].recv(10) == b"hello"
 
 
+def test_look_ups_reach_the_name_server_by_connections_too(net: Net, gate: list[socket.socket]) -> None:
+    assert dial(net, GATE_ADDRESS, 53) == "ok"
+    accepted, peer = gate[3].accept()
+    with accepted:
+        assert (accepted.getsockname(), peer[0]) == ((GATE_ADDRESS, 53), "198.18.0.2")
+        assert accepted.recv(5) == b"hello"
+
+
+def test_a_scope_of_port_53_shares_its_listener(pool: Pool, net: Net) -> None:
+    made = pool.open_gate(net.listener, (443, 53))
+    assert list(made) == [0, 53, 443]
+    with socket.socket(fileno=made[53]) as listener:
+        listener.settimeout(5)
+        for address in (GATE_ADDRESS, "198.19.0.1"):
+            assert dial(net, address, 53) == "ok"
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockname() == (address, 53)
+    for port in (0, 443):
+        os.close(made[port])
+
+
 def test_the_proxy_still_answers(net: Net) -> None:
     assert dial(net, GATE_ADDRESS, 3128) == "ok"
 
@@ -102,13 +125,14 @@ def test_the_proxy_still_answers(net: Net) -> None:
     ("address", "port", "answer"),
     [
         ("198.19.0.1", 22, "ECONNREFUSED"),
+        ("198.19.0.1", 53, "ECONNREFUSED"),
         ("192.0.2.1", 443, "ENETUNREACH"),
         ("8.8.8.8", 53, "ENETUNREACH"),
         ("198.20.0.1", 443, "ENETUNREACH"),
     ],
 )
 def test_nothing_else_is_reachable(net: Net, gate: list[socket.socket], address: str, port: int, answer: str) -> None:
-    assert len(gate) == 3
+    assert len(gate) == 4
     assert dial(net, address, port) == answer
 
 
@@ -148,10 +172,10 @@ def test_the_sockets_of_a_plain_network_cannot_be_asked_for_twice(pool: Pool, ne
     first = pool.open_gate(net.listener, (443,))
     with pytest.raises(OSError, match="Address already in use"):
         pool.open_gate(net.listener, (443,))
-    for fd in first:
+    for fd in first.values():
         os.close(fd)
     again = pool.open_gate(net.listener, (443,))
-    assert len(again) == 2
-    for fd in again:
+    assert list(again) == [0, 53, 443]
+    for fd in again.values():
         os.close(fd)
     assert socket.if_nameindex()  # and the caller is where it was

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from ipaddress import IPv4Address
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway_client.egress import names
-from gateway_client.egress.names import MadeUp, Query, read_query
+from gateway_client.egress.names import BadLength, Framed, MadeUp, Query, framed, query_bytes_max, read_query
 
 
 def question(
@@ -76,6 +77,64 @@ def test_any_bytes_are_read_to_something_and_never_answered_at_length(data: byte
     if isinstance(found, Query):
         assert len(found.no_name()) <= len(data)
         assert found.name == found.name.lower()
+
+
+# --- over connections
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    """Cut bytes where it is said."""
+    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+def messages_of(parts: list[bytes]) -> tuple[list[bytes], bool]:
+    """Give what is read of pieces as they come, and whether it ended at a bad length."""
+    coming, found = Framed(), []
+    for part in parts:
+        coming.feed(part)
+        try:
+            while (message := coming.next()) is not None:
+                found.append(message)
+        except BadLength:
+            return found, True
+    return found, False
+
+
+GOOD = st.binary(min_size=12, max_size=query_bytes_max)
+
+
+@given(st.lists(GOOD, max_size=5), st.lists(st.integers(0, 10_000), max_size=20))
+def test_messages_come_out_as_they_went_in_however_they_are_cut(sent: list[bytes], cuts: list[int]) -> None:
+    assert messages_of(pieces(b"".join(map(framed, sent)), cuts)) == (sent, False)
+
+
+@given(st.lists(GOOD, max_size=3), st.integers(0, 0xFFFF), st.binary(max_size=40), st.lists(st.integers(0, 2000)))
+@example([], 0, b"", [])
+@example([], 11, b"x" * 11, [])
+@example([], 0xFFFF, b"", [])
+def test_a_length_that_cannot_be_ends_it_at_its_two_bytes(
+    before: list[bytes], length: int, rest: bytes, cuts: list[int]
+) -> None:
+    fits = 12 <= length <= query_bytes_max
+    data = b"".join(map(framed, before)) + length.to_bytes(2, "big") + (b"" if fits else rest)
+    assert messages_of(pieces(data, cuts)) == (before, not fits)
+
+
+@given(st.binary(max_size=3000), st.lists(st.integers(0, 3000), max_size=9))
+def test_any_bytes_are_cut_to_the_same_messages_which_are_all_that_was_sent(data: bytes, cuts: list[int]) -> None:
+    found, bad = messages_of([data])
+    assert messages_of(pieces(data, cuts)) == (found, bad)
+    assert data.startswith(b"".join(map(framed, found)))
+    assert all(12 <= len(message) <= query_bytes_max for message in found)
+
+
+def test_a_message_at_the_limit_and_one_beyond() -> None:
+    longest = b"x" * query_bytes_max
+    assert messages_of([framed(longest)]) == ([longest], False)
+    assert messages_of([framed(longest + b"x")]) == ([], True)
+    assert messages_of([framed(b"x" * 12)]) == ([b"x" * 12], False)
+    assert messages_of([framed(b"x" * 11)]) == ([], True)
 
 
 def test_made_up_addresses_are_stable_told_apart_and_bounded() -> None:
