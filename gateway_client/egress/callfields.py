@@ -8,6 +8,9 @@ model or works elsewhere; and a few sampling fields that many gateways document.
 A tool that the gateway or the provider runs acts outside of the sandbox, on nobody's grant, so it is taken out; a tool
 that the *client* runs stays. A document or image that the provider is to fetch would carry data out by its URL: that is
 refused, for taking it out would change what is asked.
+
+Settings pass with what is in them, but for what names a model, a fallback or more of a body: some gateways and
+providers pick a model there (Gemini's `routingConfig`), and others may. Schemas and conversations stay as they are.
 """
 
 from __future__ import annotations
@@ -158,6 +161,40 @@ _CONTENT: Final[Mapping[Dialect, tuple[str, ...]]] = {
     Dialect.ANTHROPIC_COUNT_TOKENS: ("messages", "system"),
     Dialect.GEMINI_GENERATE: ("contents", "systemInstruction", "system_instruction"),
 }
+_TALK: Final = frozenset(
+    {
+        "contents",
+        "input",
+        "instructions",
+        "messages",
+        "prediction",
+        "prompt",
+        "suffix",
+        "system",
+        "systemInstruction",
+        "system_instruction",
+    }
+)
+_SCHEMAS: Final = frozenset(
+    {
+        "definition",
+        "inputschema",
+        "inputexamples",
+        "jsonschema",
+        "outputschema",
+        "parameters",
+        "parametersjsonschema",
+        "properties",
+        "response",
+        "responseschema",
+        "responsejsonschema",
+        "schema",
+    }
+)
+"""Where any key may stand for something of the agent's own."""
+_PICKS: Final = re.compile(r"model.*|.*models?|fallback.*|.*fallbacks?|extra(?:body|query|headers?)|routingconfig")
+_SEPARATORS: Final = re.compile(r"[^a-z0-9]")
+
 _NEVER_FETCHED: Final = frozenset(
     {"action", "actions", "annotations", "args", "arguments", "citations", "input", "parameters", "response", "results"}
 )
@@ -208,9 +245,31 @@ def clean(dialect: Dialect, document: dict[str, Any]) -> Cleaned:
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         cleaned.document["metadata"] = {"user_id": metadata["user_id"]}  # of the Anthropic dialect alone
     _clean_tools(dialect, cleaned)
+    for name, value in cleaned.document.items():
+        if name not in _TALK:
+            _clean_setting(name, value, cleaned)
     for name in _CONTENT.get(dialect, ()):
         _look_through(dialect, cleaned.document.get(name))
     return cleaned
+
+
+def _clean_setting(name: str, setting: object, cleaned: Cleaned) -> None:
+    """Take out of a setting what may pick a model; the body was weighed before, so this is bounded."""
+    todo = [setting]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict):
+            for key, each in list(value.items()):
+                plain = _SEPARATORS.sub("", key.casefold())
+                if plain in _SCHEMAS:
+                    continue
+                if _PICKS.fullmatch(plain):
+                    cleaned.note(f"{name}.{key}")
+                    del value[key]
+                elif type(each) in (dict, list):
+                    todo.append(each)
 
 
 # --- tools

@@ -59,10 +59,16 @@ _HEADERS: Final = frozenset(
         b"x-goog-api-client",
     }
 )
-_HEADER_PREFIXES: Final = (b"x-stainless-",)
+_STAINLESS: Final = re.compile(
+    rb"x-stainless-(?:arch|async|custom-event-handler|custom-poll-interval|helper|helper-method|lang|os|package-version"
+    rb"|poll-helper|raw-response|read-timeout|retry-count|runtime|runtime-version|stream-helper|timeout)"
+)
+"""What the SDKs say of themselves."""
 _QUERY: Final = frozenset({"beta", "alt", "limit", "after_id", "before_id", "after", "order"})
 _ALT: Final = frozenset({"alt=sse", "alt=json"})
 """Forms of an answer that are metered; `alt=proto` and `alt=media` are not."""
+_QUERY_VALUE: Final = re.compile(r"[A-Za-z0-9._:-]*")
+"""Nothing that is encoded: decoded once more than it should be it would be another parameter."""
 _JSON: Final = re.compile(rb"application/json[ \t]*(?:;[ \t]*charset=\"?utf-?8\"?[ \t]*)?;?", re.IGNORECASE)
 
 
@@ -162,7 +168,7 @@ def reading(where: Endpoint, body: bytes) -> Generator[None, None, Call]:
 
 def may_send_header(name: bytes) -> bool:
     """Whether an agent's header goes to the gateway with a model call; names are in lower case."""
-    return name in _HEADERS or name.startswith(_HEADER_PREFIXES)
+    return name in _HEADERS or _STAINLESS.fullmatch(name) is not None
 
 
 def clean_query(query: str) -> str:
@@ -170,5 +176,7 @@ def clean_query(query: str) -> str:
     return "&".join(
         part
         for part in query.split("&")
-        if part.partition("=")[0] in _QUERY and (not part.startswith("alt") or part in _ALT)
+        if part.partition("=")[0] in _QUERY
+        and _QUERY_VALUE.fullmatch(part.partition("=")[2])
+        and (not part.startswith("alt") or part in _ALT)
     )

@@ -46,6 +46,25 @@ def straight(proxy: Proxy, path: str, body: bytes, kind: str) -> str:
         return error.read().decode()
 
 
+CHAT = "/v1/chat/completions"
+FAILS = [{"role": "user", "content": "@fail 500 no"}]
+FELL_BACK = f"Fallback to {DEAR}"
+# Each makes LiteLLM 1.106 itself run another model than the one that is granted.
+TRICKS: dict[str, tuple[str, str]] = {
+    "two models in one text": (CHAT, json.dumps({"model": f"{CHEAP},{DEAR}", "messages": MESSAGES})),
+    "the query names another": (f"{CHAT}?model={DEAR}", json.dumps({"model": CHEAP, "messages": MESSAGES})),
+    "the query alone names one": (f"{CHAT}?model={DEAR}", json.dumps({"messages": MESSAGES})),
+    "a deployment in the path": (
+        f"/openai/deployments/{DEAR}/chat/completions", json.dumps({"model": CHEAP, "messages": MESSAGES}),
+    ),
+    "an engine in the path": (f"/engines/{DEAR}/chat/completions", json.dumps({"model": CHEAP, "messages": MESSAGES})),
+    "the key twice": (CHAT, f'{{"model":"{CHEAP}","model":"{DEAR}","messages":{json.dumps(MESSAGES)}}}'),
+    "the key twice, escaped": (CHAT, f'{{"model":"{CHEAP}","\\u006dodel":"{DEAR}","messages":{json.dumps(MESSAGES)}}}'),
+    "the provider before it": (CHAT, json.dumps({"model": f"openai/{DEAR}", "messages": MESSAGES})),
+    "a fallback": (CHAT, json.dumps({"model": CHEAP, "fallbacks": [DEAR], "messages": FAILS})),
+}  # fmt: skip
+
+
 async def through(proxy: Proxy, path: str, body: bytes, kind: str) -> tuple[bytes, Plane]:
     address = proxy.url.removeprefix("http://")
     plane = Plane(
@@ -66,9 +85,11 @@ async def through(proxy: Proxy, path: str, body: bytes, kind: str) -> tuple[byte
 
 def models_run(proxy: Proxy, before: int, *, seconds: float) -> set[Any]:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not any(each["model"] == DEAR for each in proxy.logged()[before:]):
+    while time.monotonic() < deadline and not any(
+        str(each["model"]).endswith(DEAR) for each in proxy.logged()[before:]
+    ):
         time.sleep(0.05)
-    return {each["model"] for each in proxy.logged()[before:]}
+    return {str(each["model"]).removeprefix("openai/") for each in proxy.logged()[before:]}
 
 
 def test_a_form_does_not_make_the_gateway_run_a_model_that_was_not_granted(proxy: Proxy) -> None:
@@ -84,3 +105,19 @@ def test_a_form_does_not_make_the_gateway_run_a_model_that_was_not_granted(proxy
     assert DEAR not in models_run(proxy, before, seconds=1)
     plain, _ = asyncio.run(through(proxy, "/v1/chat/completions", PLAIN, JSON_TYPE))
     assert plain.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_a_trick_with_its_name_does_not_make_the_gateway_run_another_model(proxy: Proxy, name: str) -> None:
+    path, text = TRICKS[name]
+    before = len(proxy.logged())
+    told = straight(proxy, path, text.encode(), JSON_TYPE)
+    # The twin: LiteLLM itself falls for it. It logs a fallback that fails by its first model alone, and tells of it.
+    assert FELL_BACK in told or DEAR in models_run(proxy, before, seconds=15)
+    before = len(proxy.logged())
+    answer, plane = asyncio.run(through(proxy, path, text.encode(), JSON_TYPE))
+    assert DEAR not in models_run(proxy, before, seconds=1)
+    assert FELL_BACK.encode() not in answer
+    # It was let out as the model that is granted, with the scripted answer of that, or not at all.
+    let_out = [ask for ask in plane.asks if ask.request.model == CHEAP and ask.request.dialect is not None]
+    assert int(answer.split(b" ")[1]) in ({200, 500} if let_out else {400, 403})

@@ -127,6 +127,48 @@ def test_what_is_noted_is_bounded_and_plain() -> None:
     assert all(len(each) <= 64 and each.isascii() for each in found.dropped)
 
 
+SCHEMA = {"type": "object", "properties": {"model": {"type": "string"}, "fallbacks": {"type": "array"}}, "model": "x"}
+
+
+@pytest.mark.parametrize(
+    ("where", "fields"),
+    [
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "model", "parameters": SCHEMA}}]}),
+        (CHAT, {"functions": [{"name": "f", "parameters": SCHEMA}], "modalities": ["text"]}),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "model": "said"}], "logit_bias": {"50256": -100}}),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}}),
+        (RESPONSES, {"input": [{"type": "function_call_output", "output": '{"model": "x"}', "model": "said"}]}),
+        (RESPONSES, {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f",
+                                                                             "parameters": SCHEMA}]}]}),
+        (MESSAGES, {"tools": [{"name": "f", "input_schema": SCHEMA, "input_examples": [{"model": "x"}]}]}),
+        (MESSAGES, {"output_config": {"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}}),
+        (MESSAGES, {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": {"model": "x"}}]}]}),
+    ],
+)  # fmt: skip
+def test_what_is_named_like_a_model_in_schemas_and_in_what_is_said_goes_out_as_it_is(
+    where: Endpoint, fields: dict[str, Any]
+) -> None:
+    found = call(where, **fields)
+    assert json.loads(found.body) == {"model": "m", **fields}
+    assert found.dropped == ()
+
+
+def test_what_is_named_like_a_model_in_schemas_of_the_gemini_dialect_goes_out_too() -> None:
+    fields = {
+        "generationConfig": {"responseSchema": SCHEMA, "responseJsonSchema": SCHEMA, "responseModalities": ["TEXT"]},
+        "tools": [{"functionDeclarations": [{"name": "f", "parameters": SCHEMA, "response": SCHEMA}]}],
+    }
+    assert json.loads(call(GEMINI, **fields).body) == fields
+
+
+def test_what_picks_a_model_within_a_setting_is_taken_out_and_noted() -> None:
+    inner = {"effort": "low", "a": [{"modelName": "x"}, {"b": {"Fallbacks": [], "extra_body": {}}}]}
+    found = call(CHAT, reasoning=inner, stream_options={"include_usage": True})
+    assert json.loads(found.body)["reasoning"] == {"effort": "low", "a": [{}, {"b": {}}]}
+    assert set(found.dropped) == {"reasoning.modelName", "reasoning.Fallbacks", "reasoning.extra_body"}
+
+
 # --- tools
 
 
@@ -360,3 +402,4 @@ def test_what_is_in_strings_weighs_nothing_at_any_split(value: Any, size: int) -
 
 def test_only_metered_forms_of_an_answer_can_be_asked_for() -> None:
     assert clean_query("alt=sse&key=x&alt=proto&beta=true&alt=media&altx=1") == "alt=sse&beta=true"
+    assert clean_query("beta=x%26model=m&after=msg_1.2&limit=20&model=m&before_id=%6dodel") == "after=msg_1.2&limit=20"
