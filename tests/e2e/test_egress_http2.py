@@ -396,3 +396,42 @@ async def test_the_bytes_of_a_grant_hold(tmp_path: Path, *, up: bool) -> None:
         outcome = await side.outcome()
         assert outcome.grant_spent
         assert outcome.bytes_up + outcome.bytes_down <= 40_000
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("most", [40_000, 400_000])
+async def test_the_bytes_of_a_budget_hold_and_are_waited_for(tmp_path: Path, most: int, *, up: bool) -> None:
+    host = Uploads((1 << 20,))
+    body = os.urandom(100_000)
+    pieces = b"".join(http2.data(body[start : start + 16000]) for start in range(0, len(body), 16000))
+    answer: object = (
+        host if up else HELLO + http2.headers(("content-length", str(len(body)))) + pieces + http2.data(end=True)
+    )
+    async with site(tmp_path, answer) as side:  # type: ignore[arg-type]
+        decided, side.plane.budget_bytes = side.plane.view, most
+
+        def judge(ask: messages.Ask) -> messages.Verdict:
+            verdict = decide(ask.request, decided, now=0)
+            assert isinstance(verdict, messages.Allow)
+            return replace(verdict, leased=verdict.upstream.opens)
+
+        side.plane.answer = judge
+        got = await side.ask(get(method="PUT", body=body) if up else get())
+        outcome = await side.outcome()
+        used = sum(moved.used for moved in side.plane.moved)
+        if most > 3 * len(body):
+            assert got.startswith(b"HTTP/1.1 200 ")
+            assert host.body == body if up else got.endswith(body)
+            assert (outcome.error, used + side.plane.budget_bytes) == ("", most)
+            assert used == outcome.bytes_up + outcome.bytes_down
+            return
+        assert used == most
+        assert outcome.error == "the agent's budget of egress_bytes is used up"
+        assert outcome.bytes_up + outcome.bytes_down <= most
+        if up:
+            assert got.startswith(b"HTTP/1.1 429 ")
+            assert len(host.body) < most
+            assert not host.ended
+        else:
+            assert got.endswith(b"RESET")
+            assert len(got) < most

@@ -80,6 +80,9 @@ class Plane:
     cuts: list[messages.CutDone] = field(default_factory=list)
     exchanges_cut: list[messages.ExchangesCut] = field(default_factory=list)
     answer: Callable[[messages.Ask], messages.Verdict | None] | None = None
+    moved: list[messages.Moved] = field(default_factory=list)
+    budget_bytes: int = 0
+    """What is left to lend of the agent's budget, 10,000 bytes at a time."""
     port: int = 0
     files_max: int = 0
     """Descriptors of the worker, where not what it takes by itself."""
@@ -152,6 +155,13 @@ class Plane:
                 self._judge(message)
             case messages.Outcome():
                 self.outcomes.append(message)
+            case messages.Moved():
+                self.moved.append(message)
+                self.budget_bytes += message.back
+                if message.want:
+                    lent = min(self.budget_bytes, max(10_000, message.want))
+                    self.budget_bytes -= lent
+                    self.to_worker(messages.Lend(message.agent_id, lent, not self.budget_bytes))
             case messages.Rejected():
                 self.rejected.append(message)
 
