@@ -91,8 +91,10 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
     assert "anchors are not accepted" in refusal(bomb)
 
 
+# PyYAML writes YAML 1.1, where `0o7` is a text that needs no quotes; in YAML 1.2 it is a number, so it is refused.
+texts = st.text(max_size=8).filter(lambda text: not text.startswith("0o"))
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts,
     lambda below: (
         st.lists(below, max_size=3) | st.dictionaries(st.text("abc", min_size=1, max_size=3), below, max_size=3)
     ),
