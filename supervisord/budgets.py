@@ -1,7 +1,7 @@
 """What an agent may spend (tokens, money, requests, time, bytes): reserved before a call, settled after it (pure).
 
 Money is counted in millionths of a US dollar, so that a million small calls add up exactly; times in milliseconds. Time
-is not reserved: it is measured (budget_watch.py). Bytes are reserved a lease at a time (leases.py).
+is not reserved: it is measured (budget_watch.py). Bytes are reserved a loan at a time (loans.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ TIMES: Final = frozenset({"wall_clock", "cpu_seconds"})
 MODEL_CALL: Final = ("llm_tokens", "cost_usd", "requests")
 """The bounds that a model call draws on; it is refused where nothing is left of any."""
 OTHER_CALL: Final = ("requests",)
-"""Those of whatever else leaves. Bytes are leased beside either."""
+"""Those of whatever else leaves. Bytes are lent beside either."""
 
 
 class OnExhausted(Enum):

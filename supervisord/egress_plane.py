@@ -272,7 +272,7 @@ class EgressPlane:
             verdict = messages.Refuse(503, "limit", "the answer is too long")
         self._tell(worker, messages.Answer(x, verdict))
 
-    def lend(self, worker_id: str, agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as Leases tells it
+    def lend(self, worker_id: str, agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as Loans tells it
         """Tell a worker that so many more bytes of an agent may pass."""
         worker = self._workers.get(worker_id)
         if worker is not None:

@@ -30,10 +30,10 @@ from supervisord.budgets import (
 from supervisord.errors import StockadeError
 from supervisord.exchange_actions import guardrail_action, guardrail_facts, outcome_details
 from supervisord.ids import AgentId, GrantId
-from supervisord.leases import Leases
 from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
 from supervisord.limit_actions import abandoned_action
+from supervisord.loans import Loans
 from supervisord.pace import Pace
 from supervisord.policy import OnDeny
 from supervisord.replies import fitting
@@ -82,8 +82,8 @@ class Open:
     grant_id: str = ""
     reserved: Amounts = field(default_factory=Amounts)
     metered: bool = False
-    leased: bool = False
-    """Whether its bytes are counted on a lease."""
+    lent: bool = False
+    """Whether its bytes are counted on a loan."""
     counted: bool = True
     phase: Phase = Phase.ASKED
     settled: bool = False
@@ -141,7 +141,7 @@ class Exchanges:
         self._on_deny = on_deny
         self._now = now
         self.ledgers = Ledgers(store, labels=label_budgets)
-        self._leases = Leases(self.ledgers, plane.lend)
+        self._loans = Loans(self.ledgers, plane.lend)
         self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
@@ -172,7 +172,7 @@ class Exchanges:
         agent = self._agents.get(moved.agent_id)
         want = moved.want if agent is not None and agent.live else 0
         self._in_background(
-            self._leases.moved(worker_id, AgentId(moved.agent_id), used=moved.used, back=moved.back, want=want)
+            self._loans.moved(worker_id, AgentId(moved.agent_id), used=moved.used, back=moved.back, want=want)
         )
 
     def _ended(self, key: tuple[str, int], outcome: messages.Outcome) -> None:
@@ -220,7 +220,7 @@ class Exchanges:
 
     def worker_lost(self, worker_id: str) -> None:
         """Settle what a dead worker had open: what was allowed may have been used, what was asked is not begun."""
-        self._leases.lost(worker_id)
+        self._loans.lost(worker_id)
         for key in [key for key in self._open if key[0] == worker_id]:
             self._ended(key, messages.Outcome(key[1], self._open[key].agent_id, 0, 0, 0, 0, error=WORKER_DIED))
 
@@ -257,7 +257,7 @@ class Exchanges:
             policy=agent.what.policy,
             state=agent.state.value,
             grants=self._book.view(agent.agent_id),
-            budget=replace(self.ledgers.view(agent.agent_id), egress_bytes_left=self._leases.left(agent.agent_id)),
+            budget=replace(self.ledgers.view(agent.agent_id), egress_bytes_left=self._loans.left(agent.agent_id)),
             forwarding=self._route.forwarding,
             allow_networks=self._route.allow_networks,
             mcp_servers=self._route.mcp_servers,
@@ -320,8 +320,8 @@ class Exchanges:
                     503, Reason.GATEWAY_DOWN, "the gateway does not answer; try again in a moment"
                 )
             case messages.Allow() if verdict.grant_id:
-                leased = self.ledgers.bytes_left(agent.agent_id) is not None
-                verdict = self._take(agent, replace(verdict, leased=leased), opened)
+                lent = self.ledgers.bytes_left(agent.agent_id) is not None
+                verdict = self._take(agent, replace(verdict, lent=lent), opened)
         try:
             await self._keep_uses(opened)
             await self._record(agent, ask, verdict)
@@ -366,7 +366,7 @@ class Exchanges:
             status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
             return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
         opened.grant_id, opened.metered, opened.counted = verdict.grant_id, metered, verdict.counted
-        opened.leased = verdict.leased
+        opened.lent = verdict.lent
         if metered:
             opened.reserved = amounts
         return verdict
@@ -375,8 +375,8 @@ class Exchanges:
         """Write down what was taken of budget and counted uses, so that a restart gives none of it again."""
         if opened.metered:
             await self.ledgers.cover(AgentId(opened.agent_id))
-        if opened.leased:
-            await self._leases.lend(opened.worker_id, AgentId(opened.agent_id))
+        if opened.lent:
+            await self._loans.lend(opened.worker_id, AgentId(opened.agent_id))
         if opened.grant_id:
             grant = self._book.get(GrantId(opened.grant_id))
             if grant.max_uses is not None:

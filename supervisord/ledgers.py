@@ -143,7 +143,7 @@ class Ledgers:
             )
 
     def bytes_left(self, agent_id: AgentId) -> int | None:
-        """Give how many bytes may be leased to the agent; None where nothing bounds them."""
+        """Give how many bytes may be lent to the agent; None where nothing bounds them."""
         left = [kept.ledger.left().egress_bytes for kept in self._drawn(agent_id)]
         return min((bound for bound in left if bound is not None), default=None)
 

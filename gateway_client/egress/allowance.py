@@ -31,7 +31,7 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What passed since it was last told, what of the lease is given back, and how much more somebody waits for."""
+    """What passed since it was last told, what of the loan is given back, and how much more somebody waits for."""
 
     used: int
     back: int = 0
@@ -39,7 +39,7 @@ class Moved:
 
 
 @dataclass(slots=True)
-class Lease:
+class Loan:
     """The bytes of an agent's budget that the daemon has set aside for it: more are asked for before they are gone.
 
     Whoever needs more than there are waits for the daemon. Where it has no more, they do not pass, the rest counts as
@@ -47,7 +47,7 @@ class Lease:
     """
 
     tell: Callable[[Moved], None]
-    on_spent: Callable[[Lease], None]
+    on_spent: Callable[[Loan], None]
     left_bytes: int = 0
     spent: bool = False
     _low_bytes: int = 0

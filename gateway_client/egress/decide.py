@@ -138,7 +138,7 @@ class Allow:
     """What may pass on the grant, by the daemon's last count; the worker goes on from the first it was told."""
     counted: bool = True
     """Whether it is a use of the grant; what only keeps a session going is none."""
-    leased: bool = False
+    lent: bool = False
     """Whether its bytes are counted on what the daemon lends of the agent's budget."""
 
 

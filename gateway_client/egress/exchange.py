@@ -11,7 +11,7 @@ from gateway_client.egress.decide import BUDGET_SPENT
 from gateway_client.egress.messages import Outcome, Usage
 
 if TYPE_CHECKING:
-    from gateway_client.egress.allowance import Allowance, Lease
+    from gateway_client.egress.allowance import Allowance, Loan
     from gateway_client.egress.messages import HttpVersion
 
 guardrails_chars_max: Final = 500
@@ -85,10 +85,10 @@ class Exchange:
     response_sha256: str = ""
     error: str = ""
     allowance: Allowance | None = None
-    lease: Lease | None = None
+    loan: Loan | None = None
     """None: no budget bounds the bytes of its agent."""
     waiting: int = 0
-    """How often it waits for more of its lease: it then learns from that where there is none."""
+    """How often it waits for more of its loan: it then learns from that where there is none."""
     first_byte: float | None = None
     """When the first byte of the answer's body came, on the clock of `started`."""
     guardrails: str = ""
@@ -101,11 +101,11 @@ class Exchange:
         """Return once that many more bytes may pass; raise BytesSpent where its grant or budget does not have them."""
         if self.allowance is not None and not self.allowance.take(count):
             raise GrantSpent
-        if self.lease is not None and not self.lease.take_now(count):
+        if self.loan is not None and not self.loan.take_now(count):
             self.waiting += 1
             try:
                 taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-                self.lease.when_taken(count, lambda there: None if taken.done() else taken.set_result(there))
+                self.loan.when_taken(count, lambda there: None if taken.done() else taken.set_result(there))
                 if not await taken:
                     raise BudgetSpent
             finally:
@@ -116,7 +116,7 @@ class Exchange:
         """Say what of its bounds no more bytes are left of; empty where there are."""
         if self.allowance is not None and self.allowance.spent:
             return str(GrantSpent())
-        return BUDGET_SPENT if self.lease is not None and self.lease.spent else ""
+        return BUDGET_SPENT if self.loan is not None and self.loan.spent else ""
 
     def outcome(self, *, now: float) -> Outcome:
         return Outcome(

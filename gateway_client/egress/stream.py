@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway_client.egress.allowance import Allowance, Lease
+    from gateway_client.egress.allowance import Allowance, Loan
 
 unread_bytes_max: Final = 64 * 1024
 unsent_bytes_max: Final = 256 * 1024
@@ -41,7 +41,7 @@ class Stream(asyncio.Protocol):
         self._writer: asyncio.Future[None] | None = None
         self._relay_end: asyncio.Future[None] | None = None
         self._allowance: Allowance | None = None
-        self._lease: Lease | None = None
+        self._loan: Loan | None = None
         self._held = False
         self.on_lost: Callable[[], None] | None = None
         self.received_bytes = 0
@@ -64,7 +64,7 @@ class Stream(asyncio.Protocol):
                 self.reset()
                 peer.reset()
                 return
-            if self._held or (self._lease is not None and not self._lease.take_now(len(data))):
+            if self._held or (self._loan is not None and not self._loan.take_now(len(data))):
                 self._chunks.append(data)
                 self._hold()
                 return
@@ -194,12 +194,12 @@ class Stream(asyncio.Protocol):
     # --- the relay
 
     def splice(
-        self, other: Stream, allowance: Allowance | None = None, lease: Lease | None = None
+        self, other: Stream, allowance: Allowance | None = None, loan: Loan | None = None
     ) -> asyncio.Future[None]:
         """Join two streams: every byte of one is written to the other until both have ended or one is lost.
 
         With an `allowance`, both are reset before a byte too many passes; what is unread by now counts as well. So
-        with a `lease`, whose bytes may have to be waited for.
+        with a `loan`, whose bytes may have to be waited for.
         """
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if allowance is not None and not allowance.take(self._unread + other._unread):
@@ -209,7 +209,7 @@ class Stream(asyncio.Protocol):
             return end
         for near, far in ((self, other), (other, self)):
             near._relay_end = end  # noqa: SLF001
-            near._allowance, near._lease = allowance, lease  # noqa: SLF001
+            near._allowance, near._loan = allowance, loan  # noqa: SLF001
             near._unread = 0  # noqa: SLF001
             near._peer = far  # noqa: SLF001
         for near, far in ((self, other), (other, self)):
@@ -223,14 +223,14 @@ class Stream(asyncio.Protocol):
         return end
 
     def _hold(self) -> None:
-        """Take nothing more, and go on when the lease has what is here."""
-        if self._held or self._lease is None:
+        """Take nothing more, and go on when the loan has what is here."""
+        if self._held or self._loan is None:
             return
         self._pause()
         self._held = True
-        self._lease.when_taken(len(self._chunks[0]), self._leased)
+        self._loan.when_taken(len(self._chunks[0]), self._lent)
 
-    def _leased(self, there: bool) -> None:  # noqa: FBT001 - it is the answer
+    def _lent(self, there: bool) -> None:  # noqa: FBT001 - it is the answer
         peer = self._peer
         if peer is None or peer._transport is None or self._lost or peer._lost:  # noqa: SLF001
             return
@@ -243,12 +243,12 @@ class Stream(asyncio.Protocol):
         self._pass_held()
 
     def _pass_held(self) -> None:
-        """Pass what was read before the relay began, or while it waited for its lease."""
+        """Pass what was read before the relay began, or while it waited for its loan."""
         peer = self._peer
         if peer is None or self._held:
             return
         while self._chunks:
-            if self._lease is not None and not self._lease.take_now(len(self._chunks[0])):
+            if self._loan is not None and not self._loan.take_now(len(self._chunks[0])):
                 self._hold()
                 return
             peer.put(self._chunks.popleft())

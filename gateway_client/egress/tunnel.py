@@ -39,7 +39,7 @@ async def client_hello(stream: Stream, begun: bytes, host: str, limits: Limits) 
 
 async def relay(stream: Stream, upstream: Stream, limits: Limits, exchange: Exchange) -> None:
     """Relay until both sides ended, one is lost, the bytes of grant or budget are spent, or nothing moved for long."""
-    end = stream.splice(upstream, exchange.allowance, exchange.lease)
+    end = stream.splice(upstream, exchange.allowance, exchange.loan)
     moved = -1
     while not end.done():
         await asyncio.wait((end,), timeout=limits.tunnel_idle_seconds_max)

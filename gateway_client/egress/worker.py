@@ -16,7 +16,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, assert_never
 
 from gateway_client.egress import messages
-from gateway_client.egress.allowance import Allowance, Lease, Moved
+from gateway_client.egress.allowance import Allowance, Loan, Moved
 from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.codec import BadFrame
@@ -95,7 +95,7 @@ class Worker:
         self._rejects: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._allowances: dict[tuple[str, str], Allowance] = {}
-        self._leases: dict[str, Lease] = {}
+        self._loans: dict[str, Loan] = {}
         self._open_of: dict[str, int] = {}
         """How many exchanges of each agent are open."""
         self._next_x = 1
@@ -158,33 +158,33 @@ class Worker:
                 assert_never(message)
 
     def _lend(self, message: messages.Lend) -> None:
-        lease = self._lease(message.agent_id)
-        lease.lend(message.count, last=message.last)
+        loan = self._loan(message.agent_id)
+        loan.lend(message.count, last=message.last)
         if message.agent_id not in self._open_of:  # it ended while this was on its way
-            self._end_lease(message.agent_id)
+            self._end_loan(message.agent_id)
 
-    def _lease(self, agent_id: str) -> Lease:
+    def _loan(self, agent_id: str) -> Loan:
         """Give what counts the bytes of an agent; anew where the one before is used up."""
-        lease = self._leases.get(agent_id)
-        if lease is None or lease.spent:
+        loan = self._loans.get(agent_id)
+        if loan is None or loan.spent:
 
             def tell(moved: Moved) -> None:
                 self._tell(messages.Moved(agent_id, moved.used, moved.back, moved.want))
 
-            self._leases[agent_id] = lease = Lease(tell, self._cut_lease)
-        return lease
+            self._loans[agent_id] = loan = Loan(tell, self._cut_loan)
+        return loan
 
-    def _end_lease(self, agent_id: str) -> None:
-        lease = self._leases.pop(agent_id, None)
-        if lease is not None:
-            lease.end()
+    def _end_loan(self, agent_id: str) -> None:
+        loan = self._loans.pop(agent_id, None)
+        if loan is not None:
+            loan.end()
 
-    def _cut_lease(self, lease: Lease) -> None:
+    def _cut_loan(self, loan: Loan) -> None:
         """Reset whatever is open on a budget that is used up; what waits for bytes of it ends by itself."""
         for agent in self._agents.values():
             for connection in list(agent.connections):
                 exchange = connection.exchange
-                if exchange is not None and exchange.lease is lease and not exchange.waiting:
+                if exchange is not None and exchange.loan is loan and not exchange.waiting:
                     exchange.error = BUDGET_SPENT
                     connection.cut()
 
@@ -414,8 +414,8 @@ class Worker:
             # Counted on from what it was when this worker first heard of it: the daemon hears of bytes afterwards.
             key = (agent_id, verdict.grant_id)
             exchange.allowance = self._allowances.setdefault(key, Allowance(verdict.bytes_left))
-        if isinstance(verdict, Allow) and verdict.leased:
-            exchange.lease = self._lease(agent_id)
+        if isinstance(verdict, Allow) and verdict.lent:
+            exchange.loan = self._loan(agent_id)
         return exchange, verdict
 
     async def upstream(self, exchange: Exchange) -> Stream:
@@ -465,7 +465,7 @@ class Worker:
                 self._open_of[exchange.agent_id] = left
             else:
                 del self._open_of[exchange.agent_id]
-                self._end_lease(exchange.agent_id)
+                self._end_loan(exchange.agent_id)
             self._tell(exchange.outcome(now=self._loop.time()))
 
     def rejected(self, agent_id: str, reject: Reject) -> None:

@@ -23,7 +23,7 @@ BIG = 8 << 20
 """Bytes of the site's `/big`."""
 MIB = 1 << 20
 MIDDLE = 40 * MIB
-"""More than 16 connections have on their way through sockets and buffers, and a lease and blocks of 200 MiB."""
+"""More than 16 connections have on their way through sockets and buffers, and a loan and blocks of 200 MiB."""
 POLICY = f"""
 kind: Policy
 name: {{name}}

@@ -413,7 +413,7 @@ async def test_the_bytes_of_a_budget_hold_and_are_waited_for(tmp_path: Path, mos
         def judge(ask: messages.Ask) -> messages.Verdict:
             verdict = decide(ask.request, decided, now=0)
             assert isinstance(verdict, messages.Allow)
-            return replace(verdict, leased=verdict.upstream.opens)
+            return replace(verdict, lent=verdict.upstream.opens)
 
         side.plane.answer = judge
         got = await side.ask(get(method="PUT", body=body) if up else get())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_client.egress.allowance import Allowance, Lease, Moved
+from gateway_client.egress.allowance import Allowance, Loan, Moved
 from gateway_client.egress.exchange import BudgetSpent, Exchange, GrantSpent
 from gateway_client.egress.stream import Stream
 
@@ -27,7 +27,7 @@ class Daemon:
         self.told: list[Moved] = []
         self.wanted: list[int] = []
         self.cut = 0
-        self.lease = Lease(self.tell, self.spent)
+        self.loan = Loan(self.tell, self.spent)
 
     def tell(self, moved: Moved) -> None:
         self.told.append(moved)
@@ -40,9 +40,9 @@ class Daemon:
     def lend(self) -> None:
         count = min(self.left, max(self.piece, self.wanted.pop(0)))
         self.left -= count
-        self.lease.lend(count, last=not self.left)
+        self.loan.lend(count, last=not self.left)
 
-    def spent(self, _lease: Lease) -> None:
+    def spent(self, _loan: Loan) -> None:
         self.cut += 1
 
     @property
@@ -51,7 +51,7 @@ class Daemon:
 
 
 def an_exchange(daemon: Daemon) -> Exchange:
-    return Exchange(x=1, agent_id="ag", started=0.0, lease=daemon.lease)
+    return Exchange(x=1, agent_id="ag", started=0.0, loan=daemon.loan)
 
 
 async def test_what_was_lent_passes_to_the_last_byte_and_not_one_more() -> None:
@@ -62,7 +62,7 @@ async def test_what_was_lent_passes_to_the_last_byte_and_not_one_more() -> None:
     assert (exchange.used_up, daemon.cut) == ("", 0)
     with pytest.raises(BudgetSpent):
         await exchange.take(1)
-    assert (daemon.used, daemon.cut, daemon.lease.spent) == (100, 1, True)
+    assert (daemon.used, daemon.cut, daemon.loan.spent) == (100, 1, True)
     assert exchange.used_up == "the agent's budget of egress_bytes is used up"
     with pytest.raises(BudgetSpent):
         await exchange.take(1)
@@ -89,7 +89,7 @@ async def test_who_needs_more_than_there_is_waits_and_nobody_overtakes() -> None
     tasks = [asyncio.create_task(take(first, 50, "long")), asyncio.create_task(take(second, 1, "short"))]
     await asyncio.sleep(0)
     assert (first.waiting, second.waiting, order) == (1, 1, [])
-    daemon.lease.lend(10, last=False)  # with another exchange's answer: too little for the first
+    daemon.loan.lend(10, last=False)  # with another exchange's answer: too little for the first
     await asyncio.sleep(0)
     assert order == []
     while daemon.wanted:
@@ -101,21 +101,21 @@ async def test_who_needs_more_than_there_is_waits_and_nobody_overtakes() -> None
 
 async def test_more_is_asked_for_before_it_is_gone() -> None:
     daemon = Daemon(1000, piece=100, at_once=False)
-    daemon.lease.lend(100, last=False)
-    assert daemon.lease.take_now(50)
+    daemon.loan.lend(100, last=False)
+    assert daemon.loan.take_now(50)
     assert daemon.wanted == []
-    assert daemon.lease.take_now(1)
+    assert daemon.loan.take_now(1)
     assert len(daemon.wanted) == 1
-    assert daemon.lease.take_now(49)
+    assert daemon.loan.take_now(49)
     assert len(daemon.wanted) == 1, "one question at a time"
 
 
 async def test_what_is_left_is_given_back_when_nothing_is_open() -> None:
     daemon = Daemon(100)
     await an_exchange(daemon).take(3)
-    daemon.lease.end()
+    daemon.loan.end()
     assert (daemon.used, daemon.left) == (3, 97)
-    daemon.lease.end()
+    daemon.loan.end()
     assert sum(moved.back for moved in daemon.told) == 7
 
 
@@ -149,11 +149,11 @@ def test_many_at_once_pass_no_more_than_there_was_and_nothing_gets_lost(
                 passed += count
 
         await asyncio.wait_for(asyncio.gather(*map(one, wishes)), 5)
-        daemon.lease.end()
+        daemon.loan.end()
         assert passed <= most
         assert daemon.used + daemon.left == most
-        assert passed == sum(map(sum, wishes)) or daemon.lease.spent
-        assert daemon.used == (most if daemon.lease.spent else passed)
+        assert passed == sum(map(sum, wishes)) or daemon.loan.spent
+        assert daemon.used == (most if daemon.loan.spent else passed)
 
     asyncio.run(run())
 
@@ -191,17 +191,17 @@ class Wire:
         return None
 
 
-def a_relay(lease: Lease, *, unread: bytes = b"") -> tuple[Stream, Wire, Stream, Wire, asyncio.Future[None]]:
+def a_relay(loan: Loan, *, unread: bytes = b"") -> tuple[Stream, Wire, Stream, Wire, asyncio.Future[None]]:
     near, far, near_wire, far_wire = Stream(), Stream(), Wire(), Wire()
     near.connection_made(near_wire)  # type: ignore[arg-type]
     far.connection_made(far_wire)  # type: ignore[arg-type]
     near.unread(unread)
-    return near, near_wire, far, far_wire, near.splice(far, None, lease)
+    return near, near_wire, far, far_wire, near.splice(far, None, loan)
 
 
-async def test_a_relay_waits_for_its_lease_and_takes_nothing_meanwhile() -> None:
+async def test_a_relay_waits_for_its_loan_and_takes_nothing_meanwhile() -> None:
     daemon = Daemon(100, at_once=False)
-    near, near_wire, far, far_wire, end = a_relay(daemon.lease, unread=b"hello ")
+    near, near_wire, far, far_wire, end = a_relay(daemon.loan, unread=b"hello ")
     assert (far_wire.written, near_wire.reading) == (b"", False)
     near.data_received(b"world")  # was on its way
     near.eof_received()
@@ -213,13 +213,13 @@ async def test_a_relay_waits_for_its_lease_and_takes_nothing_meanwhile() -> None
     far.data_received(b"!")
     far.eof_received()
     assert (near_wire.written, near_wire.ended, end.done()) == (b"!", True, True)
-    daemon.lease.end()
+    daemon.loan.end()
     assert daemon.used == 12
 
 
 async def test_a_relay_is_reset_where_there_is_no_more() -> None:
     daemon = Daemon(8, at_once=False)
-    near, near_wire, _far, far_wire, _end = a_relay(daemon.lease)
+    near, near_wire, _far, far_wire, _end = a_relay(daemon.loan)
     near.data_received(b"12345678")
     daemon.lend()
     assert far_wire.written == b"12345678"

@@ -328,7 +328,7 @@ async def test_bytes_are_lent_before_the_answer_and_only_where_a_budget_bounds_t
         await until(lambda bench=bench: bench.plane.answers)  # type: ignore[misc]
         answer = bench.plane.answers[1]
         assert isinstance(answer, messages.Allow)
-        assert (answer.leased, bench.plane.lent) == (bool(lent), lent)
+        assert (answer.lent, bench.plane.lent) == (bool(lent), lent)
 
 
 @pytest.mark.parametrize("request_", [tunnel, fetch, chat])
