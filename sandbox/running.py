@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS: Final = 0.001
 POLL_SECONDS_MAX: Final = 0.05
+POLL_PART: Final = 0.03
+KILL_AGAIN_SECONDS: Final = 0.05
 # From then on it is looked at less often. It is never let go of before it is empty: what says "nothing is left" is a
 # receipt that is signed.
 EMPTY_SECONDS_MAX: Final = 30.0
@@ -66,6 +68,7 @@ class Ending:
     began: float
     processes: int
     egress_cut_ms: float
+    next_kill_seconds: float = KILL_AGAIN_SECONDS
     dead_ms: float = 0.0
     problem: str = ""
     left: tuple[int, ...] = ()
@@ -176,26 +179,31 @@ class Agent:
         self.ending = Ending(began, processes, cut_ms)
         self.close_control()
         self.close_builder()
-        self._wait(POLL_SECONDS)
+        self._wait()
 
-    def _wait(self, pause: float) -> None:
+    def _wait(self) -> None:
         assert self.ending is not None  # noqa: S101 - set by end(), the only caller's caller
         if self.state is State.GONE:
             return
-        again = self.loop.later(STUBBORN_POLL_SECONDS, lambda: self._wait(pause))  # also where a step of this fails
+        again = self.loop.later(STUBBORN_POLL_SECONDS, self._wait)  # also where a step of this fails
         self._reap()
         for stream in list(self.streams.values()):
             stream.poll()
         if self.pidfd >= 0 or (self.group is not None and self.group.populated()):
-            with contextlib.suppress(CannotConfine, OSError):
-                if self.group is not None and self.group.populated():
-                    self.group.kill()
             seconds = time.monotonic() - self.ending.began
+            if seconds > self.ending.next_kill_seconds:
+                # Again for what came into the group by another way than fork(2), but not at each look: while the kernel
+                # goes through the group, nothing that dies leaves it.
+                self.ending.next_kill_seconds = seconds * 2
+                with contextlib.suppress(CannotConfine, OSError):
+                    if self.group is not None and self.group.populated():
+                        self.group.kill()
             if seconds > STRANGERS_SECONDS:
                 self._reap_strangers()
             most = POLL_SECONDS_MAX if seconds < EMPTY_SECONDS_MAX else STUBBORN_POLL_SECONDS
             self.loop.cancel(again)
-            self.loop.later(pause, lambda: self._wait(min(pause * 1.5, most)))
+            # The death is seen when it is at most this part older.
+            self.loop.later(min(max(seconds * POLL_PART, POLL_SECONDS), most), self._wait)
             return
         self.ending.dead_ms = (time.monotonic() - self.ending.began) * 1000
         self._let_go()

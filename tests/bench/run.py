@@ -40,6 +40,7 @@ CROWD_POLICY: Final = "kind: Policy\nname: crowd\nversion: 1\nlimits: {memory: 4
 PROMISES: Final = (
     ("launch_vs_bwrap", "launch RPC to exec / bubblewrap's bare true", 2.0),
     ("launch_vs_bwrap_veth", "launch RPC to exec / bubblewrap with a veth", 0.5),
+    ("kill_1000_vs_bare", "kill RPC of 1,000 processes / cgroup.kill alone", 1.5),
     ("squid_vs_worker", "squid's CONNECT requests/s / the worker's", 2.0),
 )
 
@@ -220,7 +221,7 @@ def main() -> int:
         (directory / "kill").mkdir()
         with Instance.start(policies={"crowd.yaml": CROWD_POLICY}) as stockade:
             results |= starts(stockade, directory, options.rounds)
-            results |= kills(stockade, directory, max(options.rounds // 10, 3))
+            results |= kills(stockade, directory, max(options.rounds // 10, 5))
             results |= memory(stockade)
         results |= egress(directory, max(options.rounds // 10, 3))
         results |= log_rates(directory, max(options.rounds // 10, 3))
