@@ -114,6 +114,8 @@ class Stream:
             self.pid, self.pidfd = message["pid"], fds[0]
             if len(fds) > 1:
                 self._adopt_terminal(fds[1])
+        elif message.get("listener") and self.agent.watching is not None:
+            self.agent.watching.add(self.agent, self.stream_id, fds[0])
 
     def _adopt_terminal(self, master: int) -> None:
         self.terminal = master
@@ -312,7 +314,10 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         # Its streams end with the launcher, and so does it: nobody could say how it ended. Kept by execve, and set here
         # because a change of id takes it away.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
+        listener = confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
+        if listener >= 0:
+            send(control, {"listener": True}, [listener])
+            os.close(listener)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)
     except StepError as error:

@@ -112,8 +112,10 @@ def give_up(plan: SandboxPlan) -> None:
             syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> None:
+def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> int:
     """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
+
+    Returns the listener of the filter, -1 where the plan has nothing told: whoever has it answers for every exec.
 
     Landlock is for the first process and all its descendants. A process that exec starts later cannot join that domain,
     and from a domain of its own it cannot see the agent in /proc: it has one where the policy requires it, and
@@ -126,8 +128,13 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
     if wanted and "landlock" not in plan.weaken and landlock.ABI:
         with step("restrict with Landlock"):
             _landlock(plan)
-    if "seccomp" not in plan.weaken:
-        install(agent_filters(filters))
+    if "seccomp" in plan.weaken:
+        return -1
+    programs = agent_filters(filters)
+    if plan.listens:
+        return install_listening(programs)
+    install(programs)
+    return -1
 
 
 def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
@@ -163,6 +170,17 @@ def install(programs: Sequence[bytes]) -> None:
     with step("load seccomp filter"):
         for program in programs:
             syscalls.seccomp_filter(program)
+
+
+def install_listening(programs: Sequence[bytes]) -> int:
+    """Load them and return the listener of the first: whoever has it answers the calls that it asks about.
+
+    The kernel lets nobody add a second listener (EBUSY, seccomp_unotify(2)), and the filter lets nobody try.
+    """
+    with step("load seccomp filter"):
+        listener = syscalls.seccomp_listener(programs[0])
+    install(programs[1:])
+    return listener
 
 
 def _limit(plan: SandboxPlan, *, core: bool) -> None:

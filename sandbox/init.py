@@ -44,6 +44,7 @@ FD_STDOUT: Final = 4
 FD_STDERR: Final = 5
 FD_TERMINAL: Final = 6
 FD_CONTROL: Final = 7  # until it has given up everything
+FD_LISTENER: Final = 8  # of the agent's seccomp filter, if it has one: while pid 1 lives, calls that ask wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,12 @@ def _build(control: socket.socket, told: socket.socket, agent: int, store: javat
     if "user_namespace" not in weak:
         with step("enter user namespace"):
             syscalls.setns(fds[given["users"]], syscalls.CLONE_NEWUSER)
-    _reap(plan, filters, agent, control, exit_fd=fds[given["exit"]], keep=_kept(given, fds), master=master)
+    kept = {FD_EXIT: fds[given["exit"]], FD_TERMINAL: master, **_kept(given, fds)}
+    if plan.listens:
+        # Before pid 1 gives up the calls that this takes. Nothing comes where the agent's process died.
+        _, listener = receive(told)
+        kept[FD_LISTENER] = listener[0] if listener else None
+    _reap(plan, filters, agent, control, kept)
 
 
 def _terminal(plan: SandboxPlan) -> tuple[int | None, int | None]:
@@ -236,9 +242,9 @@ def _terminal(plan: SandboxPlan) -> tuple[int | None, int | None]:
         )
 
 
-def _kept(given: dict[str, Any], fds: list[int]) -> tuple[int | None, int | None]:
-    out, err = given["keep"]
-    return (None if out is None else fds[out], None if err is None else fds[err])
+def _kept(given: dict[str, Any], fds: list[int]) -> dict[int, int | None]:
+    numbers = (FD_STDOUT, FD_STDERR)
+    return {n: None if index is None else fds[index] for n, index in zip(numbers, given["keep"], strict=True)}
 
 
 def _read(fd: int) -> bytes:
@@ -279,14 +285,24 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         os.chdir("/")
         with step("take standard streams"):
             _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
-        confine.keep_only((control.fileno(),))
-        confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        confine.keep_only((control.fileno(), *((built.fileno(),) if plan.listens else ())))
+        listener = confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        listening: list[int] = []
+        if plan.listens:
+            listening.append(listener)
+            with built:
+                send(built, {"listener": True}, listening)
         clock.mark("stub close in")
         said: dict[str, Any] = {"ready": True, "securebits": syscalls.prctl(syscalls.PR_GET_SECUREBITS)}
         if plan.canary:
+            if listening:  # what canaries try asks already, and is no act of the agent
+                send(control, {"listener": True}, listening)
+                os.close(listening.pop())
             said["canary"] = canaries.run(plan)
             clock.mark("stub canaries")
-        send(control, said | {"timings_us": answer["timings_us"] | clock.steps})
+        send(control, said | {"timings_us": answer["timings_us"] | clock.steps}, listening)
+        # Before the agent's directory and program are looked up, which go where the agent has made them go.
+        close_all(listening)
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run
@@ -318,20 +334,17 @@ def _reap(
     filters: bytes,
     agent: int,
     control: socket.socket,
-    *,
-    exit_fd: int,
-    keep: tuple[int | None, int | None],
-    master: int | None,
+    kept: dict[int, int | None],
 ) -> NoReturn:
     """Give up everything, say so, reap until the agent's first process ends, write its status, end.
 
-    What is kept open: the file for the status, and the far ends of the agent's output, so that a launcher that dies
-    blocks an agent that writes and does not break it. When pid 1 ends, the kernel kills what is left in its namespace.
+    What is `kept` open, by number: the file for the status, the far ends of the agent's output, and the listener of its
+    filter, so that a launcher that dies blocks an agent that writes, or executes what is told, and does not break it.
+    When pid 1 ends, the kernel kills what is left in its namespace.
     """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     confine.take_stdio(null, null, null)
-    numbers = (FD_EXIT, FD_STDOUT, FD_STDERR, FD_TERMINAL, FD_CONTROL)
-    _keep(dict(zip(numbers, (exit_fd, *keep, master, control.detach()), strict=True)))
+    _keep({**kept, FD_CONTROL: control.detach()})
     if "private_pid" in plan.weaken:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with socket.socket(fileno=FD_CONTROL) as launcher, _reporting(launcher, ends=False):

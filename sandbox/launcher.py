@@ -37,6 +37,7 @@ from sandbox.serve import Server
 from sandbox.starters import READY, Starters
 from sandbox.sweeper import Sweeper
 from sandbox.userns import Holders
+from sandbox.watching import Watching
 
 PROXY_PORT: Final = 3128
 NETWORKS_READY: Final = 4
@@ -73,6 +74,7 @@ def main() -> int:
             preallocate=options.scratch_preallocate,
         ),
         sweeper=Sweeper(loop),
+        watching=Watching(loop, f"{options.run_dir}/watched"),
         allow_weakened=options.allow_weakened,
         exec_seconds=options.exec_seconds,
     )
@@ -96,6 +98,7 @@ def main() -> int:
     workshop.holders.close()
     workshop.pool.close()
     workshop.guard.close()
+    workshop.watching.close()
     with contextlib.suppress(OSError):
         os.unlink(f"{options.run_dir}/launcher.sock")
     layout.tidy(options.instance)

@@ -29,6 +29,7 @@ from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sweeper import Sweeper
 from sandbox.sync import StepError, ToldError, receive, send, step
 from sandbox.userns import Ahead, Holders, Making
+from sandbox.watching import Watching
 
 # Below what the daemon waits for an answer (launcher_link): it hears of a failure, and that nothing is left.
 BUILD_SECONDS_MAX: Final = 20.0
@@ -53,6 +54,7 @@ class Workshop:
     guard: Guard
     stock: Stock
     sweeper: Sweeper
+    watching: Watching
     allow_weakened: bool
     exec_seconds: float = EXEC_SECONDS_MAX
     filters: dict[str, bytes] = field(default_factory=dict)
@@ -137,6 +139,9 @@ def begin(
     agent = Agent(plan, meta, f"{workshop.run_dir}/agents/{plan.agent_id}", workshop.loop)
     agent.filters = workshop.filters.get(plan.filter_digest, b"")
     agent.exec_seconds = workshop.exec_seconds
+    agent.watching = workshop.watching
+    if plan.listens:
+        workshop.watching.ensure()
     clock = init.Clock()
     with contextlib.ExitStack() as undo:
         with step("make user namespace"):
@@ -429,7 +434,10 @@ class Follow:
         if agent.control is None:
             return
         message, fds = _hear(agent.control)
-        sync.close_all(fds)
+        try:
+            self._take_listener(message or {}, fds)
+        finally:
+            sync.close_all(fds)
         if message is None:
             self._ended()
         elif "error" in message:
@@ -444,6 +452,17 @@ class Follow:
                 self._fail(error)
                 return
             self._is_built()
+
+    def _take_listener(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Have the agent's calls answered from now on, and told of once it is ready: canaries are not its acts."""
+        agent = self._agent
+        if agent.watching is None or agent.state is not State.BUILDING:
+            return
+        ready = bool(message.get("ready"))
+        if fds:
+            agent.listening = agent.watching.add(agent, agent.agent_id, fds.pop(), told=ready)
+        elif ready and agent.listening:
+            agent.watching.begin_telling(agent.listening)
 
     def _adopt_terminal(self, master: int) -> None:
         agent = self._agent
@@ -529,6 +548,8 @@ def _verify(agent: Agent, said: dict[str, Any]) -> None:
     except (LookupError, ValueError) as error:
         # Of a kernel that tells it in another way: whatever it is, it must not end the process that holds every agent.
         raise StepError("read back confinement", 0, f"{type(error).__name__}: {error}", "report this") from error
+    if agent.plan.listens and not agent.listening:
+        raise StepError("confine agent", 0, "no listener came with its filter", "report this")
     agent.seen["securebits"] = hex(said["securebits"])
     if "canary" in said:
         agent.seen["canary"] = {"digest": canaries.digest(), **said["canary"]}
@@ -557,6 +578,7 @@ def posture(workshop: Workshop, agent: Agent) -> dict[str, Any]:
         **plan.rootfs.facts(),
         "seccomp": plan.filter_digest,
         "seccomp_filters": seen["seccomp_filters"],
+        "record": {"execs": plan.listens and plan.record.execs, "refusals": plan.listens and plan.record.refusals},
         "no_new_privs": seen["no_new_privs"],
         "capabilities": seen["capabilities"],
         "securebits": seen["securebits"],

@@ -246,6 +246,30 @@ class Tty:
         return f"terminal {self.rows}x{self.cols}"
 
 
+ARGUMENTS_TOLD_MAX: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the agent's processes do that is told of; the filter of the plan is one that asks (sandbox/watcher.py)."""
+
+    execs: bool = False
+    refusals: bool = False
+    arguments: int = 1  # of each exec, from the first
+
+    @property
+    def listens(self) -> bool:
+        return self.execs or self.refusals
+
+    def validate(self) -> None:
+        if not 0 <= self.arguments <= ARGUMENTS_TOLD_MAX:
+            raise InvalidPlan(f"record.arguments: {self.arguments} is outside of 0..{ARGUMENTS_TOLD_MAX}")
+
+    def describe(self) -> str:
+        what = {"execs": self.execs, f"{self.arguments} arguments": self.execs, "refused calls": self.refusals}
+        return f"tell of {', '.join(name for name, told in what.items() if told) or 'no system call'}"
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxPlan:
     """One sandbox, complete. Order of the steps that perform it: `sandbox/init.py`."""
@@ -276,6 +300,7 @@ class SandboxPlan:
     ca_certificate: str | None = None  # PEM that only this sandbox trusts, added to the host's bundle
     weaken: tuple[str, ...] = ()
     home: str | None = None  # the name of a home that is kept; None: it ends with the agent
+    record: Record = Record()
 
     VERSION: ClassVar[int] = 1
 
@@ -302,6 +327,7 @@ class SandboxPlan:
         """Check what types cannot say; raises `InvalidPlan`."""
         self.ids.validate()
         self.limits.validate()
+        self.record.validate()
         _check_name("agent_id", self.agent_id, most=64)
         _check_name("instance", self.instance, most=24)
         _check_name("hostname", self.hostname, most=63)
@@ -345,6 +371,11 @@ class SandboxPlan:
             if len(file.text) > TEXT_BYTES_MAX:
                 raise InvalidPlan(f"etc.{file.name}: longer than {TEXT_BYTES_MAX} characters")
 
+    @property
+    def listens(self) -> bool:
+        """Whether some calls of its processes ask the watcher."""
+        return self.record.listens and "seccomp" not in self.weaken
+
     def describe(self) -> Iterator[str]:
         """Yield a line for each step, in the order in which they happen."""
         yield f"agent {self.agent_id} of instance {self.instance}, host name {self.hostname}"
@@ -362,6 +393,8 @@ class SandboxPlan:
         yield "fresh /proc (masked, hidepid), six devices, own devpts; everything nosuid; pivot_root, old root detached"
         yield f"uid {self.uid} gid {self.gid} inside, no capability, no_new_privs, Landlock {self.landlock}"
         yield f"seccomp filter {self.filter_digest or 'none'}"
+        if self.record.listens:
+            yield self.record.describe()
         if self.require:
             yield f"refuse a host without {', '.join(self.require)}"
         if self.degraded_ok:

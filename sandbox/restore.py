@@ -138,6 +138,7 @@ def _load(server: Server, directory: str) -> Agent | None:
     )
     agent.own_child = False
     agent.exec_seconds = server.workshop.exec_seconds
+    agent.watching = server.workshop.watching
     agent.state = State.RUNNING
     agent.started_at = os.stat(f"{directory}/state.json").st_mtime
     agent.frozen = group.frozen()
@@ -194,6 +195,10 @@ def _reconnect(agent: Agent) -> None:
             file = RotatingFile(f"{agent.directory}/stdout.log", share // 2)
             agent.pumps.append(Pump(agent.loop, os.dup(agent.terminal), file))
             agent.feed = Feed(agent.loop, os.dup(agent.terminal), terminal=True)
+    if agent.plan.listens and agent.watching is not None:
+        with contextlib.suppress(OSError):
+            fd = syscalls.pidfd_getfd(agent.pidfd, init.FD_LISTENER)
+            agent.listening = agent.watching.restore(agent, fd)
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
             first = children.read().split()[0]

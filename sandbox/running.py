@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sandbox.plan import SandboxPlan
     from sandbox.scratch import Image
     from sandbox.stdio import Feed, Pump
+    from sandbox.watching import Watching
 
 POLL_SECONDS: Final = 0.001
 POLL_SECONDS_MAX: Final = 0.05
@@ -89,6 +90,8 @@ class Agent:
     image: "Image | None" = None
     home: "Image | None" = None
     put_away: "Callable[[Image], None] | None" = None
+    watching: "Watching | None" = None
+    listening: int = 0  # key of the listener of its first process
     pid: int = 0
     pidfd: int = -1
     agent_pidfd: int = -1
@@ -269,6 +272,8 @@ class Agent:
             if image is not None and self.put_away is not None:
                 self.put_away(image)
         self.image = self.home = None
+        if self.watching is not None:
+            self.watching.end_agent(self.agent_id)
         oom = self._remove_group(ending)
         self._leave_status(oom=oom or self.over_memory)
         self.state = State.GONE

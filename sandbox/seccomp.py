@@ -31,6 +31,8 @@ NOTHING: Final = "nothing"  # says that it was done, and does nothing: errno 0 (
 PROFILE_BYTES_MAX: Final = 1 << 20
 INSTRUCTIONS_MAX: Final = 4096  # BPF_MAXINSNS
 ARGUMENT_MAX: Final = 5
+EXEC_CALLS: Final = ("execve", "execveat")
+TOLD_ANSWER: Final = "EPERM"  # what a process answers that does not know the profile (sandbox/watcher.py)
 _U64_MAX: Final = 2**64 - 1
 _JUMP_MAX: Final = 255
 _Instruction: TypeAlias = tuple[int, str, str, int]
@@ -272,9 +274,15 @@ def _errno(where: str, value: object) -> str:
 # --- compiling -----------------------------------------------------------------------------------------------------
 
 
-def compile(profile: Profile) -> Filters:  # noqa: A001 - always used as seccomp.compile
-    """The programs for this machine's architecture; raises `InvalidProfile` where there is none."""
-    main, unknown = _allow_list(profile)
+def compile(profile: Profile, *, execs: bool = False, refusals: bool = False) -> Filters:  # noqa: A001 - always used as seccomp.compile
+    """The programs for this machine's architecture; raises `InvalidProfile` where there is none.
+
+    With `execs` every execve asks whoever listens on the first program, with `refusals` so does what no group allows.
+    Nobody listening is ENOSYS for all of these (seccomp_unotify(2)): they fail closed.
+    """
+    if execs or refusals:
+        _check_tellable(profile)
+    main, unknown = _allow_list(profile, execs=execs, refusals=refusals)
     programs, init = (main, _second(profile)), _init(profile)
     for program in (init, *programs):
         if len(program) // 8 > INSTRUCTIONS_MAX:
@@ -285,9 +293,21 @@ def compile(profile: Profile) -> Filters:  # noqa: A001 - always used as seccomp
     return Filters(f"sha256:{digest.hexdigest()}", programs, init, tuple(unknown))
 
 
+def _check_tellable(profile: Profile) -> None:
+    """Refuse a profile whose answers are not what the watcher says, which knows none: an exec goes on, the rest EPERM.
+
+    An exec that the profile refuses, or allows under a condition, would go on; a default of another errno would change.
+    """
+    allowed = {call for group in profile.groups if group.action == ALLOW and not group.when for call in group.calls}
+    if missing := [call for call in EXEC_CALLS if call not in allowed]:
+        raise InvalidProfile(f"profile {profile.name}: nothing can be told where {missing[0]} is not always allowed")
+    if profile.default != TOLD_ANSWER:
+        raise InvalidProfile(f"profile {profile.name}: nothing can be told where the default is not {TOLD_ANSWER}")
+
+
 def _init(profile: Profile) -> bytes:
     """The program of pid 1, whatever the profile allows the agent."""
-    built = _filter(profile)
+    built = _filter(_refuse(profile.default), profile)
     for call in INIT_CALLS:
         number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
         if number >= 0:
@@ -299,28 +319,40 @@ def _refuse(name: str) -> int:
     return int(pyseccomp.ERRNO(getattr(errno, name)))
 
 
-def _allow_list(profile: Profile) -> tuple[bytes, list[str]]:
+def call_name(number: int) -> str:
+    """Return the name of a call of this machine, or its number where this libseccomp has none: agents make them up."""
+    try:
+        name = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, number)
+    except ValueError:
+        return str(number)
+    return name.decode() if isinstance(name, bytes) else str(number)
+
+
+def _allow_list(profile: Profile, *, execs: bool, refusals: bool) -> tuple[bytes, list[str]]:
     """The first program, and the calls that this libseccomp does not know, which stay refused."""
-    built = _filter(profile)
+    built = _filter(int(pyseccomp.NOTIFY) if refusals else _refuse(profile.default), profile)
     # A binary tree: the kernel runs a program for every call number when it is loaded (seccomp_cache_prepare).
     built.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)
     unknown = []
     for group in profile.groups:
         action = int(pyseccomp.ALLOW) if group.action == ALLOW else _refuse(group.action)
         if action == _refuse(profile.default):
-            continue
+            continue  # also where the default is told of: it is the same answer
         conditions = [pyseccomp.Arg(c.argument, pyseccomp.MASKED_EQ, c.mask, c.equals) for c in group.when]
         for call in group.calls:
             number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
             if number == -1:  # __NR_SCMP_ERROR
                 unknown.append(call)
             elif number >= 0:  # below -1: a call of other architectures only
-                built.add_rule(action, number, *conditions)
+                told = execs and call in EXEC_CALLS and group.action == ALLOW
+                if told and refusals:
+                    continue  # the default; libseccomp takes no rule that says the same
+                built.add_rule(int(pyseccomp.NOTIFY) if told else action, number, *conditions)
     return _exported(built), unknown
 
 
-def _filter(profile: Profile) -> pyseccomp.SyscallFilter:
-    built = pyseccomp.SyscallFilter(_refuse(profile.default))
+def _filter(default: int, profile: Profile) -> pyseccomp.SyscallFilter:
+    built = pyseccomp.SyscallFilter(default)
     # Also the answer to x32 numbers and to int 0x80: only the native ABI is in the filter.
     built.set_attr(pyseccomp.Attr.ACT_BADARCH, _refuse(profile.other_architectures))
     return built

@@ -25,9 +25,10 @@
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
 (agent_id, meta, posture + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id,
-status) and `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there); a status is
-`{"code", "signal"}`, one of them null. The stream_id of an agent's first process is its agent_id. The peer
-must be root (SO_PEERCRED). Nothing here blocks; what takes time answers later.
+status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there) and `called` (agent_id,
+stream_id, events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`, one of them null. The stream_id
+of an agent's first process is its agent_id. The peer must be root (SO_PEERCRED). Nothing here blocks; what takes time
+answers later.
 """
 
 # ruff: noqa: PTH108, PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
@@ -52,6 +53,7 @@ from sandbox.cgroups import CannotConfine
 from sandbox.launching import Follow, Workshop
 from sandbox.limits_watch import Kind, Watch
 from sandbox.loop import READ, WRITE
+from sandbox.notices import Kept
 from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
 from sandbox.running import PIDS_SHOWN_MAX, Agent, State, agent_error, read_status
 from sandbox.scratch import CannotMakeScratch
@@ -158,6 +160,8 @@ class Server:
         self.connections: set[Connection] = set()
         self.on_change: list[Callable[[Agent, str], None]] = []
         self.watch = Watch(self.loop, self.agents, self._met_limit)
+        self.told = Kept()
+        workshop.watching.say = self._told
         self._follows: dict[str, Follow] = {}
         self._listener = listener
         listener.setblocking(False)
@@ -297,6 +301,8 @@ class Server:
             if a.pidfd >= 0:
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
                 connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta, "posture": a.posture}, its)
+        for agent_id, stream_id, event in self.told.take():
+            self._told(agent_id, stream_id, [event])
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -621,6 +627,12 @@ class Server:
         if kind in limit:
             details["limit"] = limit[kind]
         self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+
+    def _told(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
+        if any(connection.greeted for connection in self.connections):
+            self.broadcast({"ev": "called", "agent_id": agent_id, "stream_id": stream_id, "events": events})
+        else:
+            self.told.add(agent_id, stream_id, events)
 
     def _show(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         bind = decode(Bind, message["bind"], "bind")

@@ -39,9 +39,17 @@ _NR: Final = {
     "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
 } | (
-    {"pivot_root": 41, "keyctl": 219, "seccomp": 277, "capset": 91, "capget": 90}
+    {"pivot_root": 41, "keyctl": 219, "seccomp": 277, "capset": 91, "capget": 90, "process_vm_readv": 270, "ioctl": 29}
     if platform.machine() == "aarch64"
-    else {"pivot_root": 155, "keyctl": 250, "seccomp": 317, "capset": 126, "capget": 125}
+    else {
+        "pivot_root": 155,
+        "keyctl": 250,
+        "seccomp": 317,
+        "capset": 126,
+        "capget": 125,
+        "process_vm_readv": 310,
+        "ioctl": 16,
+    }
 )
 
 # Values of clone(2), unshare(2), setns(2).
@@ -137,6 +145,9 @@ FAN_DENY: Final = 2
 # Values of seccomp(2).
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_SPEC_ALLOW: Final = 4
+SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 8
+SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 32  # Linux 5.19
+SECCOMP_USER_NOTIF_FLAG_CONTINUE: Final = 1
 
 # Values of keyctl(2).
 KEYCTL_JOIN_SESSION_KEYRING: Final = 1
@@ -481,9 +492,93 @@ def seccomp_filter(program: bytes, flags: int = 0) -> None:
     _syscall("seccomp", "SET_MODE_FILTER", c_uint(SECCOMP_SET_MODE_FILTER), c_uint(flags), ctypes.byref(fprog))
 
 
+def seccomp_listener(program: bytes) -> int:
+    """Install a BPF program and return what its notifications are read from. Source: man page seccomp_unotify.
+
+    A call that was read waits on through signals that do not kill, where the kernel can: a program with timers would
+    otherwise ask again and again.
+    """
+    count, rest = divmod(len(program), BPF_INSTRUCTION_BYTES)
+    if rest or not 0 < count <= BPF_INSTRUCTIONS_MAX:
+        raise OSError(_errno.EINVAL, f"seccomp(filter of {len(program)} bytes): not a BPF program")
+    fprog = _SockFprog(count, (_SockFilter * count).from_buffer_copy(program))
+    flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+    arguments = (c_uint(SECCOMP_SET_MODE_FILTER), ctypes.byref(fprog))
+    try:
+        return _syscall("seccomp", "NEW_LISTENER", arguments[0], c_uint(flags), arguments[1])
+    except OSError as error:
+        if error.errno != _errno.EINVAL:  # before Linux 5.19
+            raise
+        return _syscall("seccomp", "NEW_LISTENER", arguments[0], c_uint(SECCOMP_FILTER_FLAG_NEW_LISTENER), arguments[1])
+
+
+class Notice(ctypes.Structure):
+    """A call that waits: struct seccomp_notif with its struct seccomp_data. The pid is of the reader's namespace."""
+
+    _fields_ = (
+        ("cookie", c_uint64),
+        ("pid", c_uint32),
+        ("flags", c_uint32),
+        ("number", c_int),
+        ("arch", c_uint32),
+        ("instruction", c_uint64),
+        ("arguments", c_uint64 * 6),
+    )
+
+
+class Desk(ctypes.Structure):
+    """Memory that the watcher shares with the launcher: the call that it has in hand, and how often it came round."""
+
+    _fields_ = (("notice", Notice), ("turns", c_uint64))
+
+
+DESK_BYTES: Final = ctypes.sizeof(Desk)
+_NOTIF_ANSWER: Final = struct.Struct("=QqiI")  # struct seccomp_notif_resp
+NOTIF_RECV: Final = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV, _IOWR('!', 0, struct seccomp_notif)
+NOTIF_SEND: Final = 0xC0182101
+NOTIF_ID_VALID: Final = 0x40082102
+
+
+def notice_receive(listener: int, notice: Notice) -> None:
+    """Take a call that waits, or wait for one (poll(2) first); raises ENOENT where who called is dead already.
+
+    The kernel writes it to where it is meant to be: whoever shares that memory knows of every call that was taken.
+    """
+    ctypes.memset(ctypes.byref(notice), 0, ctypes.sizeof(notice))
+    _syscall("ioctl", "NOTIF_RECV", c_uint(listener), c_ulong(NOTIF_RECV), ctypes.byref(notice))
+
+
+def notice_valid(listener: int, cookie: int) -> bool:
+    """Return whether who called still waits, so that what was read by its pid was its own."""
+    try:
+        fcntl.ioctl(listener, NOTIF_ID_VALID, struct.pack("=Q", cookie))
+    except OSError:
+        return False
+    return True
+
+
+def notice_answer(listener: int, cookie: int, error: int) -> None:
+    """Let the call go on (0), or fail with this errno; raises ENOENT where nobody waits any more."""
+    flags = 0 if error else SECCOMP_USER_NOTIF_FLAG_CONTINUE
+    fcntl.ioctl(listener, NOTIF_SEND, _NOTIF_ANSWER.pack(cookie, 0, -error, flags))
+
+
 def keyctl_join_session_keyring() -> None:
     """Leave the session keyring of the parent for a new, empty and anonymous one."""
     _syscall("keyctl", "JOIN_SESSION_KEYRING", KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0)
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (("base", c_uint64), ("length", c_size_t))
+
+
+def read_memory(pid: int, address: int, most: int) -> bytes:
+    """Return what a process has there, less where its memory ends. Source: man page process_vm_readv, section 2."""
+    buffer = ctypes.create_string_buffer(most)
+    ours, theirs = _Span(ctypes.addressof(buffer), most), _Span(address, most)
+    count = c_ulong(1)
+    got = _syscall("process_vm_readv", pid, pid, ctypes.byref(ours), count, ctypes.byref(theirs), count, c_ulong(0))
+    return buffer.raw[:got]
 
 
 class _CapHeader(ctypes.Structure):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "sandbox" / "launcher.py"
 FILTER = "test-filter"
+TELLING = "test-filter-telling"  # of plans with Record(execs=True, refusals=True)
 ENV = (
     ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
     ("HOME", "/home/agent"),
@@ -132,6 +133,7 @@ class Launcher:
             launcher.request("hello")
             if filters:
                 launcher.send_filter(FILTER, default_filter())
+                launcher.send_filter(TELLING, default_filter(telling=True))
         except BaseException:
             launcher.close()
             raise
@@ -328,12 +330,13 @@ def _connect(run_dir: Path) -> socket.socket:
             return sock
 
 
-_compiled: list[bytes] = []
+_compiled: dict[bool, bytes] = {}
 
 
-def default_filter() -> bytes:
-    """Return the default profile, compiled once a test run."""
-    if not _compiled:
-        filters = seccomp.compile(seccomp.load(ROOT / "policies" / "seccomp" / "default.json"))
-        _compiled.append(pack_filters((filters.init, *filters.programs)))
-    return _compiled[0]
+def default_filter(*, telling: bool = False) -> bytes:
+    """Return the default profile, compiled once a test run; `telling` of execs and refused calls."""
+    if telling not in _compiled:
+        profile = seccomp.load(ROOT / "policies" / "seccomp" / "default.json")
+        filters = seccomp.compile(profile, execs=telling, refusals=telling)
+        _compiled[telling] = pack_filters((filters.init, *filters.programs))
+    return _compiled[telling]

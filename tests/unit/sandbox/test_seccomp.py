@@ -230,3 +230,53 @@ def test_a_call_this_libseccomp_does_not_know_is_reported_and_stays_refused(docu
     groups = [{"name": "future", "reason": "r", "action": "allow", "calls": ["getpid", "call_of_the_year_2040"]}]
     filters = seccomp.compile(seccomp.parse({**document, "groups": groups}))
     assert filters.unknown == ("call_of_the_year_2040",)
+
+
+USER_NOTIF = 0x7FC00000
+
+
+@pytest.mark.parametrize("execs", [False, True])
+@pytest.mark.parametrize("refusals", [False, True])
+def test_what_is_told_asks_and_everything_else_is_answered_as_before(
+    document: Any, filters: seccomp.Filters, *, execs: bool, refusals: bool
+) -> None:
+    told = seccomp.compile(seccomp.parse(document), execs=execs, refusals=refusals)
+    asked = set()
+    for number in range(document["highest_number"] + 20):
+        before = [run(program, number) for program in filters.programs]
+        after = [run(program, number) for program in told.programs]
+        assert after[1] == before[1], "only the program with the listener may ask"
+        if after[0] == USER_NOTIF:
+            asked.add(seccomp.call_name(number))
+            assert before[0] in (0x7FFF0000, 0x00050000 | errno.EPERM)
+        else:
+            assert after[0] == before[0]
+    assert (set(seccomp.EXEC_CALLS) <= asked) is execs
+    assert ({"mount", "ptrace", "bpf", "setns", "keyctl", "init_module", "io_uring_setup"} <= asked) is refusals
+    assert not asked & {"read", "sendmsg", "openat2", "clone3", "exit_group"}
+    assert (told.digest == filters.digest) is not (execs or refusals)
+
+
+def test_numbers_that_agents_make_up_have_no_name_and_do_no_harm() -> None:
+    assert seccomp.call_name(0) == "read"
+    assert [seccomp.call_name(number) for number in (400, 2**31 - 1, -7)] == ["400", str(2**31 - 1), "-7"]
+
+
+@pytest.mark.parametrize("told", [{"execs": True}, {"refusals": True}])
+def test_things_are_told_only_where_the_watcher_knows_the_answer(document: Any, told: dict[str, bool]) -> None:
+    """It lets every exec go on, and refuses the rest with EPERM: it knows no profile."""
+    other = seccomp.parse({**document, "default": "ENOSYS"})
+    with pytest.raises(seccomp.InvalidProfile, match="default is not EPERM"):
+        seccomp.compile(other, **told)
+    seccomp.compile(other)
+    for refused in ([], [{"argument": 2, "mask": 1, "equals": 0}]):
+        groups = [
+            {**group, "calls": [call for call in group["calls"] if call != "execveat"] or ["read"]}
+            for group in document["groups"]
+        ]
+        if refused:
+            groups.append({"name": "x", "reason": "x", "action": "allow", "calls": ["execveat"], "when": refused})
+        without = seccomp.parse({**document, "groups": groups})
+        with pytest.raises(seccomp.InvalidProfile, match="execveat is not always allowed"):
+            seccomp.compile(without, **told)
+        seccomp.compile(without)
