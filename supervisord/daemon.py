@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import tempfile
 import time
@@ -30,6 +31,7 @@ from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
 from supervisord.authorities import Authorities, read_or_make_secret
 from supervisord.budget_watch import BudgetWatch
+from supervisord.call_actions import called_action
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -46,7 +48,7 @@ from supervisord.ids import new_grant_id, new_receipt_id, new_request_id
 from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
-from supervisord.launching import Launching
+from supervisord.launching import Launching, Variant
 from supervisord.layers import Layers
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
@@ -483,6 +485,8 @@ class Daemon:
                 self._exited(agent_id, message)
             case "met_limit":
                 self._met_limit(agent_id, message)
+            case "called":
+                self._called(agent_id, message)
             case "exec_exited":
                 status = message.get("status")
                 self._acts.exec_ended(
@@ -515,6 +519,20 @@ class Daemon:
         action = met_limit_action(agent, str(message.get("kind")), details)
         if action is not None:
             self._in_background(self._record_met(action))
+
+    def _called(self, agent_id: str, message: Message) -> None:
+        """What processes of an agent executed or were refused; also of one that ended while no daemon was there."""
+        events = message.get("events")
+        if not isinstance(events, list):
+            return
+        actions = [called_action(agent_id, str(message.get("stream_id")), event, seccomp.call_name) for event in events]
+        self._in_background(self._record_called(agent_id, [action for action in actions if action is not None]))
+
+    async def _record_called(self, agent_id: str, actions: Sequence[Action]) -> None:
+        try:
+            await self._actions.append_all(actions)
+        except CannotRecord as error:
+            log.error("what processes did is not in the action log", agent=agent_id, cause=error.message)
 
     async def _record_met(self, action: Action) -> None:
         try:
@@ -725,12 +743,14 @@ def _publish(note: str, config: Config) -> None:
         log.error("no checkpoint in the witness directory", cause=str(error))
 
 
-def _compile_filters() -> dict[str, tuple[str, tuple[bytes, ...]]]:
-    """Every shipped seccomp profile, compiled once: {name: (digest, programs)}."""
+def _compile_filters() -> dict[Variant, tuple[str, tuple[bytes, ...]]]:
+    """Every shipped seccomp profile, compiled for what can be told of: {variant: (digest, programs)}."""
     filters = {}
     for path in sorted((SHIPPED_DIR / "seccomp").glob("*.json")):
-        compiled = seccomp.compile(seccomp.load(path))
-        filters[path.stem] = (compiled.digest, (compiled.init, *compiled.programs))
+        profile = seccomp.load(path)
+        for execs, refusals in itertools.product((False, True), repeat=2):
+            compiled = seccomp.compile(profile, execs=execs, refusals=refusals)
+            filters[path.stem, execs, refusals] = (compiled.digest, (compiled.init, *compiled.programs))
     return filters
 
 

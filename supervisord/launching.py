@@ -10,7 +10,7 @@ import asyncio
 import posixpath
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import structlog
 
@@ -63,6 +63,13 @@ OBJECT_CHARACTERS_MAX: Final = 512
 T = TypeVar("T")
 VERSION: Final = version("stockade")
 
+Variant: TypeAlias = tuple[str, bool, bool]
+
+
+def variant(policy: Policy) -> Variant:
+    """Which compiled filter a policy wants: the profile, and whether execs and refused calls are told of."""
+    return policy.seccomp, policy.record.execs, policy.record.refusals
+
 
 class Launching:
     """Launches agents; every launch is one call of `launch`."""
@@ -85,7 +92,7 @@ class Launching:
         images: Images,
         killswitch: KillSwitch,
         authorities: Authorities,
-        filters: dict[str, str],
+        filters: dict[Variant, str],
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
         now: Callable[[], float],
@@ -132,7 +139,7 @@ class Launching:
             id_first=self._config.agents.uid_first,
             slot=0,
             files=files,
-            filter_digest=self._filters[policy.seccomp],
+            filter_digest=self._filters[variant(policy)],
             root=root,
         )
         return "\n".join(plan.describe())
@@ -206,7 +213,7 @@ class Launching:
                 id_first=self._config.agents.uid_first,
                 slot=slot,
                 files=files,
-                filter_digest=self._filters[policy.seccomp],
+                filter_digest=self._filters[variant(policy)],
                 root=root,
                 ca_certificate=named.authority.certificate + self._more_authorities,
             )
@@ -246,10 +253,10 @@ class Launching:
         """The policy of an order that may be launched at all; raises StockadeError."""
         check_order(order)
         policy = self._policies.get(order.policy)
-        if policy.seccomp not in self._filters:
+        if variant(policy) not in self._filters:
             raise CannotLaunch(
                 f"cannot launch with policy {policy.name}: there is no seccomp profile {policy.seccomp}",
-                remedy=f"use one of {', '.join(sorted(self._filters))}",
+                remedy=f"use one of {', '.join(sorted({name for name, *_ in self._filters}))}",
                 step="policy",
             )
         check_registered(order.registered, policy)

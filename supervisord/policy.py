@@ -115,6 +115,15 @@ class GrantRules:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordRules:
+    """Which acts of an agent's processes are recorded; `arguments` of each exec, from the first, in plain text."""
+
+    execs: bool = False
+    refusals: bool = False
+    arguments: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RootfsName:
     """A root file system other than the host's: a path on the host, and which image of it where it has several."""
 
@@ -180,6 +189,7 @@ class Policy:
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
     registered: Registered = Registered.OPTIONAL
+    record: RecordRules = RecordRules()
     digest: str = ""
     source: str = ""
 
@@ -300,6 +310,8 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "degraded_ok": not policy.degraded_ok <= base.degraded_ok,
         "canary": base.canary and not policy.canary,
         "registered": (policy.registered, base.registered) == (Registered.OPTIONAL, Registered.REQUIRED),
+        "record.execs": base.record.execs and not policy.record.execs,
+        "record.refusals": base.record.refusals and not policy.record.refusals,
     }
     yield from (key for key, is_wider in checks.items() if is_wider)
 
@@ -348,6 +360,11 @@ def effect(policy: Policy) -> dict[str, object]:
         "degraded_ok": sorted(policy.degraded_ok),
         "canary": policy.canary,
         "registered": policy.registered.value,
+        "record": {
+            "execs": policy.record.execs,
+            "refusals": policy.record.refusals,
+            "arguments": policy.record.arguments,
+        },
     }
     return words
 

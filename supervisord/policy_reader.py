@@ -31,6 +31,7 @@ from supervisord.policy import (
     GrantRules,
     LimitsWanted,
     Policy,
+    RecordRules,
     Risk,
     RootfsName,
     Workspace,
@@ -348,6 +349,11 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
         registered=read.one_of(("registered",), base.registered),
+        record=RecordRules(
+            read.flag(("record", "execs"), default=base.record.execs),
+            read.flag(("record", "refusals"), default=base.record.refusals),
+            read.whole(("record", "arguments"), base.record.arguments),
+        ),
         source=read.document.source,
     )
 

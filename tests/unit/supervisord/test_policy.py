@@ -26,6 +26,7 @@ from supervisord.policy import (
     OnDeny,
     OnLoss,
     Policy,
+    RecordRules,
     Registered,
     Risk,
     RootfsName,
@@ -113,7 +114,9 @@ on_supervisor_loss: kill
 degraded_ok: [idmap, workspace-quota]
 require: [nftables]
 canary: true
+record: {execs: true, arguments: 3}
 """)
+    assert full.record == RecordRules(execs=True, refusals=False, arguments=3)
     assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20, 1 << 30, 2 << 20, 1 << 20)
     assert full.budget == Budget(10, 500_000, 3)
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
@@ -269,6 +272,8 @@ def test_a_child_that_gives_more_must_say_why(key: str, text: str) -> None:
         ("canary", "canary: true", "canary: false"),
         ("registered", "registered: required", "registered: optional"),
         ("require", "require: [landlock, nftables]", "require: [landlock]"),
+        ("record.execs", "record: {execs: true, refusals: true}", "record: {execs: false}"),
+        ("record.refusals", "record: {refusals: true}", "record: {refusals: false}"),
     ],
 )
 def test_a_child_may_not_undo_what_its_parent_demands(key: str, above: str, text: str) -> None:
@@ -290,7 +295,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
     cases = {key for key, _ in WIDER} | {
         "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require", "registered",
-        "budget.on_exhausted",
+        "budget.on_exhausted", "record.execs", "record.refusals",
     }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
@@ -305,7 +310,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
-        disk_quota=Demand.REQUIRED, registered=Registered.REQUIRED,
+        disk_quota=Demand.REQUIRED, registered=Registered.REQUIRED, record=RecordRules(execs=True, refusals=True),
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
@@ -435,6 +440,9 @@ documents = st.fixed_dictionaries(
         "require": st.lists(st.sampled_from(["nftables", "workspace-quota"]), unique=True),
         "canary": st.booleans(),
         "registered": st.sampled_from(["required", "optional"]),
+        "record": st.fixed_dictionaries(
+            {}, optional={"execs": st.booleans(), "refusals": st.booleans(), "arguments": st.integers(0, 16)}
+        ),
     },
 )
 
