@@ -191,6 +191,7 @@ class Stream:
             reap(self.loop, self.pid)
             os.close(self.pidfd)
             self.pidfd = -1
+        self.loop.later(REAP_SECONDS, self.agent.drop_trees)
         for pump in self.pumps:
             pump.drain()
         if self.feed is not None:
@@ -220,6 +221,8 @@ def start(
         raise StepError("exec", 0, f"agent {agent.agent_id} is not running", "wait for it, or thaw it")
     if order.stream_id in agent.streams or order.stream_id == agent.agent_id:
         raise StepError("exec", 0, f"stream {order.stream_id} is there already")
+    if agent.trees().left(order.stream_id):
+        raise StepError("exec", 0, f"processes of an earlier stream {order.stream_id} are there still")
     if len(agent.streams) >= STREAMS_PER_AGENT_MAX:
         raise StepError("exec", 0, f"agent has {STREAMS_PER_AGENT_MAX} streams already")
     stream = Stream(agent, order, agent.loop, started, exited)
@@ -231,8 +234,14 @@ def start(
         undo.callback(sync.close_all, mine)
         with contextlib.ExitStack() as always:
             always.callback(sync.close_all, [fd for fd in given if fd is not None])
-            with step("start exec helper"):
-                pid, pidfd = syscalls.clone3(0, cgroup=agent.group.fd_for_clone())
+            with step("make cgroup", "see `stockadectl doctor`"):
+                tree = agent.trees().take()
+            try:
+                with step("start exec helper"):
+                    pid, pidfd = syscalls.clone3(0, cgroup=tree.fd)
+            except StepError:
+                agent.trees().give_back(tree)
+                raise
             if pid == 0:
                 _helper(agent, order, theirs, given)
         stream.helper, stream.helper_fd = pid, pidfd
@@ -244,6 +253,8 @@ def start(
     if order.tty is None:
         _pump(stream, mine)
     agent.loop.watch(ours.fileno(), READ, stream._heard)  # noqa: SLF001 - same module
+    # While the helper is under way.
+    agent.trees().keep(tree, order.stream_id)
 
 
 def _pipes(plan: SandboxPlan, order: ExecOrder) -> tuple[list[int | None], list[int]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandbox import syscalls
 from sandbox.cgroups import CannotConfine
+from sandbox.exec_trees import Trees
 from sandbox.loop import Loop, Owned
 from sandbox.sync import StepError, close_all
 
@@ -110,6 +111,7 @@ class Agent:
     feed: "Feed | None" = None
     terminal: int = -1
     streams: "dict[str, Stream]" = field(default_factory=dict)
+    exec_trees: "Trees | None" = None  # from the first exec on
     mounted: "dict[str, Mounted]" = field(default_factory=dict)  # by target
     stubs: tuple[str, ...] = ()  # places that could not be removed yet
     entered: bool = False  # a child of ours changes its mounts
@@ -155,6 +157,18 @@ class Agent:
         if self.agent_pidfd < 0:
             raise OSError(errno.ESRCH, "the first process is not known")
         syscalls.pidfd_send_signal(self.agent_pidfd, number)
+
+    def trees(self) -> Trees:
+        """Return the groups of what its execs started; raises `OSError`."""
+        assert self.group is not None  # noqa: S101 - it runs
+        if self.exec_trees is None:
+            self.exec_trees = Trees(self.group.fd_for_clone())
+        return self.exec_trees
+
+    def drop_trees(self) -> None:
+        """Remove the groups of execs of which nothing is left."""
+        if self.exec_trees is not None:
+            self.exec_trees.drop(self.streams)
 
     def watch_death(self) -> None:
         """Have `end` called when pid 1 is dead."""
@@ -282,6 +296,9 @@ class Agent:
 
     def _remove_group(self, ending: Ending) -> bool:
         group, self.group = self.group, None
+        if self.exec_trees is not None:
+            self.exec_trees.close()
+            self.exec_trees = None
         if group is None:
             return False
         ending.left = tuple(group.pids()[:PIDS_SHOWN_MAX])

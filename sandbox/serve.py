@@ -12,6 +12,7 @@
     signal   agent_id or stream_id, signal -> ok
     kill     agent_id, deadline_ms         -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left,
                                               problem
+    end_exec agent_id, stream_id           -> processes_killed, verified_empty, left: of that exec, all descendants
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
     layer    agent_id                      -> ok + [top of what the agent changed, read-only]
@@ -177,6 +178,7 @@ class Server:
             "resize": self._resize,
             "signal": self._signal,
             "kill": self._kill,
+            "end_exec": self._end_exec,
             "freeze": self._freeze,
             "thaw": self._thaw,
             "stats": self._stats,
@@ -509,6 +511,29 @@ class Server:
             return group.pids()[:PIDS_SHOWN_MAX]
         finally:
             group.close()
+
+    def _end_exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
+        agent, stream_id = self.agent(message), str(message["stream_id"])
+        tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
+        if tree is None:  # nothing of it is left, or never was
+            answer(processes_killed=0, verified_empty=True, left=[])
+            return
+        count = len(tree.pids())
+        tree.kill()
+        self._await_empty(agent, stream_id, (count, time.monotonic() + KILL_DEADLINE_MS / 1000), answer)
+
+    def _await_empty(self, agent: Agent, stream_id: str, since: tuple[int, float], answer: Answer) -> None:
+        """Answer when the kernel says that nothing of it is left, or the time is over."""
+        count, deadline = since
+        tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
+        if tree is not None and tree.populated():
+            if time.monotonic() < deadline:
+                self.loop.later(FREEZE_POLL_SECONDS, lambda: self._await_empty(agent, stream_id, since, answer))
+                return
+            answer(processes_killed=count, verified_empty=False, left=tree.pids()[:PIDS_SHOWN_MAX])
+            return
+        agent.drop_trees()
+        answer(processes_killed=count, verified_empty=True, left=[])
 
     def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
