@@ -12,7 +12,7 @@
     signal   agent_id or stream_id, signal -> ok
     kill     agent_id, deadline_ms         -> processes_killed, egress_cut_ms, dead_ms, verified_empty, already, left,
                                               problem
-    end_exec agent_id, stream_id           -> processes_killed, verified_empty, left: of that exec, all descendants
+    end_exec agent_id, stream_id           -> known, processes_killed, verified_empty, left: of all descendants
     freeze   agent_id; thaw agent_id       -> frozen
     stats    agent_ids                     -> stats
     layer    agent_id                      -> ok + [top of what the agent changed, read-only]
@@ -516,7 +516,7 @@ class Server:
         agent, stream_id = self.agent(message), str(message["stream_id"])
         tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
         if tree is None:  # nothing of it is left, or never was
-            answer(processes_killed=0, verified_empty=True, left=[])
+            answer(known=False, processes_killed=0, verified_empty=True, left=[])
             return
         count = len(tree.pids())
         tree.kill()
@@ -530,10 +530,10 @@ class Server:
             if time.monotonic() < deadline:
                 self.loop.later(FREEZE_POLL_SECONDS, lambda: self._await_empty(agent, stream_id, since, answer))
                 return
-            answer(processes_killed=count, verified_empty=False, left=tree.pids()[:PIDS_SHOWN_MAX])
+            answer(known=True, processes_killed=count, verified_empty=False, left=tree.pids()[:PIDS_SHOWN_MAX])
             return
         agent.drop_trees()
-        answer(processes_killed=count, verified_empty=True, left=[])
+        answer(known=True, processes_killed=count, verified_empty=True, left=[])
 
     def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)

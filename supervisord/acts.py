@@ -13,9 +13,10 @@ from gateway_client.egress.scope import FsScope, Scope, format_scope
 from supervisord.actions.types import Action, CannotRecord
 from supervisord.agents import Exit
 from supervisord.approvals import Agreed, Offer, check_alone
-from supervisord.errors import CannotRevoke, Conflict, StockadeError
+from supervisord.errors import CannotRevoke, Conflict, NotFound, StockadeError
 from supervisord.grantable import check_grantable
 from supervisord.ids import GrantId, StreamId, new_stream_id
+from supervisord.ids import shown as shown_id
 from supervisord.lifecycle import Event, State, can
 from supervisord.plan import check_order, live_scope
 from supervisord.scopes import REASON_CHARACTERS_MAX, TICKET_CHARACTERS_MAX
@@ -61,6 +62,15 @@ class Stream:
     agent: Agent
     exit: Exit | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class KilledExec:
+    """What ending one exec found."""
+
+    processes: int
+    verified_empty: bool
+    left_pids: tuple[int, ...] = ()
 
 
 class Acts:
@@ -453,6 +463,36 @@ class Acts:
                 log.error("a failed exec is not in the action log", cause=unrecorded.message)
             raise
         return stream
+
+    async def kill_exec(self, agent: Agent, stream_id: str, *, actor: str, reason: str) -> KilledExec:
+        """End what one exec started and nothing else; raises NotFound where the agent has no such stream.
+
+        What an exec left runs on when the daemon is restarted, which then knows it from the launcher alone.
+        """
+        reply = await self._launcher.call("end_exec", agent_id=agent.agent_id, stream_id=stream_id)
+        stream = self.streams.get(stream_id)
+        if reply.body.get("known") is not True and (stream is None or stream.agent is not agent):
+            raise NotFound(
+                f"cannot end stream {shown_id(stream_id)} of {agent.name}: there is none",
+                remedy="see `stockadectl actions NAME --verb exec.start`",
+            )
+        left = reply.body.get("left")
+        killed = KilledExec(
+            int(str(reply.body.get("processes_killed", 0))),
+            reply.body.get("verified_empty") is True,
+            tuple(int(str(pid)) for pid in left) if isinstance(left, list) else (),
+        )
+        details: dict[str, JSON] = {
+            "stream_id": stream_id,
+            "processes_killed": killed.processes,
+            "verified_empty": killed.verified_empty,
+        }
+        verdict = "done" if killed.verified_empty else "failed"
+        try:
+            await self._actions.append(Action(agent.agent_id, actor, "exec.kill", stream_id, verdict, reason, details))
+        except CannotRecord as error:
+            log.error("the end of an exec is not in the action log", stream=stream_id, cause=error.message)
+        return killed
 
     def end_streams(self, agent: Agent | None = None) -> None:
         """End what was entered into this agent, or into any: with the agent, or with the launcher that held it.

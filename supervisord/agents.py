@@ -81,6 +81,7 @@ class Description:
     launched_mono: float = 0.0
     """Seconds on the kernel's monotonic clock, which goes on over restarts of the daemon."""
     on_exhausted: str = "deny"
+    lease_seconds: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         # Not asdict of it all: its copies would be made while a launch waits.

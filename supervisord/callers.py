@@ -110,7 +110,19 @@ _READER_METHODS: Final = {
 }
 # Logs and Attach show what an agent printed, which may be secret; VerifyLog and Doctor cost the host real work.
 _OPERATOR_METHODS: Final = {
-    "AgentService": ("Launch", "Logs", "Attach", "Exec", "Kill", "Freeze", "Thaw", "Hold", "Release"),
+    "AgentService": (
+        "Launch",
+        "Logs",
+        "Attach",
+        "Exec",
+        "Kill",
+        "Freeze",
+        "Thaw",
+        "Renew",
+        "KillExec",
+        "Hold",
+        "Release",
+    ),
     "GrantService": ("Grant", "Revoke"),
     "RequestService": ("Approve", "Deny"),
     "ActionService": ("VerifyLog", "Checkpoint"),

@@ -50,6 +50,7 @@ from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink, Message
 from supervisord.launching import Launching, Variant
 from supervisord.layers import Layers
+from supervisord.leases import Leases
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
 from supervisord.log_retention import finish_redactions, retire_forever
@@ -83,6 +84,7 @@ log = structlog.get_logger()
 # One for all instances of a host, wherever each has its run_dir: they share the ids of the host.
 SLOTS_DIR: Final = Path("/run/stockade-slots")
 ENDINGS_DIR_NAME: Final = "ended-grants"
+LEASES_DIR_NAME: Final = "leases"
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 2.0
 ROOM_BYTES_MIN: Final = 256 * 1024
@@ -154,6 +156,7 @@ class Daemon:
         self._in_background(self._acts.expire_forever())
         self._in_background(self._budget_watch.watch_forever())
         self._in_background(self._gateway_health.watch())
+        self._in_background(self._leases.watch_forever())
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
@@ -320,6 +323,15 @@ class Daemon:
             kill=self._killswitch.kill,
             now=time.monotonic,
         )
+        self._leases = Leases(
+            agents=self._agents,
+            acts=self._acts,
+            killswitch=self._killswitch,
+            actions=self._actions,
+            directory=config.run_dir / "private" / LEASES_DIR_NAME,
+            now=time.monotonic,
+        )
+        self._agents.on_change.append(self._leases.changed)
 
     # --- the API
 
@@ -341,6 +353,7 @@ class Daemon:
                 launcher=self._launcher,
                 layers=self._layers,
                 ledgers=self._exchanges.ledgers,
+                leases=self._leases,
                 output_dir=config.run_dir / "agents",
                 entropy=os.urandom,
                 now_ns=time.time_ns,

@@ -305,6 +305,7 @@ class Launching:
             definition_digest="" if order.registered is None else order.registered.digest,
             launched_mono=self._now(),
             on_exhausted=policy.on_exhausted.value,
+            lease_seconds=order.lease_seconds,
         )
 
     def _grants(self, order: LaunchOrder, policy: Policy, caller: Caller) -> tuple[LaunchGrant, ...]:

@@ -60,6 +60,7 @@ class LaunchOrder:
     owner: str = ""
     purpose: str = ""
     registered: RegisteredAs | None = None
+    lease_seconds: float = 0.0  # 0: it has none
 
 
 @dataclass(frozen=True, slots=True)

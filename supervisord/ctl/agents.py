@@ -241,6 +241,8 @@ def selected(options: Namespace) -> Selector:
 
 
 def kill(stockade: Stockade, options: Namespace) -> int:
+    if options.stream:
+        return _kill_exec(stockade, options)
     receipts = stockade.kill_all(selected(options), options.reason)
     if options.output == "json":
         print_json(receipts)
@@ -263,6 +265,23 @@ def kill(stockade: Stockade, options: Namespace) -> int:
     for receipt in survivors:
         complain(f"stockadectl: cannot kill {receipt.name}: processes {list(receipt.left_pids)} are still there")
     return FAILED if survivors else OK
+
+
+def _kill_exec(stockade: Stockade, options: Namespace) -> int:
+    if len(options.subject) != 1 or options.labels or options.policy or options.owner or options.all:
+        raise Usage("an exec is one agent's: give its name, and no selection", "stockadectl kill NAME --exec STREAM")
+    killed = stockade.agent(options.subject[0]).kill_exec(options.stream, options.reason)
+    if options.output == "json":
+        print_json(killed)
+    else:
+        left = "none is left" if killed.verified_empty else "NOT empty"
+        say(f"{options.stream}: {killed.processes_killed} processes, {left}")
+    return OK if killed.verified_empty else FAILED
+
+
+def renew(stockade: Stockade, options: Namespace) -> int:
+    show_agents([stockade.agent(options.subject).renew().info], options)
+    return OK
 
 
 def freeze(stockade: Stockade, options: Namespace) -> int:

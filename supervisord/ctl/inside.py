@@ -99,10 +99,17 @@ def execute(stockade: Stockade, options: Namespace) -> int:
         signals.forwarded(),
         agent.open(options.command, env=env, cwd=options.cwd, terminal=size, stdin=options.interactive) as session,
     ):
+        if options.show_stream:
+            threading.Thread(target=_show_stream, args=(session,), daemon=True).start()
         for _ in _streamed(session, options, signals):
             pass
         code = session.status.shell_code
     return STOCKADE_FAILED if code is None else code
+
+
+def _show_stream(session: Session) -> None:
+    session.started.wait()
+    complain(f"stream {session.stream_id}")
 
 
 def logs(stockade: Stockade, options: Namespace) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stockade.client.convert import LaunchOptions
 
 _AS_THEY_ARE: Final = (
-    "name", "policy", "workspace", "scopes", "memory_bytes", "cpus", "pids", "owner", "purpose",
+    "name", "policy", "workspace", "scopes", "memory_bytes", "cpus", "pids", "owner", "purpose", "lease",
     "registered",
 )  # fmt: skip
 

@@ -73,6 +73,13 @@ def _launch(parser: ArgumentParser) -> None:
     add("--env", action="append", metavar="K=V", help="K alone: from here", default=SUPPRESS)
     add("--owner", default=SUPPRESS)
     add("--purpose", default=SUPPRESS)
+    add(
+        "--lease",
+        metavar="30s",
+        type=_word(words.duration),
+        default=SUPPRESS,
+        help="frozen, then killed, unless renewed",
+    )
     add("--dry-run", action="store_true", help="print what would be done, and do nothing")
 
 
@@ -106,6 +113,11 @@ def _selection(parser: ArgumentParser) -> None:
     parser.add_argument("--reason", default="")
 
 
+def _kill(parser: ArgumentParser) -> None:
+    _selection(parser)
+    parser.add_argument("--exec", dest="stream", metavar="STREAM", default="", help="only what this exec started")
+
+
 def _status(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="*")
     parser.add_argument("--live", action="store_true", help="leave out those that have ended")
@@ -133,6 +145,7 @@ def _exec(parser: ArgumentParser) -> None:
     parser.add_argument("-t", dest="terminal", action="store_true", help="give it a terminal")
     parser.add_argument("--env", action="append", metavar="K=V", default=[])
     parser.add_argument("--cwd", default="")
+    parser.add_argument("--show-stream", action="store_true", help="print first, to stderr, what `kill --exec` takes")
     parser.usage = "%(prog)s [options] NAME -- CMD…"
 
 
@@ -282,7 +295,8 @@ VERBS: Final[dict[str, Verb]] = {
         failure_code=command_failure,
     ),
     "top": Verb("agents and what they use: on a terminal again and again", _AGENTS, "top", _top),
-    "kill": Verb("end agents, and prove it", _AGENTS, "kill", _selection),
+    "kill": Verb("end agents, and prove it", _AGENTS, "kill", _kill),
+    "renew": Verb("begin an agent's lease anew", _AGENTS, "renew", _one),
     "freeze": Verb("stop agents where they are, and close their gate", _AGENTS, "freeze", _selection),
     "thaw": Verb("let frozen agents go on", _AGENTS, "thaw", _selection),
     "hold": Verb("forbid a name, label or policy to run until somebody else releases it", _AGENTS, "hold", _hold),

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import structlog
 from stockade.v1 import agents_pb2, agents_pb2_grpc
 
-from supervisord.callers import current_caller
+from supervisord.callers import Role, current_caller
 from supervisord.definitions import registered_as
-from supervisord.errors import InvalidInput, StockadeError
+from supervisord.errors import InvalidInput, PermissionDenied, StockadeError
 from supervisord.holds import Hold
 from supervisord.ids import agent_id as parse_agent_id
 from supervisord.ids import agent_name as parse_name
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from supervisord.launcher_link import LauncherLink
     from supervisord.launching import Launching
     from supervisord.layers import Layers
+    from supervisord.leases import Leases
     from supervisord.ledgers import Ledgers
     from supervisord.policies import PolicyShelf
     from supervisord.registry import Registry
@@ -65,6 +66,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         launcher: LauncherLink,
         layers: Layers,
         ledgers: Ledgers,
+        leases: Leases,
         output_dir: Path,
         entropy: Callable[[int], bytes],
         now_ns: Callable[[], int],
@@ -79,6 +81,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         self._launcher = launcher
         self._layers = layers
         self._ledgers = ledgers
+        self._leases = leases
         self._output_dir = output_dir
         self._entropy = entropy
         self._now_ns = now_ns
@@ -113,7 +116,8 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
 
     def _shown(self, agent: Agent, usage: Mapping[str, int] | None = None) -> agents_pb2.Agent:
         uses = self._ledgers.uses(agent.agent_id) if agent.live else ()
-        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id), uses=uses)
+        left = self._leases.left(agent)
+        return convert.agent(agent, usage, changes=self._layers.kept(agent.agent_id), uses=uses, lease_left=left)
 
     def _definition(self, request: agents_pb2.LaunchRequest) -> AgentSpec | None:
         if not request.definition_yaml:
@@ -290,6 +294,25 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         reason = convert.text("reason", request.reason)
         await self._acts.thaw(chosen, actor=current_caller().actor, reason=reason)
         return agents_pb2.ThawResponse(agents=[self._shown(agent) for agent in chosen])
+
+    async def Renew(self, request: agents_pb2.RenewRequest, _context: Context) -> agents_pb2.RenewResponse:
+        agent, caller = self._agents.find(request.agent), current_caller()
+        if caller.actor != agent.what.launched_by and caller.role < Role.ADMIN:
+            raise PermissionDenied(
+                f"cannot renew the lease of {agent.name}: {agent.what.launched_by} holds it",
+                remedy="have its holder renew it, or an admin",
+            )
+        await self._leases.renew(agent, actor=caller.actor)
+        return agents_pb2.RenewResponse(agent=self._shown(agent))
+
+    async def KillExec(self, request: agents_pb2.KillExecRequest, _context: Context) -> agents_pb2.KillExecResponse:
+        agent = self._agents.find_live(request.agent)
+        reason = convert.text("reason", request.reason)
+        stream_id = convert.text("stream_id", request.stream_id)
+        killed = await self._acts.kill_exec(agent, stream_id, actor=current_caller().actor, reason=reason)
+        return agents_pb2.KillExecResponse(
+            processes_killed=killed.processes, verified_empty=killed.verified_empty, left_pids=killed.left_pids
+        )
 
     async def Hold(self, request: agents_pb2.HoldRequest, _context: Context) -> agents_pb2.HoldResponse:
         kind = request.target.WhichOneof("target")

@@ -18,6 +18,7 @@ from supervisord.approvals import Offer
 from supervisord.budgets import MICROUSD_PER_USD, in_units, parse_budget
 from supervisord.errors import InvalidInput
 from supervisord.ids import LABELS_MAX, agent_name, label, policy_name
+from supervisord.leases import lease_seconds
 from supervisord.lifecycle import State
 from supervisord.plan import LaunchOrder
 from supervisord.policy import AgentSpec, LimitsWanted, Policy, Workspace
@@ -116,6 +117,7 @@ def launch_order(spec: agents_pb2.LaunchSpec, definition: AgentSpec | None) -> L
         stdin=spec.stdin,
         owner=text("owner", spec.owner or base.owner),
         purpose=text("purpose", spec.purpose or base.purpose),
+        lease_seconds=lease_seconds(seconds(spec.lease)) if spec.HasField("lease") else 0.0,
     )
 
 
@@ -261,6 +263,7 @@ def agent(
     *,
     changes: bool = False,
     uses: Iterable[Use] = (),
+    lease_left: float | None = None,
 ) -> agents_pb2.Agent:
     what = value.what
     message = agents_pb2.Agent(
@@ -290,6 +293,8 @@ def agent(
         budget=map(budget_use, uses),
     )
     message.posture.update(cast("dict[str, Any]", value.posture))  # quicker than json_format, and every launch waits
+    if lease_left is not None:
+        message.lease_left.FromNanoseconds(int(lease_left * 1e9))
     if what.workspace:
         mode = _WORKSPACE_MODES.get(what.workspace_mode, agents_pb2.WORKSPACE_MODE_READ_ONLY)
         message.workspace.CopyFrom(agents_pb2.Workspace(path=what.workspace, mode=mode))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
 from stockade.client import convert, methods
-from stockade.client.errors import Failed, from_rpc
+from stockade.client.errors import Failed, StockadeError, from_rpc
 from stockade.client.session import INPUT_BYTES_MAX
 from stockade.client.sync import (
     CALL_SECONDS_MAX,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Definition,
         Grant,
         Hold,
+        KilledExec,
         Output,
         Receipt,
         Request,
@@ -433,6 +435,37 @@ class AsyncAgent:
     async def thaw(self, reason: str = "") -> Self:
         self.info = (await self._stockade.thaw_all(Selector(agents=(self.agent_id,)), reason))[0]
         return self
+
+    async def renew(self) -> Self:
+        """Begin its lease anew."""
+        answer = await self._stockade.call(methods.RENEW, agents_pb2.RenewRequest(agent=self.agent_id))
+        self.info = convert.agent(answer.agent)
+        return self
+
+    @contextlib.asynccontextmanager
+    async def renewing(self, every_seconds: float) -> AsyncIterator[Self]:
+        """Renew its lease from a task, as long as the block runs and this event loop does.
+
+        A renewal that fails is tried again at the next time: whoever must know asks for `state`.
+        """
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(every_seconds)
+                with contextlib.suppress(StockadeError):
+                    await self.renew()
+
+        await self.renew()
+        task = asyncio.get_running_loop().create_task(renew())
+        try:
+            yield self
+        finally:
+            task.cancel()
+
+    async def kill_exec(self, stream_id: str, reason: str = "") -> KilledExec:
+        """End what one exec started, with all its descendants."""
+        request = agents_pb2.KillExecRequest(agent=self.agent_id, stream_id=stream_id, reason=reason)
+        return convert.killed_exec(await self._stockade.call(methods.KILL_EXEC, request))
 
     async def diff(self, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
         return await self._stockade.diff(self.agent_id, paths, patch=patch)

@@ -83,6 +83,7 @@ def agent(message: agents_pb2.Agent) -> values.AgentInfo:
         effective=struct(message.effective),
         budget=tuple(map(budget_use, message.budget)),
         cpu_seconds=message.cpu_seconds if message.HasField("cpu_seconds") else None,
+        lease_left=message.lease_left.ToTimedelta().total_seconds() if message.HasField("lease_left") else None,
     )
 
 
@@ -111,6 +112,10 @@ def _value(value: Value) -> object:
             return [_value(item) for item in value.list_value.values]
         case _:
             return None
+
+
+def killed_exec(message: agents_pb2.KillExecResponse) -> values.KilledExec:
+    return values.KilledExec(message.processes_killed, message.verified_empty, tuple(message.left_pids))
 
 
 def workspace(message: agents_pb2.Workspace) -> values.Workspace:
@@ -443,6 +448,7 @@ class LaunchOptions(TypedDict, total=False):
     stdin: bool  # it will be written by attach(); else stdin is empty
     owner: str
     purpose: str
+    lease: float | timedelta  # not renewed for so long, it is frozen, and killed after as long again
     definition: bytes  # the text of a file of kind Agent; everything above goes before what it says
     definition_path: str
     registered: str  # a definition of the registry, NAME or NAME@VERSION; what is above may narrow it
@@ -481,6 +487,8 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
         spec.limits.cpus = options["cpus"]
     if "pids" in options:
         spec.limits.pids = options["pids"]
+    if "lease" in options:
+        set_seconds(spec.lease, options["lease"])
     if "terminal" in options:
         spec.tty.rows, spec.tty.cols = options["terminal"]
     path = options.get("definition_path", "")

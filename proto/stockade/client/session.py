@@ -36,6 +36,8 @@ class Session:
         self, channel: grpc.Channel, target: str, method: Method[Any, Any], message: Callable[..., Any], start: object
     ) -> None:
         self.status = ExitStatus(None, None)
+        self.stream_id = ""  # of an exec, once `started` is set: what kill_exec() takes
+        self.started = threading.Event()
         self._target = target
         self._message = message
         # SimpleQueue.put may be interrupted by a signal handler that puts as well; Queue.put may not.
@@ -68,7 +70,8 @@ class Session:
                     case "exit":
                         self.status = convert.exit_status(answer.exit)
                     case _:
-                        pass  # started
+                        self.stream_id = getattr(answer.started, "stream_id", "")
+                        self.started.set()
         except grpc.RpcError as error:
             raise from_rpc(error, self._target) from error
         finally:

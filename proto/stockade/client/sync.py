@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 import grpc
 
 from stockade.client import convert, methods
-from stockade.client.errors import Failed, from_rpc
+from stockade.client.errors import Failed, StockadeError, from_rpc
 from stockade.client.session import Session
 from stockade.client.values import Completed, Selector
 from stockade.v1 import actions_pb2, agents_pb2, changes_pb2, grants_pb2, registry_pb2, requests_pb2
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Definition,
         Grant,
         Hold,
+        KilledExec,
         Output,
         Receipt,
         Request,
@@ -415,6 +417,39 @@ class Agent:
     def thaw(self, reason: str = "") -> Self:
         self.info = self._stockade.thaw_all(Selector(agents=(self.agent_id,)), reason)[0]
         return self
+
+    def renew(self) -> Self:
+        """Begin its lease anew."""
+        answer = self._stockade.call(methods.RENEW, agents_pb2.RenewRequest(agent=self.agent_id))
+        self.info = convert.agent(answer.agent)
+        return self
+
+    @contextlib.contextmanager
+    def renewing(self, every_seconds: float) -> Iterator[Self]:
+        """Renew its lease from a thread, as long as the block runs and this process does.
+
+        A renewal that fails is tried again at the next time: whoever must know asks for `state`.
+        """
+        over = threading.Event()
+
+        def renew() -> None:
+            while not over.wait(every_seconds):
+                with contextlib.suppress(StockadeError):
+                    self.renew()
+
+        self.renew()
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            over.set()
+            thread.join()
+
+    def kill_exec(self, stream_id: str, reason: str = "") -> KilledExec:
+        """End what one open() or exec() started, with all its descendants."""
+        request = agents_pb2.KillExecRequest(agent=self.agent_id, stream_id=stream_id, reason=reason)
+        return convert.killed_exec(self._stockade.call(methods.KILL_EXEC, request))
 
     def diff(self, paths: Sequence[str | bytes] = (), *, patch: bool = False) -> Changes:
         return self._stockade.diff(self.agent_id, paths, patch=patch)

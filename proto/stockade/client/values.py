@@ -111,6 +111,17 @@ class AgentInfo:
     budget: tuple[BudgetUse, ...] = ()
     """Every bound that holds it while it lives."""
     cpu_seconds: float | None = None
+    lease_left: float | None = None
+    """Seconds until it is frozen, or killed where it is frozen for that already; None without a lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class KilledExec:
+    """What ending the processes of one exec found."""
+
+    processes_killed: int
+    verified_empty: bool
+    left_pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Spend(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cost_usd: _Optional[float] = ..., estimated: _Optional[bool] = ...) -> None: ...
 
 class Agent(_message.Message):
-    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept", "definition", "definition_digest", "budget", "cpu_seconds")
+    __slots__ = ("agent_id", "name", "state", "policy", "policy_digest", "labels", "exit_code", "exit_signal", "started_at", "ended_at", "memory_bytes", "pids", "launched_by", "posture", "spend", "failure", "owner", "purpose", "command", "workspace", "out_of_memory", "limits", "effective", "counters", "changes_kept", "definition", "definition_digest", "budget", "cpu_seconds", "lease_left")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class Agent(_message.Message):
     DEFINITION_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     name: str
     state: AgentState
@@ -148,7 +149,8 @@ class Agent(_message.Message):
     definition_digest: str
     budget: _containers.RepeatedCompositeFieldContainer[BudgetUse]
     cpu_seconds: float
-    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ..., definition: _Optional[str] = ..., definition_digest: _Optional[str] = ..., budget: _Optional[_Iterable[_Union[BudgetUse, _Mapping]]] = ..., cpu_seconds: _Optional[float] = ...) -> None: ...
+    lease_left: _duration_pb2.Duration
+    def __init__(self, agent_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[AgentState, str]] = ..., policy: _Optional[str] = ..., policy_digest: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., exit_code: _Optional[int] = ..., exit_signal: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., pids: _Optional[int] = ..., launched_by: _Optional[str] = ..., posture: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., spend: _Optional[_Union[Spend, _Mapping]] = ..., failure: _Optional[str] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., command: _Optional[_Iterable[bytes]] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., out_of_memory: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., effective: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., changes_kept: _Optional[bool] = ..., definition: _Optional[str] = ..., definition_digest: _Optional[str] = ..., budget: _Optional[_Iterable[_Union[BudgetUse, _Mapping]]] = ..., cpu_seconds: _Optional[float] = ..., lease_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class BudgetUse(_message.Message):
     __slots__ = ("bound", "spent", "limit", "reserved", "label", "since")
@@ -193,7 +195,7 @@ class TerminalSize(_message.Message):
     def __init__(self, rows: _Optional[int] = ..., cols: _Optional[int] = ...) -> None: ...
 
 class LaunchSpec(_message.Message):
-    __slots__ = ("command", "name", "policy", "workspace", "scopes", "labels", "limits", "budget", "env", "tty", "stdin", "owner", "purpose")
+    __slots__ = ("command", "name", "policy", "workspace", "scopes", "labels", "limits", "budget", "env", "tty", "stdin", "owner", "purpose", "lease")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +230,7 @@ class LaunchSpec(_message.Message):
     STDIN_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     command: _containers.RepeatedScalarFieldContainer[bytes]
     name: str
     policy: str
@@ -241,7 +244,8 @@ class LaunchSpec(_message.Message):
     stdin: bool
     owner: str
     purpose: str
-    def __init__(self, command: _Optional[_Iterable[bytes]] = ..., name: _Optional[str] = ..., policy: _Optional[str] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., scopes: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., budget: _Optional[_Mapping[str, float]] = ..., env: _Optional[_Mapping[str, str]] = ..., tty: _Optional[_Union[TerminalSize, _Mapping]] = ..., stdin: _Optional[bool] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ...) -> None: ...
+    lease: _duration_pb2.Duration
+    def __init__(self, command: _Optional[_Iterable[bytes]] = ..., name: _Optional[str] = ..., policy: _Optional[str] = ..., workspace: _Optional[_Union[Workspace, _Mapping]] = ..., scopes: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., budget: _Optional[_Mapping[str, float]] = ..., env: _Optional[_Mapping[str, str]] = ..., tty: _Optional[_Union[TerminalSize, _Mapping]] = ..., stdin: _Optional[bool] = ..., owner: _Optional[str] = ..., purpose: _Optional[str] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class LaunchRequest(_message.Message):
     __slots__ = ("spec", "definition_yaml", "definition_filename", "definition_directory", "agent_id", "idempotency_key", "dry_run", "registered")
@@ -560,6 +564,38 @@ class ThawResponse(_message.Message):
     AGENTS_FIELD_NUMBER: _ClassVar[int]
     agents: _containers.RepeatedCompositeFieldContainer[Agent]
     def __init__(self, agents: _Optional[_Iterable[_Union[Agent, _Mapping]]] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("agent",)
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    def __init__(self, agent: _Optional[str] = ...) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("agent",)
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    agent: Agent
+    def __init__(self, agent: _Optional[_Union[Agent, _Mapping]] = ...) -> None: ...
+
+class KillExecRequest(_message.Message):
+    __slots__ = ("agent", "stream_id", "reason")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    stream_id: str
+    reason: str
+    def __init__(self, agent: _Optional[str] = ..., stream_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class KillExecResponse(_message.Message):
+    __slots__ = ("processes_killed", "verified_empty", "left_pids")
+    PROCESSES_KILLED_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_EMPTY_FIELD_NUMBER: _ClassVar[int]
+    LEFT_PIDS_FIELD_NUMBER: _ClassVar[int]
+    processes_killed: int
+    verified_empty: bool
+    left_pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, processes_killed: _Optional[int] = ..., verified_empty: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HoldTarget(_message.Message):
     __slots__ = ("name", "label", "policy")

@@ -90,6 +90,16 @@ class AgentServiceStub:
                 request_serializer=stockade_dot_v1_dot_agents__pb2.ThawRequest.SerializeToString,
                 response_deserializer=stockade_dot_v1_dot_agents__pb2.ThawResponse.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/stockade.v1.AgentService/Renew',
+                request_serializer=stockade_dot_v1_dot_agents__pb2.RenewRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_agents__pb2.RenewResponse.FromString,
+                _registered_method=True)
+        self.KillExec = channel.unary_unary(
+                '/stockade.v1.AgentService/KillExec',
+                request_serializer=stockade_dot_v1_dot_agents__pb2.KillExecRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_agents__pb2.KillExecResponse.FromString,
+                _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/stockade.v1.AgentService/Hold',
                 request_serializer=stockade_dot_v1_dot_agents__pb2.HoldRequest.SerializeToString,
@@ -189,6 +199,20 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """Begins the agent's lease anew. For whoever launched it, and for admins. One that was frozen because of it goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KillExec(self, request, context):
+        """Ends what one Exec started, with all its descendants, and nothing else of the agent. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Hold(self, request, context):
         """A durable order that a name, label or policy must not run until somebody else releases it.
         """
@@ -272,6 +296,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Thaw,
                     request_deserializer=stockade_dot_v1_dot_agents__pb2.ThawRequest.FromString,
                     response_serializer=stockade_dot_v1_dot_agents__pb2.ThawResponse.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=stockade_dot_v1_dot_agents__pb2.RenewRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_agents__pb2.RenewResponse.SerializeToString,
+            ),
+            'KillExec': grpc.unary_unary_rpc_method_handler(
+                    servicer.KillExec,
+                    request_deserializer=stockade_dot_v1_dot_agents__pb2.KillExecRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_agents__pb2.KillExecResponse.SerializeToString,
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
@@ -591,6 +625,60 @@ class AgentService:
             '/stockade.v1.AgentService/Thaw',
             stockade_dot_v1_dot_agents__pb2.ThawRequest.SerializeToString,
             stockade_dot_v1_dot_agents__pb2.ThawResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stockade.v1.AgentService/Renew',
+            stockade_dot_v1_dot_agents__pb2.RenewRequest.SerializeToString,
+            stockade_dot_v1_dot_agents__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KillExec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stockade.v1.AgentService/KillExec',
+            stockade_dot_v1_dot_agents__pb2.KillExecRequest.SerializeToString,
+            stockade_dot_v1_dot_agents__pb2.KillExecResponse.FromString,
             options,
             channel_credentials,
             insecure,
