@@ -400,7 +400,15 @@ class Acts:
 
     async def hold(self, hold: Hold) -> Hold:
         await self._actions.record(
-            Action("", hold.held_by, "hold.create", f"{hold.kind}:{hold.subject}", "done", hold.reason)
+            Action(
+                "",
+                hold.held_by,
+                "hold.create",
+                f"{hold.kind}:{hold.subject}",
+                "done",
+                hold.reason,
+                {"hold_id": hold.hold_id, "ticket": hold.ticket},
+            )
         )
         await self._store.save_hold(hold)
         self._holds.add(hold)

@@ -1,9 +1,9 @@
-"""Holds: durable orders that a name, a label or a policy must not run until somebody else releases it."""
+"""Holds: durable orders that a name, label, policy or root file system must not run until somebody else says so."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from supervisord.errors import Held, NotFound, PermissionDenied
 from supervisord.ids import shown
@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
+Kind: TypeAlias = Literal["name", "label", "policy", "rootfs_digest"]
+
+
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """One order. `subject` is a name, `key=value` or a policy's name, by `kind`."""
+    """One order. `subject` is a name, `key=value`, a policy's name or an image's digest, by `kind`."""
 
     hold_id: str
-    kind: Literal["name", "label", "policy"]
+    kind: Kind
     subject: str
     reason: str
     held_by: str
     held_at_ns: int
+    ticket: str = ""
 
 
 class Holds:
@@ -55,16 +59,18 @@ class Holds:
     def remove(self, hold_id: str) -> None:
         self._holds.pop(hold_id, None)
 
-    def check(self, *, name: str, labels: Mapping[str, str], policy: str) -> None:
+    def check(self, *, name: str, labels: Mapping[str, str], policy: str, rootfs_digest: str = "") -> None:
         """Raises Held where any hold means such an agent."""
         for hold in self._holds.values():
             subjects = {
                 "name": {name},
                 "policy": {policy},
                 "label": {f"{key}={value}" for key, value in labels.items()},
+                "rootfs_digest": {rootfs_digest},
             }
             if hold.subject in subjects[hold.kind]:
                 raise Held(
-                    f"cannot launch {name}: {hold.kind} {hold.subject} is on hold by {hold.held_by}: {hold.reason}",
+                    f"cannot launch {name}: {hold.kind} {hold.subject} is on hold by {hold.held_by}: {hold.reason}"
+                    + (f" ({hold.ticket})" if hold.ticket else ""),
                     remedy=f"somebody else than {hold.held_by} can `stockadectl release {hold.hold_id}`",
                 )

@@ -129,6 +129,16 @@ def idempotency_key(text: str) -> str:
     return text
 
 
+def image_digest(text: str) -> str:
+    """The digest of an image, as postures have it; raises InvalidInput."""
+    if not re.fullmatch("sha256:[0-9a-f]{64}", text):
+        raise InvalidInput(
+            f"cannot use digest {shown(text)}: it is not sha256: and 64 digits of 0-9a-f",
+            remedy="copy rootfs_digest from `stockadectl inspect`",
+        )
+    return text
+
+
 def shown(text: str) -> str:
     """The text quoted for an error message: bounded, and with nothing in it that drives a terminal."""
     cut = text[:_SHOWN_CHARACTERS_MAX]

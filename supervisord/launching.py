@@ -171,7 +171,7 @@ class Launching:
                 known = self._known(order, caller=caller, agent_id=agent_id, idempotency_key=idempotency_key)
                 if known is not None:
                     return known, True
-                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name)
+                self._holds.check(name=name, labels=dict(order.labels), policy=policy.name, rootfs_digest=image.digest)
             files, opened = open_files(wanted_files(order, policy), caller_uid=file_uid(caller))
             root = None
             if image is not None:
@@ -345,6 +345,9 @@ class Launching:
                 self.open_gate(agent)
                 await self.open_transparent(agent)
             _check_wanted(agent)
+            # Again, and in one go with the order: whoever was told that it is held finds that it does not run.
+            what = agent.what
+            self._holds.check(name=what.name, labels=what.labels, policy=what.policy, rootfs_digest=plan.rootfs.digest)
             going = self._keep(
                 self._launcher.call("go", agent_id=agent.agent_id, first=lambda: self._runs(agent, caller, recorded))
             )

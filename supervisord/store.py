@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 from supervisord.budgets import Amounts
 from supervisord.definitions import DefinitionRow
 from supervisord.errors import ErrorCode, StockadeError
-from supervisord.holds import Hold
+from supervisord.holds import Hold, Kind
 from supervisord.ids import AgentId, GrantId
 from supervisord.scopes import Ended, Grant
 
@@ -79,11 +79,12 @@ MIGRATIONS: Final = (
     ALTER TABLE spent ADD COLUMN egress_bytes INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE label_spent ADD COLUMN egress_bytes INTEGER NOT NULL DEFAULT 0;
     """,
+    "ALTER TABLE holds ADD COLUMN ticket TEXT NOT NULL DEFAULT '';",
 )
 
 T = TypeVar("T")
 _DefinitionRow = tuple[str, int, str, str, str, str, int, str, str, int | None]
-_HoldRow = tuple[str, Literal["name", "label", "policy"], str, str, str, int]
+_HoldRow = tuple[str, Kind, str, str, str, int, str]
 
 
 class CannotStore(StockadeError):  # noqa: N818 - read at the raise, as in supervisord.errors
@@ -222,14 +223,16 @@ class Store:
     # --- holds
 
     async def save_hold(self, hold: Hold) -> None:
-        values = (hold.hold_id, hold.kind, hold.subject, hold.reason, hold.held_by, hold.held_at_ns)
-        await self._write("save a hold", "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?)", [values])
+        values = (hold.hold_id, hold.kind, hold.subject, hold.reason, hold.held_by, hold.held_at_ns, hold.ticket)
+        await self._write("save a hold", "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?)", [values])
 
     async def release_hold(self, hold_id: str) -> None:
         await self._write("release a hold", "DELETE FROM holds WHERE hold_id = ?", [(hold_id,)])
 
     async def holds(self) -> list[Hold]:
-        sql = "SELECT hold_id, kind, subject, reason, held_by, held_at_ns FROM holds ORDER BY held_at_ns, hold_id"
+        sql = (
+            "SELECT hold_id, kind, subject, reason, held_by, held_at_ns, ticket FROM holds ORDER BY held_at_ns, hold_id"
+        )
         rows = cast("list[_HoldRow]", await self._read("list holds", sql))
         return [Hold(*row) for row in rows]
 

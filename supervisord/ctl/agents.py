@@ -295,7 +295,14 @@ def thaw(stockade: Stockade, options: Namespace) -> int:
 
 
 def hold(stockade: Stockade, options: Namespace) -> int:
-    made = stockade.hold(name=options.subject, label=options.label, policy=options.policy, reason=options.reason)
+    made = stockade.hold(
+        name=options.subject,
+        label=options.label,
+        policy=options.policy,
+        rootfs_digest=options.rootfs_digest,
+        reason=options.reason,
+        ticket=options.ticket,
+    )
     show_holds([made], options, one=True)
     return OK
 
@@ -340,6 +347,6 @@ def show_holds(found: Sequence[Hold], options: Namespace, *, one: bool = False) 
     elif one:
         say(f"{found[0].hold_id}: {found[0].kind} {escape(found[0].value)}")
     else:
-        head = ("HOLD", "KIND", "VALUE", "BY", "SINCE", "REASON")
-        rows = [(h.hold_id, h.kind, h.value, h.held_by, moment(h.held_at), h.reason) for h in found]
+        head = ("HOLD", "KIND", "VALUE", "BY", "SINCE", "TICKET", "REASON")
+        rows = [(h.hold_id, h.kind, h.value, h.held_by, moment(h.held_at), h.ticket, h.reason) for h in found]
         print_table(head, rows)

@@ -159,6 +159,8 @@ def _hold(parser: ArgumentParser) -> None:
     group.add_argument("subject", metavar="NAME", nargs="?", default="", help="agents of this name")
     group.add_argument("--label", metavar="K=V", default="", help="agents with this label")
     group.add_argument("--policy", default="", help="agents of this policy")
+    group.add_argument("--rootfs-digest", metavar="sha256:…", default="", help="agents whose root is this image")
+    parser.add_argument("--ticket", default="", help="where it is kept track of")
     parser.add_argument("--reason", default="")
 
 
@@ -299,7 +301,7 @@ VERBS: Final[dict[str, Verb]] = {
     "renew": Verb("begin an agent's lease anew", _AGENTS, "renew", _one),
     "freeze": Verb("stop agents where they are, and close their gate", _AGENTS, "freeze", _selection),
     "thaw": Verb("let frozen agents go on", _AGENTS, "thaw", _selection),
-    "hold": Verb("forbid a name, label or policy to run until somebody else releases it", _AGENTS, "hold", _hold),
+    "hold": Verb("forbid a name, label, policy or image until somebody else releases it", _AGENTS, "hold", _hold),
     "release": Verb("take a hold back", _AGENTS, "release", _release),
     "holds": Verb("what is held", _AGENTS, "holds", _nothing),
     "budgets": Verb("what labels may spend together, and have", _AGENTS, "budgets", _nothing),

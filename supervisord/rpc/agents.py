@@ -17,6 +17,7 @@ from supervisord.holds import Hold
 from supervisord.ids import agent_id as parse_agent_id
 from supervisord.ids import agent_name as parse_name
 from supervisord.ids import idempotency_key as parse_key
+from supervisord.ids import image_digest as parse_digest
 from supervisord.ids import label, new_hold_id
 from supervisord.ids import policy_name as parse_policy
 from supervisord.output import Chunk, Tail, follow
@@ -317,13 +318,15 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
     async def Hold(self, request: agents_pb2.HoldRequest, _context: Context) -> agents_pb2.HoldResponse:
         kind = request.target.WhichOneof("target")
         if kind is None:
-            raise InvalidInput("cannot hold: the target is empty", remedy="name a name, a label or a policy")
+            raise InvalidInput("cannot hold: the target is empty", remedy="name a name, a label, a policy or a digest")
         subject = str(getattr(request.target, kind))
         match kind:
             case "name":
                 parse_name(subject)
             case "label":
                 label(*(subject.partition("=")[::2]))
+            case "rootfs_digest":
+                parse_digest(subject)
             case _:
                 parse_policy(subject)
         hold = Hold(
@@ -333,6 +336,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             reason=convert.text("reason", request.reason),
             held_by=current_caller().actor,
             held_at_ns=self._now_ns(),
+            ticket=convert.text("ticket", request.ticket),
         )
         return agents_pb2.HoldResponse(hold=convert.hold(await self._acts.hold(hold)))
 

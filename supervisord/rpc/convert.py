@@ -368,6 +368,7 @@ def hold(value: Hold) -> agents_pb2.HoldOrder:
         reason=value.reason,
         held_by=value.held_by,
         held_at=timestamp(value.held_at_ns),
+        ticket=value.ticket,
     )
 
 

@@ -147,10 +147,21 @@ class AsyncStockade:
         request = agents_pb2.ThawRequest(selector=convert.selector(selector), reason=reason)
         return [convert.agent(message) for message in (await self.call(methods.THAW, request)).agents]
 
-    async def hold(self, *, name: str = "", label: str = "", policy: str = "", reason: str = "") -> Hold:
+    async def hold(
+        self,
+        *,
+        name: str = "",
+        label: str = "",
+        policy: str = "",
+        rootfs_digest: str = "",
+        reason: str = "",
+        ticket: str = "",
+    ) -> Hold:
         """The order that nothing of this name, label (`key=value`) or policy may run; give exactly one."""
-        target = agents_pb2.HoldTarget(name=name or None, label=label or None, policy=policy or None)
-        request = agents_pb2.HoldRequest(target=target, reason=reason)
+        target = agents_pb2.HoldTarget(
+            name=name or None, label=label or None, policy=policy or None, rootfs_digest=rootfs_digest or None
+        )
+        request = agents_pb2.HoldRequest(target=target, reason=reason, ticket=ticket)
         return convert.hold((await self.call(methods.HOLD, request)).hold)
 
     async def release(self, hold_id: str, reason: str = "") -> Hold:

@@ -221,6 +221,7 @@ def hold(message: agents_pb2.HoldOrder) -> values.Hold:
         reason=message.reason,
         held_by=message.held_by,
         held_at=time_of(message, "held_at"),
+        ticket=message.ticket,
     )
 
 

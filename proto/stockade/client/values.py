@@ -171,14 +171,15 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A durable order that nothing of this name, label (`key=value`) or policy may run."""
+    """A durable order that nothing of this name, label (`key=value`), policy or image (its digest) may run."""
 
     hold_id: str
-    kind: Literal["name", "label", "policy"]
+    kind: Literal["name", "label", "policy", "rootfs_digest"]
     value: str
     reason: str
     held_by: str
     held_at: datetime | None
+    ticket: str = ""
 
 
 @dataclass(frozen=True, slots=True)

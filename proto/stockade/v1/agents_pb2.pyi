@@ -598,38 +598,44 @@ class KillExecResponse(_message.Message):
     def __init__(self, processes_killed: _Optional[int] = ..., verified_empty: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HoldTarget(_message.Message):
-    __slots__ = ("name", "label", "policy")
+    __slots__ = ("name", "label", "policy", "rootfs_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    ROOTFS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     label: str
     policy: str
-    def __init__(self, name: _Optional[str] = ..., label: _Optional[str] = ..., policy: _Optional[str] = ...) -> None: ...
+    rootfs_digest: str
+    def __init__(self, name: _Optional[str] = ..., label: _Optional[str] = ..., policy: _Optional[str] = ..., rootfs_digest: _Optional[str] = ...) -> None: ...
 
 class HoldOrder(_message.Message):
-    __slots__ = ("hold_id", "target", "reason", "held_by", "held_at")
+    __slots__ = ("hold_id", "target", "reason", "held_by", "held_at", "ticket")
     HOLD_ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     HELD_BY_FIELD_NUMBER: _ClassVar[int]
     HELD_AT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     hold_id: str
     target: HoldTarget
     reason: str
     held_by: str
     held_at: _timestamp_pb2.Timestamp
-    def __init__(self, hold_id: _Optional[str] = ..., target: _Optional[_Union[HoldTarget, _Mapping]] = ..., reason: _Optional[str] = ..., held_by: _Optional[str] = ..., held_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    ticket: str
+    def __init__(self, hold_id: _Optional[str] = ..., target: _Optional[_Union[HoldTarget, _Mapping]] = ..., reason: _Optional[str] = ..., held_by: _Optional[str] = ..., held_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class HoldRequest(_message.Message):
-    __slots__ = ("target", "reason", "hold_id")
+    __slots__ = ("target", "reason", "hold_id", "ticket")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     HOLD_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     target: HoldTarget
     reason: str
     hold_id: str
-    def __init__(self, target: _Optional[_Union[HoldTarget, _Mapping]] = ..., reason: _Optional[str] = ..., hold_id: _Optional[str] = ...) -> None: ...
+    ticket: str
+    def __init__(self, target: _Optional[_Union[HoldTarget, _Mapping]] = ..., reason: _Optional[str] = ..., hold_id: _Optional[str] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class HoldResponse(_message.Message):
     __slots__ = ("hold",)

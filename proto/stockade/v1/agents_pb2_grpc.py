@@ -214,7 +214,7 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Hold(self, request, context):
-        """A durable order that a name, label or policy must not run until somebody else releases it.
+        """A durable order that a name, label, policy or root file system must not run until somebody else releases it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
