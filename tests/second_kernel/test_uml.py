@@ -37,6 +37,7 @@ WITHOUT_NFTABLES = {
 SKIPPED_IN_GUEST = {*WITHOUT_NFTABLES, "test_waiting_for_memory_is_told_of"}
 LAUNCH = "tests/kernel/test_launch.py"
 KILL = "tests/kernel/test_kill.py"
+TOLD = "tests/kernel/test_told_calls.py"
 SCRATCH = "tests/kernel/test_scratch.py"
 CHANGES = "tests/kernel/test_changes.py"
 ATTEMPTS = "tests/adversarial/test_claims.py"
@@ -82,6 +83,10 @@ def much(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         f"{CHANGES}::test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
         f"{CHANGES}::test_what_is_no_file_is_shown_and_neither_opened_nor_made",
         f"{CHANGES}::test_the_worker_acts_as_the_owner_and_has_nothing_else",
+        "tests/kernel/test_exec_trees.py",
+        f"{TOLD}::test_who_ran_what_is_told_and_without_it_nothing",
+        f"{TOLD}::test_refused_calls_are_told_with_their_number_of_times_and_answered_alike",
+        f"{TOLD}::test_the_watcher_has_one_capability_and_opens_nothing_for_writing",
         "tests/kernel/test_degraded.py::test_this_very_kernel_is_judged_as_doctor_says",
         "tests/kernel/test_canaries.py::test_the_default_plan_holds",
         "tests/kernel/test_posture.py::test_examination_is_what_the_host_sees_after_exec",
@@ -132,6 +137,10 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
         "test_a_kept_home_is_the_next_agents_whatever_its_ids",
         "test_a_link_that_is_swapped_in_between_diff_and_apply_leads_nowhere",
         "test_the_worker_acts_as_the_owner_and_has_nothing_else",
+        "test_an_exec_ends_with_all_its_descendants_and_nothing_else",
+        "test_who_ran_what_is_told_and_without_it_nothing",
+        "test_refused_calls_are_told_with_their_number_of_times_and_answered_alike",
+        "test_the_watcher_has_one_capability_and_opens_nothing_for_writing",
         "test_this_very_kernel_is_judged_as_doctor_says",
         "test_the_default_plan_holds",
         "test_examination_is_what_the_host_sees_after_exec",
