@@ -35,7 +35,7 @@ RESTART_SECONDS_MAX: Final = 5.0
 WELL_SECONDS: Final = 30.0  # a watcher that lived so long did not die of how it was started
 LOOK_SECONDS: Final = 1.0
 HUNG_SECONDS: Final = 5.0  # it comes round once a second
-MESSAGES_PER_TURN_MAX: Final = 64
+MESSAGES_PER_TURN_MAX: Final = 8
 
 
 class _Listener:

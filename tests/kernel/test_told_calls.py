@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandbox import notices, watcher
-from sandbox.plan import Record
+from sandbox.plan import Bind, Record
 from tests.support.launcher import ROOT, TELLING, Launcher
 
 if TYPE_CHECKING:
@@ -64,20 +64,25 @@ def refused(events: list[dict[str, Any]]) -> dict[int, int]:
     return times
 
 
+def watchers(launcher: Launcher) -> list[int]:
+    """Those that are ready to watch."""
+    pid, found = launcher.process.pid, []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            status = Path(f"/proc/{child}/status").read_text()
+        except OSError:
+            continue
+        if "Name:\tstockade-watch\n" in status and "Seccomp:\t2\n" in status:
+            found.append(int(child))
+    return found
+
+
 def watcher_pid(launcher: Launcher) -> int:
-    pid = launcher.process.pid
     deadline = time.monotonic() + SECONDS_MAX
-    while time.monotonic() < deadline:
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with_name = Path(f"/proc/{child}")
-            try:
-                status = (with_name / "status").read_text()
-            except OSError:
-                continue
-            if "Name:\tstockade-watch\n" in status and "Seccomp:\t2\n" in status:
-                return int(child)
+    while not watchers(launcher):
+        assert time.monotonic() < deadline, "no watcher"
         time.sleep(0.005)
-    raise AssertionError("no watcher")
+    return watchers(launcher)[0]
 
 
 def test_who_ran_what_is_told_and_without_it_nothing(launcher: Launcher) -> None:
@@ -279,6 +284,39 @@ def test_a_call_that_a_watcher_had_in_hand_when_it_ended_is_answered(launcher: L
     assert executed(events[at:]) == []
 
 
+HANGS = """
+import ctypes, mmap
+with open("/workspace/hangs", "rb") as file:
+    page = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+print("now", flush=True)
+ctypes.CDLL(None).execve(ctypes.c_void_p(address), None, None)
+"""
+
+
+def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) -> None:
+    """A path in a file of a mount that hangs: whoever reads it waits where no signal may reach it."""
+    server = ROOT / "tests" / "support" / "hanging_files.py"
+    private = ["unshare", "-m", "--propagation", "private"]
+    with Launcher.start(wrapper=[*private, sys.executable, str(server), str(tmp_path)]) as launcher:
+        workspace = os.open(f"/proc/{launcher.process.pid}/root{tmp_path}", os.O_PATH | os.O_DIRECTORY)
+        other = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
+        bind = Bind(0, "/workspace", writable=False, owner_uid=0, owner_gid=0, without_idmap="read-only")
+        hangs = launcher.launch([PYTHON, "-c", HANGS], [workspace], binds=(bind,), degraded_ok=("idmap",), **TOLD)
+        os.close(workspace)
+        first = watcher_pid(launcher)
+        deadline = time.monotonic() + SECONDS_MAX
+        while not hangs.stdout:
+            assert time.monotonic() < deadline, hangs.stderr
+            time.sleep(0.01)
+        still = settled(other)
+        grown(other, still)
+        assert set(watchers(launcher)) > {first}, "that one cannot even die yet"
+        events = called(launcher, hangs, lambda found: "interrupted" in [event["kind"] for event in found])
+        assert [event["unread"] for event in events if event["kind"] == "interrupted"] == [True]
+        assert launcher.kill(other)["verified_empty"]
+
+
 def stop_with_call_in_hand(launcher: Launcher, pid: int, agent: Agent) -> None:
     """Stop the watcher while it has a call of this agent in hand, by the memory that it shares."""
     deadline = time.monotonic() + SECONDS_MAX
@@ -349,6 +387,22 @@ except OSError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS_MAX, check=False
     )
     assert done.stdout == "38\n", done.stderr  # ENOSYS
+
+
+def test_agents_freeze_thaw_and_die_with_calls_that_wait_for_an_answer(launcher: Launcher) -> None:
+    agent = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
+    for _ in range(10):
+        size = grown(agent, 0)
+        assert launcher.request("freeze", agent_id=agent.agent_id)["frozen"]
+        launcher.request("thaw", agent_id=agent.agent_id)
+        grown(agent, size)
+    pid = watcher_pid(launcher)
+    os.kill(pid, signal.SIGSTOP)
+    settled(agent)
+    assert launcher.request("freeze", agent_id=agent.agent_id)["frozen"], "nobody answers meanwhile"
+    launcher.request("thaw", agent_id=agent.agent_id)
+    assert launcher.kill(agent)["verified_empty"]
+    assert watcher_pid(launcher) == pid, "not for want of a watcher"
 
 
 STORM = """
