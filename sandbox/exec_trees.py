@@ -1,8 +1,9 @@
 """What one exec started, in a group of its own below its agent's, so that it can be ended by itself.
 
 Whatever a process does, its descendants are in its group (cgroups(7)): sessions of their own, ignored signals and
-parents that are gone change nothing. The limits are the agent's. A group is made ahead, while the exec before it is
-under way, and named in an attribute of it that a restarted launcher reads.
+parents that are gone change nothing. The limits are the agent's. A group of which nothing is left is the next exec's,
+so that as a rule none is made or removed while somebody waits; whose it is says an attribute that a restarted launcher
+reads.
 """
 
 import contextlib
@@ -19,23 +20,25 @@ PIDS_READ_BYTES_MAX: Final = 1 << 20
 class Tree:
     """One group, in the v2 tree that every layout has."""
 
-    __slots__ = ("fd", "name")
+    __slots__ = ("fd", "killed", "name")
 
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
+        self.killed = False
         self.fd = fd  # also for clone3
 
     def label(self, stream_id: str) -> None:
         os.setxattr(self.fd, LABEL, stream_id.encode())
 
     def labelled(self) -> str:
-        """Return whose it is, or nothing where it was made ahead and not used."""
+        """Return whose it is, or nothing where it is nobody's."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return os.getxattr(self.fd, LABEL).decode()
         return ""
 
     def kill(self) -> None:
         """SIGKILL to every process of it and below, also to those that are being forked."""
+        self.killed = True
         fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             os.write(fd, b"1")
@@ -86,23 +89,22 @@ class Trees:
                 continue
             trees._made = max(trees._made, int(number))
             tree = Tree(name, _open(parent, name))
-            trees.of[tree.labelled() or name] = tree
-        trees.drop(())
+            if tree.populated():
+                trees.of[tree.labelled() or name] = tree
+            else:
+                trees._remove(tree)  # it may have been killed
         return trees
 
     def take(self) -> Tree:
-        """Return an empty one, most often made ahead; raises `OSError`."""
+        """Return an empty one, most often of an exec that is over; raises `OSError`."""
         tree, self._spare = self._spare, None
         return self._make() if tree is None else tree
 
     def keep(self, tree: Tree, stream_id: str) -> None:
-        """Note whose it is, and make the next one."""
+        """Note whose it is."""
         self.of[stream_id] = tree
         with contextlib.suppress(OSError):  # then a restarted launcher can end it with its agent only
             tree.label(stream_id)
-        if self._spare is None:
-            with contextlib.suppress(OSError):  # the next exec tells of the problem, if it lasts
-                self._spare = self._make()
 
     def left(self, stream_id: str) -> bool:
         """Return whether processes of a stream are there."""
@@ -110,18 +112,24 @@ class Trees:
         return tree is not None and tree.populated()
 
     def give_back(self, tree: Tree) -> None:
-        """Keep it for the next exec: nothing was ever in it."""
-        if self._spare is None:
+        """Keep it for the next exec: nothing is in it.
+
+        Not one that was killed: newer kernels kill also what is cloned into it later (6.18, `kill_seq` of
+        kernel/cgroup/cgroup.c, which is compared with that of the parent's group).
+        """
+        if self._spare is None and not tree.killed:
             self._spare = tree
+            with contextlib.suppress(OSError):
+                tree.label("")
         else:
             self._remove(tree)
 
     def drop(self, streams: Collection[str]) -> None:
-        """Remove those of which nothing is left, save of these streams."""
+        """Give back those of which nothing is left, save of these streams."""
         for stream_id, tree in list(self.of.items()):
             if stream_id not in streams and not tree.populated():
                 del self.of[stream_id]
-                self._remove(tree)
+                self.give_back(tree)
 
     def close(self) -> None:
         """Let go of them; they are removed with the agent's group."""
