@@ -15,12 +15,12 @@ import functools
 import os
 import socket
 import struct
-import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
+from sandbox import doctor
 from sandbox.netpool import AGENT_ADDRESS, GATE_ADDRESS, GATE_INTERFACE
 from sandbox.syscalls import CLONE_NEWNET, setns
 from sandbox.transparent import NAMES_NETWORK, NAMES_PORT
@@ -233,7 +233,7 @@ class Gates:
 @functools.cache
 def _second_layer() -> bool:
     """Whether this kernel has what keeps an agent's frames from its gate (User-Mode Linux has not)."""
-    return subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=False, timeout=10).returncode == 0
+    return next(item.present for item in doctor.probe() if item.control == "nftables")
 
 
 def watched(launcher: Callable[[], int]) -> Gates | None:
