@@ -31,6 +31,7 @@ status_detail_bytes_max: Final = 1024
 informational_max: Final = 8
 """Answers of the 100s before the real one."""
 
+_HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 _LENGTHS: Final = re.compile(rb"^content-length[ \t]*:[ \t]*([^\n]*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -131,7 +132,7 @@ class Passing:
                 raise Switched(tuple((bytes(name), bytes(value)) for name, value in event.headers))
             if isinstance(event, h11.InformationalResponse):
                 self._informational += 1
-                self._head_seen.clear()
+                self._forget_head()
                 if self._informational > informational_max:
                     raise UpstreamError("cannot read answer: the gateway sent one interim answer after another")
             if isinstance(event, h11.Event) and not isinstance(event, h11.InformationalResponse):
@@ -142,6 +143,11 @@ class Passing:
                 raise UpstreamError("cannot read answer: the gateway switched protocols")
             if event is h11.NEED_DATA:
                 await self._feed(pump)
+
+    def _forget_head(self) -> None:
+        """Forget the head of an interim answer alone: the real one may have come behind it in the same piece."""
+        end = _HEAD_END.search(self._head_seen)
+        del self._head_seen[: end.end() if end else len(self._head_seen)]
 
     async def _feed(self, pump: asyncio.Task[None] | None) -> None:
         _raise_problem(pump)

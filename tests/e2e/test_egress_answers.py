@@ -44,6 +44,10 @@ AMBIGUOUS = {
     "the same CL twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\ncontent-length: 5\r\n\r\n" + BEHIND,
     "a list of CLs": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\n" + BEHIND,
     "signed CL": b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\n" + BEHIND,
+    "CL and TE behind hints": b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\nHELLO\r\n0\r\n\r\n",
+    "the same CL twice behind hints": b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n"
+    b"Content-Length: 5\r\n\r\nHELLO",
     "TE in 1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nHELLO\r\n0\r\n\r\n" + FORGED,
     "other TE": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n5\r\nHELLO\r\n0\r\n\r\n" + FORGED,
     "HTTP/0.9": b"<html>" + FORGED,
