@@ -541,7 +541,14 @@ class Connection:
             exchange.error = "the host agreed to another upgrade than was asked for"
             raise _Answered(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error))
         exchange.status = 101
-        await self._write(websocket.answer(answered))
+        agreed = websocket.answer(answered)
+        try:
+            await exchange.take(len(agreed))
+        except BytesSpent as error:
+            exchange.error = str(error)
+            raise _Answered(_spent(error)) from error
+        exchange.bytes_down += len(agreed)
+        await self._write(agreed)
         passed = websocket.Relay(self.stream, upstream, self._limits, self.agent.share, take=exchange.take)
         # Frames may have come with the request already; they belong to the host now.
         passed.begun = self._intake.take_rest()

@@ -9,13 +9,14 @@ import json
 import os
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from gateway_client.egress import messages
 from gateway_client.egress.authority import SECRET_BYTES, make_authority
+from gateway_client.egress.decide import decide
 from gateway_client.gateways import preface as preface_format
 from tests.support.egress_plane import AGENT, Plane, Upstream, running, until
 from tests.support.site_authority import SiteAuthority
@@ -286,6 +287,39 @@ async def test_a_websocket_passes_and_is_cut_with_its_grant(tmp_path: Path) -> N
         assert (outcome.status, outcome.error) == (101, "cut")
         assert outcome.bytes_up > 300_000 < outcome.bytes_down
         writer.close()
+
+
+@pytest.mark.parametrize("bound", ["grant", "budget"])
+@pytest.mark.parametrize("most", [20_000, 200_000])
+async def test_the_head_that_agrees_to_a_websocket_is_bounded_too(tmp_path: Path, most: int, bound: str) -> None:
+    long = SWITCHED.replace(b"\r\n\r\n", b"\r\nX-Data: " + b"d" * 30_000 + b"\r\n\r\n")
+    async with tls(tmp_path, answer=long, stay=True) as side:
+        side.plane.grant(f"http:GET:https://{HOST}/chat")
+        side.plane.budget_bytes = most
+
+        def judge(ask: messages.Ask) -> messages.Verdict:
+            verdict = decide(ask.request, side.plane.view, now=0)
+            assert isinstance(verdict, messages.Allow)
+            if bound == "budget":
+                return replace(verdict, lent=verdict.upstream.opens)
+            return replace(verdict, bytes_left=most)
+
+        side.plane.answer = judge
+        reader, writer = await side.connect()
+        writer.write(UPGRADE)
+        async with asyncio.timeout(5):
+            if most > len(long):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            else:
+                got = await reader.read(-1)
+                assert got.startswith(b"HTTP/1.1 429 " if bound == "budget" else b"HTTP/1.1 403 ")
+                assert b"dddd" not in got
+        writer.close()
+        outcome = await until(lambda: next((each for each in side.plane.outcomes if each.bytes_up), None))
+        assert outcome.bytes_up + outcome.bytes_down <= most
+        assert (outcome.bytes_down >= 30_000) == (most > len(long))
+        if bound == "budget":
+            await until(lambda: sum(each.used for each in side.plane.moved) + side.plane.budget_bytes == most)
 
 
 @pytest.mark.parametrize(
