@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -272,11 +272,12 @@ class EgressPlane:
             verdict = messages.Refuse(503, "limit", "the answer is too long")
         self._tell(worker, messages.Answer(x, verdict))
 
-    def lend(self, worker_id: str, agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as Loans tells it
-        """Tell a worker that so many more bytes of an agent may pass."""
+    def lend(self, worker_id: str, agent_id: str, count: int, last: bool) -> bool:  # noqa: FBT001 - as Loans tells it
+        """Tell a worker that so many more bytes of an agent may pass; False where that worker is gone."""
         worker = self._workers.get(worker_id)
         if worker is not None:
             self._tell(worker, messages.Lend(agent_id, count, last))
+        return worker is not None
 
     def dial(self, order: messages.Dial) -> bool:
         """Have a socket connected and passed on; the worker learns of a failure from the dialer.
@@ -388,8 +389,11 @@ class EgressPlane:
             case messages.Ready():
                 worker.posture = message.posture
                 worker.ready.set()
-            case messages.Moved():  # of an agent that has ended, too: its labels go on; the judge knows whose it is
-                self.judge.moved(worker_id, message)
+            case messages.Moved():
+                # Of an agent that has ended, too: its labels go on. More is lent to whoever serves the agent alone.
+                served = self._served.get(message.agent_id)
+                mine = served is not None and served.place == worker.place
+                self.judge.moved(worker_id, message if mine else replace(message, want=0))
             case messages.Ask() | messages.Outcome() | messages.Rejected():
                 # A worker that was taken over may name any agent: it speaks for those it serves alone.
                 served = self._served.get(message.agent_id)

@@ -1,0 +1,48 @@
+"""What workers say, as it reaches the judge: each speaks for the agents that it serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from gateway_client.egress import messages
+from supervisord.egress_plane import EgressPlane, Served, Worker
+
+AGENT, ENDED = "ag_" + "a" * 26, "ag_" + "b" * 26
+MINE, NEIGHBOUR = "w1.1", "w2.2"
+
+
+class Judge:
+    def __init__(self) -> None:
+        self.told: list[tuple[str, messages.Moved]] = []
+
+    def moved(self, worker_id: str, moved: messages.Moved) -> None:
+        self.told.append((worker_id, moved))
+
+
+@pytest.fixture
+def plane() -> EgressPlane:
+    made = EgressPlane(
+        users=cast("Any", None), configure=cast("Any", None), dialer=cast("Any", None), workers=0, records=Path()
+    )
+    for worker_id in (MINE, NEIGHBOUR):
+        place = worker_id.partition(".")[0]
+        made._workers[worker_id] = Worker(
+            worker_id, place, dedicated=False, child=cast("Any", None), channel=cast("Any", None),
+            dialer_end=cast("Any", None),
+        )  # fmt: skip
+    made._served[AGENT] = Served(AGENT, "n", {}, -1, "w1")
+    made.judge = cast("Any", Judge())
+    return made
+
+
+@pytest.mark.parametrize(
+    ("worker_id", "agent_id", "want"), [(MINE, AGENT, 7), (NEIGHBOUR, AGENT, 0), (MINE, ENDED, 0)]
+)
+def test_more_of_a_budget_is_lent_only_to_whoever_serves_the_agent(
+    plane: EgressPlane, worker_id: str, agent_id: str, want: int
+) -> None:
+    plane._from_worker(worker_id, messages.encode(messages.Moved(agent_id, used=5, back=3, want=7)), [])
+    assert cast("Any", plane.judge).told == [(worker_id, messages.Moved(agent_id, used=5, back=3, want=want))]
