@@ -40,9 +40,12 @@ class Loan:
 
 
 class Loans:
-    """One for the daemon. `tell` sends (worker_id, agent_id, bytes, whether that was all) to a worker."""
+    """One for the daemon.
 
-    def __init__(self, ledgers: Ledgers, tell: Callable[[str, AgentId, int, bool], None]) -> None:
+    `tell` sends (worker_id, agent_id, bytes, whether that was all) to a worker; False where that worker is gone.
+    """
+
+    def __init__(self, ledgers: Ledgers, tell: Callable[[str, AgentId, int, bool], bool]) -> None:
         self._ledgers = ledgers
         self._tell = tell
         self._loans: dict[AgentId, Loan] = {}
@@ -95,7 +98,7 @@ class Loans:
         if loan is not None and loan.worker_id != worker_id:
             self._settle(agent_id, loan, loan.held, used=True)
             loan = None
-        return self._loans.setdefault(agent_id, Loan(worker_id)) if loan is None else loan
+        return Loan(worker_id) if loan is None else loan
 
     async def _give(self, agent_id: AgentId, loan: Loan, size: int) -> None:
         if size:
@@ -108,7 +111,9 @@ class Loans:
             except StockadeError:
                 self._settle(agent_id, loan, min(size, loan.held), used=False)
                 raise
-        self._tell(loan.worker_id, agent_id, size, not self._ledgers.bytes_left(agent_id))
+        if not self._tell(loan.worker_id, agent_id, size, not self._ledgers.bytes_left(agent_id)):
+            # It died before it was lent this, so nobody will count or give it back.
+            self._settle(agent_id, loan, min(size, loan.held), used=False)
 
     def _settle(self, agent_id: AgentId, loan: Loan, count: int, *, used: bool) -> None:
         if not count:

@@ -60,8 +60,9 @@ class Plane:
     def answer(self, _worker_id: str, x: int, verdict: messages.Verdict) -> None:
         self.answers[x] = verdict
 
-    def lend(self, _worker_id: str, _agent_id: str, count: int, last: bool) -> None:  # noqa: FBT001 - as the plane has it
+    def lend(self, _worker_id: str, _agent_id: str, count: int, last: bool) -> bool:  # noqa: FBT001 - as the plane has it
         self.lent.append((count, last))
+        return True
 
     def cut_exchanges(self, worker_id: str, xs: list[int]) -> list[Any]:
         self.cut.append((worker_id, tuple(xs)))

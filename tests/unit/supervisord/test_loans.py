@@ -53,9 +53,17 @@ class Bench:
             self.ledgers.open(agent_id, budget, labels=LABELS)
         self.loans = Loans(self.ledgers, self._tell)
         self.told: list[tuple[str, str, int, bool]] = []
+        self.dead: set[str] = set()
 
-    def _tell(self, worker_id: str, agent_id: AgentId, count: int, last: bool) -> None:  # noqa: FBT001 - as Loans has it
+    def _tell(self, worker_id: str, agent_id: AgentId, count: int, last: bool) -> bool:  # noqa: FBT001 - as Loans has it
+        if worker_id in self.dead:
+            return False
         self.told.append((worker_id, agent_id, count, last))
+        return True
+
+    def die(self, worker_id: str) -> None:
+        self.dead.add(worker_id)
+        self.loans.lost(worker_id)
 
     def use(self) -> tuple[int, int]:
         """What the first bound that holds the agent says is spent and set aside."""
@@ -97,6 +105,23 @@ async def test_what_is_given_back_is_free_and_what_a_dead_worker_had_is_spent() 
     assert bench.use() == (1000, LOAN_BYTES_MIN)
     bench.loans.lost(WORKER)
     assert bench.use() == (1000 + LOAN_BYTES_MIN, 0)
+
+
+async def test_a_worker_that_is_gone_already_is_lent_nothing_and_holds_nothing() -> None:
+    bench = Bench(Budget(), label=Budget(egress_bytes=MIB))
+    bench.die(WORKER)
+    await bench.loans.lend(WORKER, AGENT)  # judged while it died
+    await bench.loans.moved(WORKER, AGENT, used=0, back=0, want=5)
+    assert (bench.told, bench.use(), bench.loans.left(AGENT)) == ([], (0, 0), MIB)
+    bench.ledgers.forget(AGENT)
+    assert not bench.ledgers.bounded(AGENT)
+    # One that dies while the disk takes its loan may not have got it, and is not given it twice.
+    lending = asyncio.create_task(bench.loans.lend(ANOTHER, OTHER))
+    await asyncio.sleep(0)
+    bench.die(ANOTHER)
+    await lending
+    (use,) = bench.ledgers.shared()
+    assert (use.spent, use.reserved) == (LOAN_BYTES_MIN, 0)
 
 
 @pytest.mark.parametrize("lie", [{"used": 10**12, "back": 0}, {"used": -5, "back": 10**12}, {"used": 1, "back": -9}])
@@ -153,7 +178,7 @@ async def test_what_was_lent_is_spent_after_the_daemon_was_killed(tmp_path: Path
     labels = [LabelBudget("team=payments", Budget(egress_bytes=8 * MIB))]
     before = Ledgers(store, labels=labels)
     before.open(AGENT, Budget(egress_bytes=4 * MIB), labels=LABELS)
-    loans = Loans(before, lambda *_: None)
+    loans = Loans(before, lambda *_: True)
     await loans.lend(WORKER, AGENT)
     after = Ledgers(store, labels=labels)
     await after.load()
