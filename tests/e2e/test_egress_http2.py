@@ -435,3 +435,49 @@ async def test_the_bytes_of_a_budget_hold_and_are_waited_for(tmp_path: Path, mos
         else:
             assert got.endswith(b"RESET")
             assert len(got) < most
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("protocol", ["h2", "http/1.1"])
+async def test_a_cut_does_not_wait_for_bytes_that_are_waited_for(tmp_path: Path, protocol: str, *, up: bool) -> None:
+    body = os.urandom(400_000)
+    if protocol == "h2":
+        pieces = b"".join(http2.data(body[start : start + 16000]) for start in range(0, len(body), 16000))
+        answer: object = Uploads((1 << 20,)) if up else HELLO + http2.headers(("content-type", "a/b")) + pieces
+    else:
+        answer = b"" if up else b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    async with site(tmp_path, answer, protocols=(protocol,)) as side:  # type: ignore[arg-type]
+        plane, lent = side.plane, 20_000
+        decided, plane.budget_bytes = plane.view, lent
+        sent, unanswered = plane.to_worker, []
+
+        def judge(ask: messages.Ask) -> messages.Verdict:
+            verdict = decide(ask.request, decided, now=0)
+            assert isinstance(verdict, messages.Allow)
+            return replace(verdict, lent=verdict.upstream.opens)
+
+        def silent(message: messages.FromDaemonToWorker, **how: int) -> None:
+            """The daemon's disk takes nothing: after the first it lends no more, and does not say so."""
+            if isinstance(message, messages.Lend):
+                if not message.count:
+                    unanswered.append(message)
+                    return
+                message = replace(message, last=False)
+            sent(message, **how)
+
+        plane.answer, plane.to_worker = judge, silent  # type: ignore[method-assign, assignment]
+        reader, writer = await side.connect()
+        writer.write(get(method="PUT", body=body) if up else get())
+        await until(lambda: unanswered)
+        x = next(ask.x for ask in plane.asks if ask.request.form == "forward")
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        sent(messages.Cut(xs=(x,)))
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ssl.SSLError)):
+            await asyncio.wait_for(reader.readexactly(len(body)), 5)
+        assert loop.time() - started < 0.1
+        outcome = await side.outcome()
+        assert outcome.error == "cut"
+        await until(lambda: sum(each.used for each in plane.moved) + plane.budget_bytes == lent)
+        assert outcome.bytes_up + outcome.bytes_down == sum(each.used for each in plane.moved)
+        writer.close()
