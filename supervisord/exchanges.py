@@ -85,6 +85,7 @@ class Open:
     lent: bool = False
     """Whether its bytes are counted on a loan."""
     counted: bool = True
+    """Whether it is a use of its grant; its bytes count either way."""
     phase: Phase = Phase.ASKED
     settled: bool = False
     guardrails: list[JSON] = field(default_factory=list)
@@ -403,15 +404,22 @@ class Exchanges:
             return
         opened.settled = True
         cost = actual.cost_microusd if actual else 0
-        if opened.counted:
-            self._settle(GrantId(opened.grant_id), used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
+        self._settle(opened, used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
         if opened.metered:
             self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
 
-    def _settle(self, grant_id: GrantId, *, used: bool, bytes_used: int, cost_microusd: int, spent: bool) -> None:
+    def _settle(self, opened: Open, *, used: bool, bytes_used: int, cost_microusd: int, spent: bool) -> None:
         """Count what an exchange took of its grant; one whose bytes have run out carries none any more."""
+        grant_id = GrantId(opened.grant_id)
         before = self._book.get(grant_id) if self._book.knows(grant_id) else None
-        grant = self._book.settle(grant_id, used=used, bytes_used=bytes_used, cost_microusd=cost_microusd, spent=spent)
+        grant = self._book.settle(
+            grant_id,
+            used=used,
+            counted=opened.counted,
+            bytes_used=bytes_used,
+            cost_microusd=cost_microusd,
+            spent=spent,
+        )
         if before is None or grant is None:
             return
         if grant.ended is Ended.SPENT and before.ended is None:

@@ -288,9 +288,18 @@ class GrantBook:
         return grant
 
     def settle(
-        self, grant_id: GrantId, *, used: bool, bytes_used: int = 0, cost_microusd: int = 0, spent: bool = False
+        self,
+        grant_id: GrantId,
+        *,
+        used: bool,
+        counted: bool = True,
+        bytes_used: int = 0,
+        cost_microusd: int = 0,
+        spent: bool = False,
     ) -> Grant | None:
         """Turns a use that was set aside into a use, or gives it back when nothing left the host; counts the rest.
+
+        Without `counted` no use was set aside, and only the rest is counted.
 
         What reaches a bound ends the grant; so does `spent`: the worker has met the end of its bytes. What was set
         aside before the grant ended is counted afterwards too; None when the grant ended so long ago that the book has
@@ -299,7 +308,7 @@ class GrantBook:
         grant = self._find(grant_id)
         if grant is None or (grant.terms_counted == (None, None, None)):
             return grant
-        if grant.max_uses is not None and grant.reserved:
+        if counted and grant.max_uses is not None and grant.reserved:
             grant = replace(grant, reserved=grant.reserved - 1, uses=grant.uses + (1 if used else 0))
         if grant.max_bytes is not None:
             total = grant.max_bytes if spent else min(grant.bytes_used + bytes_used, grant.max_bytes)

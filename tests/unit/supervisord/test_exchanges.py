@@ -23,6 +23,8 @@ from supervisord.scopes import GrantBook
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from supervisord.scopes import Grant
+
 MINE = AgentId("ag_" + "a" * 26)
 THEIRS = AgentId("ag_" + "b" * 26)
 WORKER = "w1.1"
@@ -73,6 +75,10 @@ class Disk:
     def __init__(self) -> None:
         self.spent: dict[str, Amounts] = {}
         self.uses: dict[str, int] = {}
+        self.grants: dict[str, Grant] = {}
+
+    async def save_grant(self, grant: Grant) -> None:
+        self.grants[grant.grant_id] = grant
 
     async def update_uses(self, uses: dict[str, int]) -> None:
         self.uses.update(uses)
@@ -103,7 +109,7 @@ class World:
             plane=cast("Any", self.plane),
             requests=cast("Any", None),
             store=cast("Any", self.disk),
-            route=Route(gateway="embedded", preface=False, forwarding=True, allow_networks=()),
+            route=Route(gateway="embedded", preface=False, forwarding=True, allow_networks=(), mcp_servers=("git",)),
             on_deny=lambda _: OnDeny.DENY,
             now=lambda: 1.0,
         )
@@ -347,3 +353,32 @@ async def test_bytes_that_are_used_up_let_nothing_out_and_say_so(request_: Calla
     refused = bench.plane.answers[2]
     assert isinstance(refused, messages.Refuse)
     assert (refused.status, refused.reason_code, "egress_bytes" in refused.detail) == (429, "budget_exhausted", True)
+
+
+def message(method: str) -> EgressRequest:
+    return EgressRequest(
+        form=Form.MCP, method="POST", scheme="http", host="gateway.internal", port=3128, path="/mcp/git", server="git",
+        rpc_method=method, tool="commit" if method == "tools/call" else "",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "uses"), [("tools/list", 0), ("", 0), ("tools/call", 1)])
+async def test_what_keeps_a_session_is_no_use_of_a_grant_and_its_bytes_count(method: str, uses: int) -> None:
+    bench = World(Budget(requests=10))
+    grant_id = bench.book.add(MINE, parse_scope("mcp:git/*"), by="x", max_uses=2, max_bytes=1000).grant_id
+    bench.ask(1, request=message(method))
+    await until(lambda: bench.plane.dialed)
+    bench.end(1, bytes_up=100, bytes_down=300)
+    await until(lambda: grant_id in bench.disk.grants)
+    grant = bench.disk.grants[grant_id]
+    assert (grant.uses, grant.reserved, grant.bytes_left) == (uses, 0, 600)
+    bench.ask(2, request=message(method))
+    await until(lambda: len(bench.plane.dialed) == 2)
+    bench.end(2, bytes_up=600, grant_spent=True)
+    await until(lambda: bench.disk.grants[grant_id].ended)
+    assert bench.disk.grants[grant_id].uses == 2 * uses
+    (use,) = bench.exchanges.ledgers.uses(MINE)
+    assert use.spent == 2 * uses
+    bench.ask(3, request=message(method))
+    await until(lambda: 3 in bench.plane.answers)
+    assert isinstance(bench.plane.answers[3], messages.Refuse)
