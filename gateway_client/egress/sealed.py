@@ -206,9 +206,14 @@ class Sealed:
         return self._inner.writable
 
     async def read(self, seconds: float) -> bytes:
-        """Give the next bytes, b"" at their orderly end; raise Reset, also where TLS was cut off, or TimeoutError."""
+        """Give the next bytes, b"" at their orderly end; raise Reset, also where TLS was cut off, or TimeoutError.
+
+        Records with nothing inside, as tickets and updates of keys, do not prolong the wait.
+        """
         if self._unread:
             return self._unread.popleft()
+        now = asyncio.get_running_loop().time
+        deadline = now() + seconds
         while True:
             try:
                 data = self._engine.read()
@@ -219,7 +224,10 @@ class Sealed:
                 self.received_bytes += len(data)
                 return data
             self._flush_if_open()
-            wire = await self._inner.read(seconds)
+            left = deadline - now()
+            if left <= 0:
+                raise TimeoutError
+            wire = await self._inner.read(left)
             if not wire:
                 # Without the close_notify anybody on the way could have cut it short (RFC 8446 section 6.1).
                 raise Reset("TLS was cut off")
