@@ -191,7 +191,12 @@ _SCHEMAS: Final = frozenset(
         "schema",
     }
 )
-"""Where any key may stand for something of the agent's own."""
+"""Where any key may stand for something of the agent's own..."""
+_WITH_SCHEMAS: Final = frozenset(
+    ("functions", "generationConfig", "generation_config", "output_config", "output_format", "response_format",
+     "text", "tools")
+)  # fmt: skip
+"""...in these settings, which have such."""
 _PICKS: Final = re.compile(r"model.*|.*models?|fallback.*|.*fallbacks?|extra(?:body|query|headers?)|routingconfig")
 _SEPARATORS: Final = re.compile(r"[^a-z0-9]")
 
@@ -255,7 +260,7 @@ def clean(dialect: Dialect, document: dict[str, Any]) -> Cleaned:
 
 def _clean_setting(name: str, setting: object, cleaned: Cleaned) -> None:
     """Take out of a setting what may pick a model; the body was weighed before, so this is bounded."""
-    todo = [setting]
+    todo, schemas = [setting], _SCHEMAS if name in _WITH_SCHEMAS else frozenset()
     while todo:
         value = todo.pop()
         if isinstance(value, list):
@@ -263,7 +268,7 @@ def _clean_setting(name: str, setting: object, cleaned: Cleaned) -> None:
         elif isinstance(value, dict):
             for key, each in list(value.items()):
                 plain = _SEPARATORS.sub("", key.casefold())
-                if plain in _SCHEMAS:
+                if plain in schemas:
                     continue
                 if _PICKS.fullmatch(plain):
                     cleaned.note(f"{name}.{key}")

@@ -169,6 +169,13 @@ def test_what_picks_a_model_within_a_setting_is_taken_out_and_noted() -> None:
     assert set(found.dropped) == {"reasoning.modelName", "reasoning.Fallbacks", "reasoning.extra_body"}
 
 
+@pytest.mark.parametrize("name", ["parameters", "response", "properties", "schema"])
+def test_a_setting_without_schemas_hides_nothing_in_what_is_named_like_one(name: str) -> None:
+    found = call(CHAT, reasoning={name: {"model": "x"}}, stream_options={name: [{"fallbacks": ["x"]}]})
+    document = json.loads(found.body)
+    assert (document["reasoning"], document["stream_options"]) == ({name: {}}, {name: [{}]})
+
+
 # --- tools
 
 

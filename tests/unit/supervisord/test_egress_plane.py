@@ -38,9 +38,7 @@ def plane() -> EgressPlane:
     return made
 
 
-@pytest.mark.parametrize(
-    ("worker_id", "agent_id", "want"), [(MINE, AGENT, 7), (NEIGHBOUR, AGENT, 0), (MINE, ENDED, 0)]
-)
+@pytest.mark.parametrize(("worker_id", "agent_id", "want"), [(MINE, AGENT, 7), (NEIGHBOUR, AGENT, 0), (MINE, ENDED, 0)])
 def test_more_of_a_budget_is_lent_only_to_whoever_serves_the_agent(
     plane: EgressPlane, worker_id: str, agent_id: str, want: int
 ) -> None:
