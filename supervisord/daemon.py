@@ -492,7 +492,8 @@ class Daemon:
         match message.get("ev"):
             case "adopt":
                 self._live_ids.add(agent_id)
-                self._recovery.adopt(agent_id, _object(message, "meta"), fds, posture=_object(message, "posture"))
+                meta, posture, ids = _object(message, "meta"), _object(message, "posture"), message.get("ids")
+                self._recovery.adopt(agent_id, meta, fds, posture=posture, ids=ids if isinstance(ids, int) else None)
                 return
             case "exited":
                 self._exited(agent_id, message)

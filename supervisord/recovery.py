@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -161,9 +161,12 @@ class Recovery:
         return agents
 
     def adopt(
-        self, agent_id: str, meta: dict[str, object], fds: list[int], *, posture: dict[str, object]
+        self, agent_id: str, meta: dict[str, object], fds: list[int], *, posture: dict[str, object], ids: int | None
     ) -> Agent | None:
-        """Take a living agent up, or give this launcher's descriptors to one that we have already."""
+        """Take a living agent up, or give this launcher's descriptors to one that we have already.
+
+        `ids` is the first of its range; a launcher of an earlier release does not say it.
+        """
         if agent_id in self.half_built:
             close_all(fds)
             return None
@@ -179,6 +182,9 @@ class Recovery:
         agent = take_up(self._agents, agent_id, meta, fds, row=self._history.get(agent_id))
         if agent is None:
             return None
+        # Not the number that it was launched with: `uid_first` may be another one now, and its claim must stay.
+        if ids is not None:
+            agent.what = replace(agent.what, slot=self._slots.of_range(ids))
         if not agent.posture:  # its daemon died between the exec and the keeping of it
             agent.posture = confirmed(agent, posture)
         self._launching.give_scopes(
