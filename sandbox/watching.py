@@ -12,6 +12,7 @@ left who could answer they fail.
 import contextlib
 import mmap
 import os
+import select
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ WELL_SECONDS: Final = 30.0  # a watcher that lived so long did not die of how it
 LOOK_SECONDS: Final = 1.0
 HUNG_SECONDS: Final = 5.0  # it comes round once a second
 MESSAGES_PER_TURN_MAX: Final = 8
+END_SECONDS: Final = 1.0
 
 
 class _Listener:
@@ -138,14 +140,17 @@ class Watching:
             self._send({"key": listener.key, "told": False})
 
     def close(self) -> None:
-        """End the process; it would end by itself, and nothing here is to wait for that."""
+        """End the process, as far as it can be ended: one that reads memory that never comes dies when it has it."""
         process, self._process = self._process, None
         if process is not None:
             self._loop.forget(process.pidfd)
             _kill(process)
             self._hang_up(process)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(process.pid, 0)
+            dead = select.poll()
+            dead.register(process.pidfd, select.POLLIN)
+            if dead.poll(END_SECONDS * 1000):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, 0)
             os.close(process.pidfd)
         sync.close_all([listener.fd for listener in self._listeners.values() if listener.fd >= 0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -294,21 +295,44 @@ ctypes.CDLL(None).execve(ctypes.c_void_p(address), None, None)
 """
 
 
-def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) -> None:
-    """A path in a file of a mount that hangs: whoever reads it waits where no signal may reach it."""
+@contextlib.contextmanager
+def beside_hanging_files(place: Path) -> Iterator[Launcher]:
     server = ROOT / "tests" / "support" / "hanging_files.py"
     private = ["unshare", "-m", "--propagation", "private"]
-    with Launcher.start(wrapper=[*private, sys.executable, str(server), str(tmp_path)]) as launcher:
-        workspace = os.open(f"/proc/{launcher.process.pid}/root{tmp_path}", os.O_PATH | os.O_DIRECTORY)
-        other = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
-        bind = Bind(0, "/workspace", writable=False, owner_uid=0, owner_gid=0, without_idmap="read-only")
-        hangs = launcher.launch([PYTHON, "-c", HANGS], [workspace], binds=(bind,), degraded_ok=("idmap",), **TOLD)
-        os.close(workspace)
-        first = watcher_pid(launcher)
+    with Launcher.start(wrapper=[*private, sys.executable, str(server), str(place)]) as launcher:
+        yield launcher
+
+
+def hang(launcher: Launcher, place: Path) -> Agent:
+    """An agent that executes a path in a file that hangs: whoever reads it waits where no signal may reach it."""
+    workspace = os.open(f"/proc/{launcher.process.pid}/root{place}", os.O_PATH | os.O_DIRECTORY)
+    bind = Bind(0, "/workspace", writable=False, owner_uid=0, owner_gid=0, without_idmap="read-only")
+    agent = launcher.launch([PYTHON, "-c", HANGS], [workspace], binds=(bind,), degraded_ok=("idmap",), **TOLD)
+    os.close(workspace)
+    deadline = time.monotonic() + SECONDS_MAX
+    while not agent.stdout:
+        assert time.monotonic() < deadline, agent.stderr
+        time.sleep(0.01)
+    return agent
+
+
+def test_a_launcher_ends_also_while_its_watcher_cannot(tmp_path: Path) -> None:
+    with beside_hanging_files(tmp_path) as launcher:
+        hang(launcher, tmp_path)
+        pid = watcher_pid(launcher)
         deadline = time.monotonic() + SECONDS_MAX
-        while not hangs.stdout:
-            assert time.monotonic() < deadline, hangs.stderr
+        while "process_vm_rw" not in Path(f"/proc/{pid}/stack").read_text():
+            assert time.monotonic() < deadline, "it reads what never comes"
             time.sleep(0.01)
+        launcher.process.terminate()
+        assert launcher.process.wait(5) == 0
+
+
+def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) -> None:
+    with beside_hanging_files(tmp_path) as launcher:
+        other = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
+        hangs = hang(launcher, tmp_path)
+        first = watcher_pid(launcher)
         still = settled(other)
         grown(other, still)
         assert set(watchers(launcher)) > {first}, "that one cannot even die yet"
