@@ -7,7 +7,7 @@ answered by the next one. A call that it had taken is known by memory that both 
 left who could answer they fail.
 """
 
-# ruff: noqa: PTH100 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH100, PTH108, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import mmap
@@ -71,13 +71,15 @@ class Watching:
         self._number = 0
         self._listeners: dict[int, _Listener] = {}
         self._unread: set[str] = set()  # agents at whose calls a watcher ended
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._in_hand = _left_in_hand(path)
+        # Not that memory again: a watcher that hung when its launcher died may come back and write to it.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, mmap.PAGESIZE)
         memory = mmap.mmap(self._fd, mmap.PAGESIZE)
         memory.madvise(mmap.MADV_DONTFORK)  # not for what the launcher forks: pid 1 of each agent, for one
         self._desk = syscalls.Desk.from_buffer(memory)
-        # What an earlier launcher's watcher had in hand is in it still.
-        self._in_hand = _taken(self._desk)
         self._failures = 0
         self._looking = self._starting = False
         self._turns, self._turned = 0, 0.0
@@ -275,6 +277,16 @@ class Watching:
         except StepError:
             self._starting = True
             self._loop.later(RESTART_SECONDS_MAX, self._retry)
+
+
+def _left_in_hand(path: str) -> tuple[int, int] | None:
+    """Return the same of the watcher of an earlier launcher, if there was one."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(syscalls.DESK_BYTES)
+    except FileNotFoundError:
+        return None
+    return _taken(syscalls.Desk.from_buffer_copy(text)) if len(text) == syscalls.DESK_BYTES else None
 
 
 def _taken(desk: syscalls.Desk) -> tuple[int, int] | None:

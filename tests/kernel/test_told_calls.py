@@ -341,6 +341,17 @@ def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) ->
         assert launcher.kill(other)["verified_empty"]
 
 
+def test_a_watcher_that_outlives_its_launcher_shares_no_memory_with_the_next(launcher: Launcher) -> None:
+    """One that hung then would come back, and forget what the next one has in hand."""
+    launcher.sh("true", **TOLD)
+    with (launcher.run_dir / "watched").open("rb") as old:
+        launcher.restart()
+        launcher.request("hello")
+        assert (launcher.run_dir / "watched").stat().st_ino != os.fstat(old.fileno()).st_ino
+    again = launcher.sh("/bin/true", **TOLD)
+    called(launcher, again, lambda found: "/bin/true" in executed(found))
+
+
 def stop_with_call_in_hand(launcher: Launcher, pid: int, agent: Agent) -> None:
     """Stop the watcher while it has a call of this agent in hand, by the memory that it shares."""
     deadline = time.monotonic() + SECONDS_MAX
