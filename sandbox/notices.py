@@ -110,15 +110,22 @@ class Account:
 
 @dataclass(slots=True)
 class Kept:
-    """What was told while nobody listened: the first `KEPT_MAX` events whole, of the rest how many there were."""
+    """What was told while nobody listened: the first `KEPT_MAX` events whole, of the rest how many there were.
+
+    That a watcher was replaced is kept of every agent, once: one that dies again and again fills nothing.
+    """
 
     _events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     _more: dict[tuple[str, str, str], int] = field(default_factory=dict)  # by agent, stream and kind
+    _interrupted: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # by agent and stream: once
 
     def add(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
         for event in events:
-            if len(self._events) < KEPT_MAX or event["kind"] == "interrupted":
+            if len(self._events) < KEPT_MAX:
                 self._events.append((agent_id, stream_id, event))
+            elif event["kind"] == "interrupted":
+                before = self._interrupted.get((agent_id, stream_id), event)
+                self._interrupted[agent_id, stream_id] = event | {"unread": event["unread"] or before["unread"]}
             else:
                 kind = "refused" if event["kind"] == "refused" else "execs"
                 key = (agent_id, stream_id, kind)
@@ -126,11 +133,12 @@ class Kept:
 
     def take(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Return all of it, by agent, stream and event, and keep nothing."""
-        events = [*self._events]
+        events = [*self._events, *((*whose, event) for whose, event in self._interrupted.items())]
         for (agent_id, stream_id, kind), times in self._more.items():
             number = {"call": -1} if kind == "refused" else {}
             events.append((agent_id, stream_id, {"kind": kind, "times": times, **number}))
         self._events.clear()
+        self._interrupted.clear()
         self._more.clear()
         return events
 

@@ -91,11 +91,12 @@ class Watching:
             self._start()
 
     def _start(self) -> None:
-        ours, theirs = sync.pair()
-        with theirs, step("start watcher"):
-            pid, pidfd = syscalls.clone3(0)
-            if pid == 0:
-                _become(theirs, self._fd)
+        with step("start watcher"):
+            ours, theirs = sync.pair()
+            with theirs:
+                pid, pidfd = syscalls.clone3(0)
+                if pid == 0:
+                    _become(theirs, self._fd)
         ours.setblocking(False)
         process = _Process(pid, pidfd, ours, time.monotonic())
         self._process = process

@@ -81,6 +81,15 @@ def test_what_nobody_listens_to_is_kept_up_to_a_limit_and_then_counted() -> None
     assert kept.take() == []
 
 
+def test_a_watcher_that_dies_again_and_again_fills_no_memory_while_nobody_listens() -> None:
+    kept = Kept()
+    kept.add("a", "a", [{"kind": "exec", "path": "/x"}] * notices.KEPT_MAX)
+    for unread in (False, True, False) * 100:
+        kept.add("a", "a", [{"kind": "interrupted", "unread": unread}])
+    assert kept.take()[notices.KEPT_MAX :] == [("a", "a", {"kind": "interrupted", "unread": True})]
+    assert kept.take() == []
+
+
 @pytest.mark.parametrize(
     ("text", "characters_max", "seen"),
     [
