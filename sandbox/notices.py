@@ -5,6 +5,9 @@ on what is decided here; only how soon it comes does. An agent that asks faster 
 that rate, so that a storm costs a bounded share of one processor and delays nobody else. Of execs the first are told
 one by one and the rest as a number; refused calls are told by number and number of times. Both draw on one allowance,
 so that an agent cannot flood the log.
+
+Reading who asks waits for the lock of its memory, which its threads can hold for long: what that may take in all is
+bounded too, and beyond it execs are told as a number.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ ASKED_PER_SECOND: Final = 1000.0  # more than a build on two processors does
 ASKED_AT_ONCE_MAX: Final = 5000
 TOLD_PER_SECOND: Final = 20.0
 TOLD_AT_ONCE_MAX: Final = 500
+READ_SECONDS_PER_SECOND: Final = 0.1  # 20 execs take some 0.01
+READ_SECONDS_AT_ONCE_MAX: Final = 1.0
 KEPT_MAX: Final = 2048  # while no daemon is there to hear of it
 SUMMARY_SECONDS_MIN: Final = 10.0
 CALLS_MAX: Final = 512  # of different numbers, for a call has any that the agent chose
@@ -32,13 +37,13 @@ class Bucket:
         self.level = min(self.most, self.level + (now - self.at) * self.per_second)
         self.at = now
 
-    def take(self, now: float) -> None:
+    def take(self, now: float, amount: float = 1.0) -> None:
         self._fill(now)
-        self.level -= 1
+        self.level -= amount
 
-    def has(self, now: float) -> bool:
+    def has(self, now: float, amount: float = 1.0) -> bool:
         self._fill(now)
-        return self.level >= 1
+        return self.level >= amount
 
     def wait_seconds(self, now: float) -> float:
         self._fill(now)
@@ -57,6 +62,7 @@ class Account:
 
     asked: Bucket
     told: Bucket
+    read: Bucket  # in seconds
     untold: int = 0
     untold_since: float = 0.0
     refused: dict[int, _Refused] = field(default_factory=dict)
@@ -66,11 +72,12 @@ class Account:
         return cls(
             Bucket(ASKED_PER_SECOND, ASKED_AT_ONCE_MAX, ASKED_AT_ONCE_MAX, now),
             Bucket(TOLD_PER_SECOND, TOLD_AT_ONCE_MAX, TOLD_AT_ONCE_MAX, now),
+            Bucket(READ_SECONDS_PER_SECOND, READ_SECONDS_AT_ONCE_MAX, READ_SECONDS_AT_ONCE_MAX, now),
         )
 
     def executes(self, now: float) -> bool:
         """Note an exec; True where it is to be told by itself."""
-        if self.told.has(now):
+        if self.told.has(now) and self.read.has(now, 0.0):
             self.told.take(now)
             return True
         self.leave_out(1, now)

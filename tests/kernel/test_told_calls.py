@@ -316,6 +316,35 @@ def hang(launcher: Launcher, place: Path) -> Agent:
     return agent
 
 
+HOLDS = """
+import ctypes, threading, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+size = ctypes.c_size_t(200 << 20)
+place = ctypes.c_void_p(libc.mmap(None, size, 3, 0x22, -1, ctypes.c_size_t(0)))
+libc.madvise(place, size, 15)  # small pages
+libc.memset(place, 1, size)
+end = time.monotonic() + 3
+def hold():
+    while time.monotonic() < end:
+        libc.mprotect(place, size, 1)
+        libc.mprotect(place, size, 3)
+for _ in range(3):
+    threading.Thread(target=hold).start()
+argv = (ctypes.c_char_p * 17)(*[b"a" * 200] * 16)
+while time.monotonic() < end:
+    libc.execve(b"/no/such", argv, None)
+"""
+
+
+def test_memory_that_is_slow_to_read_is_not_read_all_the_time(launcher: Launcher) -> None:
+    """Each of some twenty reads waits for a lock that threads of the agent hold most of the time."""
+    holds = launcher.run([PYTHON, "-c", HOLDS], **TOLD | {"record": Record(execs=True, arguments=16)})
+    events = called(launcher, holds, lambda found: "execs" in [event["kind"] for event in found])
+    assert len(executed(events)) < notices.TOLD_AT_ONCE_MAX, "the others are counted, so that nobody waits for them"
+    assert sum(event["times"] for event in events if event["kind"] == "execs") > len(executed(events))
+
+
 def test_a_launcher_ends_also_while_its_watcher_cannot(tmp_path: Path) -> None:
     with beside_hanging_files(tmp_path) as launcher:
         hang(launcher, tmp_path)
