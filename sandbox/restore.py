@@ -16,7 +16,6 @@ from typing import Final
 
 from sandbox import cgroups, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
-from sandbox.exec_trees import Trees
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
 from sandbox.scratch import Image, again
@@ -200,9 +199,8 @@ def _reconnect(agent: Agent) -> None:
         with contextlib.suppress(OSError):
             fd = syscalls.pidfd_getfd(agent.pidfd, init.FD_LISTENER)
             agent.listening = agent.watching.restore(agent, fd)
-    with contextlib.suppress(OSError):
-        assert agent.group is not None  # noqa: S101 - it was just opened
-        agent.exec_trees = Trees.found(agent.group.fd_for_clone())
+    with contextlib.suppress(OSError):  # then when they are asked for
+        agent.trees()
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
             first = children.read().split()[0]

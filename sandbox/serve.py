@@ -515,7 +515,7 @@ class Server:
 
     def _end_exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent, stream_id = self.agent(message), str(message["stream_id"])
-        tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
+        tree = None if agent.group is None else agent.trees().of.get(stream_id)
         if tree is None:  # nothing of it is left, or never was
             answer(known=False, processes_killed=0, verified_empty=True, left=[])
             return
