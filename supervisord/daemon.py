@@ -102,6 +102,7 @@ class Daemon:
         self._background: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._frozen: set[str] = set()
+        self._adopted: list[str] = []  # whose gates are to be opened
         self._live_ids: set[str] = set()
         self._listed_ids: set[str] = set()
 
@@ -436,6 +437,7 @@ class Daemon:
             output_dir=self.config.run_dir / "agents",
             kept=kept,
             hold=self._files.hold,
+            adopted=self._adopted,
         )
         self._live_ids = set()
         self._listed = await self._recovery.greet(self._files.groups())

@@ -131,6 +131,7 @@ class Recovery:
         output_dir: Path,
         kept: Kept,
         hold: Callable[[object, Sequence[int]], None],
+        adopted: list[str],
     ) -> None:
         self._agents = agents
         self._launching = launching
@@ -141,7 +142,7 @@ class Recovery:
         self._kept = kept
         self._history = kept.history
         self._hold = hold
-        self.adopted: list[str] = []
+        self.adopted = adopted  # with those of a launcher that went while it was greeted
         self.half_built: list[str] = []
 
     async def greet(self, groups: Sequence[int] = ()) -> list[dict[str, object]]:
@@ -195,7 +196,8 @@ class Recovery:
 
     async def open_gates(self) -> None:
         """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force."""
-        for agent_id in self.adopted:
+        while self.adopted:
+            agent_id = self.adopted.pop(0)
             agent = self._agents.get(agent_id)
             if agent is not None and agent.live:
                 self._launching.open_gate(agent, frozen=agent.state is State.FROZEN)
