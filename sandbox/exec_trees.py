@@ -89,10 +89,11 @@ class Trees:
                 continue
             trees._made = max(trees._made, int(number))
             tree = Tree(name, _open(parent, name))
+            tree.killed = True  # it may have been, and is nobody's again
             if tree.populated():
                 trees.of[tree.labelled() or name] = tree
             else:
-                trees._remove(tree)  # it may have been killed
+                trees._remove(tree)
         return trees
 
     def take(self) -> Tree:

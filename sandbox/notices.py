@@ -5,6 +5,9 @@ on what is decided here; only how soon it comes does. An agent that asks faster 
 that rate, so that a storm costs a bounded share of one processor and delays nobody else. Of execs the first are told
 one by one and the rest as a number; refused calls are told by number and number of times. Both draw on one allowance,
 so that an agent cannot flood the log.
+
+Reading who asks waits for the lock of its memory, which its threads can hold for long: what that may take in all is
+bounded too, and beyond it execs are told as a number.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ ASKED_PER_SECOND: Final = 1000.0  # more than a build on two processors does
 ASKED_AT_ONCE_MAX: Final = 5000
 TOLD_PER_SECOND: Final = 20.0
 TOLD_AT_ONCE_MAX: Final = 500
+READ_SECONDS_PER_SECOND: Final = 0.1  # 20 execs take some 0.01
+READ_SECONDS_AT_ONCE_MAX: Final = 1.0
 KEPT_MAX: Final = 2048  # while no daemon is there to hear of it
 SUMMARY_SECONDS_MIN: Final = 10.0
 CALLS_MAX: Final = 512  # of different numbers, for a call has any that the agent chose
@@ -32,13 +37,13 @@ class Bucket:
         self.level = min(self.most, self.level + (now - self.at) * self.per_second)
         self.at = now
 
-    def take(self, now: float) -> None:
+    def take(self, now: float, amount: float = 1.0) -> None:
         self._fill(now)
-        self.level -= 1
+        self.level -= amount
 
-    def has(self, now: float) -> bool:
+    def has(self, now: float, amount: float = 1.0) -> bool:
         self._fill(now)
-        return self.level >= 1
+        return self.level >= amount
 
     def wait_seconds(self, now: float) -> float:
         self._fill(now)
@@ -57,6 +62,7 @@ class Account:
 
     asked: Bucket
     told: Bucket
+    read: Bucket  # in seconds
     untold: int = 0
     untold_since: float = 0.0
     refused: dict[int, _Refused] = field(default_factory=dict)
@@ -66,11 +72,12 @@ class Account:
         return cls(
             Bucket(ASKED_PER_SECOND, ASKED_AT_ONCE_MAX, ASKED_AT_ONCE_MAX, now),
             Bucket(TOLD_PER_SECOND, TOLD_AT_ONCE_MAX, TOLD_AT_ONCE_MAX, now),
+            Bucket(READ_SECONDS_PER_SECOND, READ_SECONDS_AT_ONCE_MAX, READ_SECONDS_AT_ONCE_MAX, now),
         )
 
     def executes(self, now: float) -> bool:
         """Note an exec; True where it is to be told by itself."""
-        if self.told.has(now):
+        if self.told.has(now) and self.read.has(now, 0.0):
             self.told.take(now)
             return True
         self.leave_out(1, now)
@@ -110,15 +117,22 @@ class Account:
 
 @dataclass(slots=True)
 class Kept:
-    """What was told while nobody listened: the first `KEPT_MAX` events whole, of the rest how many there were."""
+    """What was told while nobody listened: the first `KEPT_MAX` events whole, of the rest how many there were.
+
+    That a watcher was replaced is kept of every agent, once: one that dies again and again fills nothing.
+    """
 
     _events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     _more: dict[tuple[str, str, str], int] = field(default_factory=dict)  # by agent, stream and kind
+    _interrupted: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # by agent and stream: once
 
     def add(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
         for event in events:
-            if len(self._events) < KEPT_MAX or event["kind"] == "interrupted":
+            if len(self._events) < KEPT_MAX:
                 self._events.append((agent_id, stream_id, event))
+            elif event["kind"] == "interrupted":
+                before = self._interrupted.get((agent_id, stream_id), event)
+                self._interrupted[agent_id, stream_id] = event | {"unread": event["unread"] or before["unread"]}
             else:
                 kind = "refused" if event["kind"] == "refused" else "execs"
                 key = (agent_id, stream_id, kind)
@@ -126,11 +140,12 @@ class Kept:
 
     def take(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Return all of it, by agent, stream and event, and keep nothing."""
-        events = [*self._events]
+        events = [*self._events, *((*whose, event) for whose, event in self._interrupted.items())]
         for (agent_id, stream_id, kind), times in self._more.items():
             number = {"call": -1} if kind == "refused" else {}
             events.append((agent_id, stream_id, {"kind": kind, "times": times, **number}))
         self._events.clear()
+        self._interrupted.clear()
         self._more.clear()
         return events
 

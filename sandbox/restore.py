@@ -9,6 +9,7 @@ store (sd_pid_notify_with_fds(3)) or from the daemon (`adopt`).
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,6 @@ from typing import Final
 
 from sandbox import cgroups, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
-from sandbox.exec_trees import Trees
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
 from sandbox.scratch import Image, again
@@ -27,6 +27,7 @@ from sandbox.stdio import Feed, Pump, RotatingFile
 STORED_FIRST: Final = 3
 LISTENER: Final = "listener."
 GUARD: Final = "guard"
+LISTENER_RETRY_SECONDS: Final = 1.0
 
 
 class Notifier:
@@ -182,6 +183,19 @@ def _find_image(server: Server, agent: Agent) -> None:
                 agent.image.kept = stock.layer_path(agent.agent_id)
 
 
+def _take_listener(agent: Agent) -> None:
+    """Have its calls answered, now or as soon as there are descriptors: until then whatever asks waits."""
+    if not agent.plan.listens or agent.watching is None or agent.state is not State.RUNNING:
+        return
+    try:
+        fd = syscalls.pidfd_getfd(agent.pidfd, init.FD_LISTENER)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            agent.loop.later(LISTENER_RETRY_SECONDS, lambda: _take_listener(agent))
+        return  # it is about to end: pid 1 has none, or is none
+    agent.listening = agent.watching.restore(agent, fd)
+
+
 def _reconnect(agent: Agent) -> None:
     """Fetch the agent's output and first process back."""
     share = agent.plan.limits.output_bytes
@@ -196,13 +210,9 @@ def _reconnect(agent: Agent) -> None:
             file = RotatingFile(f"{agent.directory}/stdout.log", share // 2)
             agent.pumps.append(Pump(agent.loop, os.dup(agent.terminal), file))
             agent.feed = Feed(agent.loop, os.dup(agent.terminal), terminal=True)
-    if agent.plan.listens and agent.watching is not None:
-        with contextlib.suppress(OSError):
-            fd = syscalls.pidfd_getfd(agent.pidfd, init.FD_LISTENER)
-            agent.listening = agent.watching.restore(agent, fd)
-    with contextlib.suppress(OSError):
-        assert agent.group is not None  # noqa: S101 - it was just opened
-        agent.exec_trees = Trees.found(agent.group.fd_for_clone())
+    _take_listener(agent)
+    with contextlib.suppress(OSError):  # then when they are asked for
+        agent.trees()
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
             first = children.read().split()[0]

@@ -162,7 +162,8 @@ class Agent:
         """Return the groups of what its execs started; raises `OSError`."""
         assert self.group is not None  # noqa: S101 - it runs
         if self.exec_trees is None:
-            self.exec_trees = Trees(self.group.fd_for_clone())
+            # Of one that an earlier launcher started: also where that failed before, or nothing would be left of them.
+            self.exec_trees = (Trees if self.own_child else Trees.found)(self.group.fd_for_clone())
         return self.exec_trees
 
     def drop_trees(self) -> None:

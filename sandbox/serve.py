@@ -25,11 +25,11 @@
     take     agent_id, target              -> when nothing of it can be opened: already, processes_killed + [the group]
 
 Errors: `{"rq", "ok": false, "error": {"step", "errno", "message", "remedy"}}`, errno by name. Events: `adopt`
-(agent_id, meta, posture + [pidfd, listener]), `exited` (agent_id, status, oom), `exec_exited` (agent_id, stream_id,
-status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded there) and `called` (agent_id,
-stream_id, events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`, one of them null. The stream_id
-of an agent's first process is its agent_id. The peer must be root (SO_PEERCRED). Nothing here blocks; what takes time
-answers later.
+(agent_id, meta, posture, ids: the first of its range + [pidfd, listener]), `exited` (agent_id, status, oom),
+`exec_exited` (agent_id, stream_id, status), `met_limit` (agent_id, kind, details: sandbox/limits_watch.py, bounded
+there) and `called` (agent_id, stream_id, events: sandbox/watcher.py, bounded there); a status is `{"code", "signal"}`,
+one of them null. The stream_id of an agent's first process is its agent_id. The peer must be root (SO_PEERCRED).
+Nothing here blocks; what takes time answers later.
 """
 
 # ruff: noqa: PTH108, PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
@@ -302,7 +302,8 @@ class Server:
         for a in self.agents.values():
             if a.pidfd >= 0:
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
-                connection.send({"ev": "adopt", "agent_id": a.agent_id, "meta": a.meta, "posture": a.posture}, its)
+                shown = {"meta": a.meta, "posture": a.posture, "ids": a.plan.ids.start}
+                connection.send({"ev": "adopt", "agent_id": a.agent_id, **shown}, its)
         for agent_id, stream_id, event in self.told.take():
             self._told(agent_id, stream_id, [event])
 
@@ -514,7 +515,7 @@ class Server:
 
     def _end_exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent, stream_id = self.agent(message), str(message["stream_id"])
-        tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
+        tree = None if agent.group is None else agent.trees().of.get(stream_id)
         if tree is None:  # nothing of it is left, or never was
             answer(known=False, processes_killed=0, verified_empty=True, left=[])
             return

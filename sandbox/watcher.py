@@ -39,6 +39,7 @@ PATH_CHARACTERS_MAX: Final = 1024
 ARGUMENT_BYTES_MAX: Final = 256
 ARGUMENT_CHARACTERS_MAX: Final = 256
 ARGUMENTS_READ_MAX: Final = 16
+ARGUMENTS_SECONDS_MAX: Final = 0.1  # each waits for the lock of that memory
 STATUS_BYTES_MAX: Final = 4096
 EVENTS_PER_MESSAGE_MAX: Final = 32
 PENDING_MAX: Final = 256  # for each listener; more are told as a number
@@ -203,6 +204,7 @@ class Watcher:
             account.leave_out(1, now)
         elif account.executes(now):
             event = look(source, notice)
+            account.read.take(now, time.monotonic() - now)
         with contextlib.suppress(OSError):
             syscalls.notice_answer(source.fd, notice.cookie, answer)
         notice.cookie = 0
@@ -246,8 +248,9 @@ def look(source: Source, notice: syscalls.Notice) -> dict[str, Any] | None:
             # Not what that is the descriptor of: a duplicate could be the last one, and closing it may take for ever.
             path = b"fd:%d%s%s" % (at & 0xFFFFFFFF, b"/" if path else b"", path)
         event["path"] = shown(path, PATH_CHARACTERS_MAX)
-        event["argc"], read = _arguments(pid, words[1])
-        event["digest"] = "sha256:" + hashlib.sha256(b"\0".join(read)).hexdigest()
+        event["argc"], read = _arguments(pid, words[1], until=time.monotonic() + ARGUMENTS_SECONDS_MAX)
+        if len(read) == min(event["argc"], ARGUMENTS_READ_MAX):
+            event["digest"] = "sha256:" + hashlib.sha256(b"\0".join(read)).hexdigest()
         event["args"] = [shown(argument, ARGUMENT_CHARACTERS_MAX) for argument in read[: source.arguments]]
     # Asked last: whoever waits still is who was read, and the pid was never somebody else's (seccomp_unotify(2)).
     return event if syscalls.notice_valid(source.fd, notice.cookie) else None
@@ -258,14 +261,19 @@ def _text(pid: int, address: int, most: int) -> bytes:
     return syscalls.read_memory(pid, address, most).partition(b"\0")[0]
 
 
-def _arguments(pid: int, address: int) -> tuple[int, list[bytes]]:
-    """Return how many there are (one more than are read: or more) and the first of them, each cut."""
+def _arguments(pid: int, address: int, *, until: float) -> tuple[int, list[bytes]]:
+    """Return how many there are (one more than are read: or more) and the first of them, each cut; fewer if late."""
     if not address:
         return 0, []
     pointers = syscalls.read_memory(pid, address, 8 * (ARGUMENTS_READ_MAX + 1))
     addresses = struct.unpack(f"={len(pointers) // 8}Q", pointers[: len(pointers) // 8 * 8])
     count = addresses.index(0) if 0 in addresses else len(addresses)
-    return count, [_text(pid, place, ARGUMENT_BYTES_MAX) for place in addresses[: min(count, ARGUMENTS_READ_MAX)]]
+    read = []
+    for place in addresses[: min(count, ARGUMENTS_READ_MAX)]:
+        if time.monotonic() > until:
+            break
+        read.append(_text(pid, place, ARGUMENT_BYTES_MAX))
+    return count, read
 
 
 def _pids(pid: int) -> tuple[int, int]:

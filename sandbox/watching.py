@@ -7,11 +7,12 @@ answered by the next one. A call that it had taken is known by memory that both 
 left who could answer they fail.
 """
 
-# ruff: noqa: PTH100 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH100, PTH108, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import mmap
 import os
+import select
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ WELL_SECONDS: Final = 30.0  # a watcher that lived so long did not die of how it
 LOOK_SECONDS: Final = 1.0
 HUNG_SECONDS: Final = 5.0  # it comes round once a second
 MESSAGES_PER_TURN_MAX: Final = 8
+END_SECONDS: Final = 1.0
 
 
 class _Listener:
@@ -69,13 +71,15 @@ class Watching:
         self._number = 0
         self._listeners: dict[int, _Listener] = {}
         self._unread: set[str] = set()  # agents at whose calls a watcher ended
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._in_hand = _left_in_hand(path)
+        # Not that memory again: a watcher that hung when its launcher died may come back and write to it.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, mmap.PAGESIZE)
         memory = mmap.mmap(self._fd, mmap.PAGESIZE)
         memory.madvise(mmap.MADV_DONTFORK)  # not for what the launcher forks: pid 1 of each agent, for one
         self._desk = syscalls.Desk.from_buffer(memory)
-        # What an earlier launcher's watcher had in hand is in it still.
-        self._in_hand = _taken(self._desk)
         self._failures = 0
         self._looking = self._starting = False
         self._turns, self._turned = 0, 0.0
@@ -87,11 +91,12 @@ class Watching:
             self._start()
 
     def _start(self) -> None:
-        ours, theirs = sync.pair()
-        with theirs, step("start watcher"):
-            pid, pidfd = syscalls.clone3(0)
-            if pid == 0:
-                _become(theirs, self._fd)
+        with step("start watcher"):
+            ours, theirs = sync.pair()
+            with theirs:
+                pid, pidfd = syscalls.clone3(0)
+                if pid == 0:
+                    _become(theirs, self._fd)
         ours.setblocking(False)
         process = _Process(pid, pidfd, ours, time.monotonic())
         self._process = process
@@ -138,14 +143,17 @@ class Watching:
             self._send({"key": listener.key, "told": False})
 
     def close(self) -> None:
-        """End the process; it would end by itself, and nothing here is to wait for that."""
+        """End the process, as far as it can be ended: one that reads memory that never comes dies when it has it."""
         process, self._process = self._process, None
         if process is not None:
             self._loop.forget(process.pidfd)
             _kill(process)
             self._hang_up(process)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(process.pid, 0)
+            dead = select.poll()
+            dead.register(process.pidfd, select.POLLIN)
+            if dead.poll(END_SECONDS * 1000):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, 0)
             os.close(process.pidfd)
         sync.close_all([listener.fd for listener in self._listeners.values() if listener.fd >= 0])
 
@@ -270,6 +278,16 @@ class Watching:
         except StepError:
             self._starting = True
             self._loop.later(RESTART_SECONDS_MAX, self._retry)
+
+
+def _left_in_hand(path: str) -> tuple[int, int] | None:
+    """Return the same of the watcher of an earlier launcher, if there was one."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(syscalls.DESK_BYTES)
+    except FileNotFoundError:
+        return None
+    return _taken(syscalls.Desk.from_buffer_copy(text)) if len(text) == syscalls.DESK_BYTES else None
 
 
 def _taken(desk: syscalls.Desk) -> tuple[int, int] | None:

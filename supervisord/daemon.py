@@ -102,6 +102,7 @@ class Daemon:
         self._background: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._frozen: set[str] = set()
+        self._adopted: list[str] = []  # whose gates are to be opened
         self._live_ids: set[str] = set()
         self._listed_ids: set[str] = set()
 
@@ -436,6 +437,7 @@ class Daemon:
             output_dir=self.config.run_dir / "agents",
             kept=kept,
             hold=self._files.hold,
+            adopted=self._adopted,
         )
         self._live_ids = set()
         self._listed = await self._recovery.greet(self._files.groups())
@@ -492,7 +494,8 @@ class Daemon:
         match message.get("ev"):
             case "adopt":
                 self._live_ids.add(agent_id)
-                self._recovery.adopt(agent_id, _object(message, "meta"), fds, posture=_object(message, "posture"))
+                meta, posture, ids = _object(message, "meta"), _object(message, "posture"), message.get("ids")
+                self._recovery.adopt(agent_id, meta, fds, posture=posture, ids=ids if isinstance(ids, int) else None)
                 return
             case "exited":
                 self._exited(agent_id, message)

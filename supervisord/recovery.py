@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -131,6 +131,7 @@ class Recovery:
         output_dir: Path,
         kept: Kept,
         hold: Callable[[object, Sequence[int]], None],
+        adopted: list[str],
     ) -> None:
         self._agents = agents
         self._launching = launching
@@ -141,7 +142,7 @@ class Recovery:
         self._kept = kept
         self._history = kept.history
         self._hold = hold
-        self.adopted: list[str] = []
+        self.adopted = adopted  # with those of a launcher that went while it was greeted
         self.half_built: list[str] = []
 
     async def greet(self, groups: Sequence[int] = ()) -> list[dict[str, object]]:
@@ -161,9 +162,12 @@ class Recovery:
         return agents
 
     def adopt(
-        self, agent_id: str, meta: dict[str, object], fds: list[int], *, posture: dict[str, object]
+        self, agent_id: str, meta: dict[str, object], fds: list[int], *, posture: dict[str, object], ids: int | None
     ) -> Agent | None:
-        """Take a living agent up, or give this launcher's descriptors to one that we have already."""
+        """Take a living agent up, or give this launcher's descriptors to one that we have already.
+
+        `ids` is the first of its range; a launcher of an earlier release does not say it.
+        """
         if agent_id in self.half_built:
             close_all(fds)
             return None
@@ -179,6 +183,9 @@ class Recovery:
         agent = take_up(self._agents, agent_id, meta, fds, row=self._history.get(agent_id))
         if agent is None:
             return None
+        # Not the number that it was launched with: `uid_first` may be another one now, and its claim must stay.
+        if ids is not None:
+            agent.what = replace(agent.what, slot=self._slots.of_range(ids))
         if not agent.posture:  # its daemon died between the exec and the keeping of it
             agent.posture = confirmed(agent, posture)
         self._launching.give_scopes(
@@ -189,7 +196,8 @@ class Recovery:
 
     async def open_gates(self) -> None:
         """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force."""
-        for agent_id in self.adopted:
+        while self.adopted:
+            agent_id = self.adopted.pop(0)
             agent = self._agents.get(agent_id)
             if agent is not None and agent.live:
                 self._launching.open_gate(agent, frozen=agent.state is State.FROZEN)

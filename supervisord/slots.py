@@ -47,6 +47,10 @@ class Slots:
             f"cannot launch: all {self._count} ranges of uids are in use", remedy="kill agents that are not needed"
         )
 
+    def of_range(self, first_id: int) -> int:
+        """The number by which an agent's range is known here: another one, also below 0, where `first` has changed."""
+        return first_id // IDS_PER_AGENT - self._base
+
     def release(self, slot: int) -> None:
         self._claim(slot).unlink(missing_ok=True)
 

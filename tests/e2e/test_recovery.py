@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stockade.client import Stockade
 
-from tests.support.census import CGROUPS, GONE, cgroups_of, launcher_pid, of_agent, settled, started, text
+from tests.support.census import (
+    CGROUPS,
+    GONE,
+    IDS_PER_AGENT,
+    SLOTS,
+    cgroups_of,
+    launcher_pid,
+    of_agent,
+    settled,
+    started,
+    text,
+)
 from tests.support.instance import Instance
 from tests.support.site import Site
 
@@ -350,3 +361,21 @@ def test_the_daemon_does_not_take_a_pid_for_a_process(stockade: Instance) -> Non
             bystander.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
+
+
+def test_an_agent_keeps_its_ids_when_the_ids_of_its_instance_begin_elsewhere() -> None:
+    first = 1879048192 + 64 * IDS_PER_AGENT
+
+    def ids(start: int) -> str:
+        return f"uid_range = [{start}, {start + 4 * IDS_PER_AGENT - 1}]"
+
+    with Instance.start(f"[agents]\n{ids(first)}\n") as stockade:
+        living = stockade.launch("--", "sleep", "100")["agent_id"]
+        claim = SLOTS / str(first // IDS_PER_AGENT)
+        assert text(claim) == stockade.name
+        stockade.down()
+        stockade.config.write_text(stockade.config.read_text().replace(ids(first), ids(first + IDS_PER_AGENT)))
+        stockade.up()
+        assert text(claim) == stockade.name, "the range of an agent that lives is nobody else's"
+        assert stockade.json("kill", living)[0]["verified_empty"] is True
+        stockade.wait(lambda: not claim.exists())

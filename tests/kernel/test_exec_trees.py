@@ -116,6 +116,23 @@ def test_what_an_exec_left_can_be_ended_by_a_launcher_that_was_restarted(launche
     assert groups(launcher, agent) == []
 
 
+def test_a_group_that_an_earlier_launcher_killed_is_not_the_next_execs(launcher: Launcher) -> None:
+    """Linux 6.18 kills what is started in a group that was killed before."""
+    agent = launcher.launch(["/bin/sleep", "1000"])
+    launcher.start_exec(agent, ["/bin/sh", "-c", "setsid sleep 1000 & sleep 1000"], stream_id="one")
+    (group,) = groups(launcher, agent)
+    (tree,) = execs_in(group)
+    until(lambda: len((tree / "cgroup.procs").read_text().split()) == 3)
+    launcher.restart()
+    launcher.request("hello")
+    (tree / "cgroup.kill").write_text("1")  # as if that had been its last act
+    until(lambda: "populated 0" in (tree / "cgroup.events").read_text())
+    for stream_id in ("two", "three", "four"):
+        assert launcher.exec(agent, ["/bin/true"], stream_id=stream_id)["status"]["code"] == 0
+        until(lambda: len(execs_in(group)) == 1)
+    assert launcher.kill(agent)["verified_empty"]
+
+
 def test_an_exec_that_forks_on_ends_too(launcher: Launcher) -> None:
     agent = launcher.launch(["/bin/sleep", "1000"])
     before = processes(launcher, agent.agent_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -294,27 +295,90 @@ ctypes.CDLL(None).execve(ctypes.c_void_p(address), None, None)
 """
 
 
-def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) -> None:
-    """A path in a file of a mount that hangs: whoever reads it waits where no signal may reach it."""
+@contextlib.contextmanager
+def beside_hanging_files(place: Path) -> Iterator[Launcher]:
     server = ROOT / "tests" / "support" / "hanging_files.py"
     private = ["unshare", "-m", "--propagation", "private"]
-    with Launcher.start(wrapper=[*private, sys.executable, str(server), str(tmp_path)]) as launcher:
-        workspace = os.open(f"/proc/{launcher.process.pid}/root{tmp_path}", os.O_PATH | os.O_DIRECTORY)
-        other = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
-        bind = Bind(0, "/workspace", writable=False, owner_uid=0, owner_gid=0, without_idmap="read-only")
-        hangs = launcher.launch([PYTHON, "-c", HANGS], [workspace], binds=(bind,), degraded_ok=("idmap",), **TOLD)
-        os.close(workspace)
-        first = watcher_pid(launcher)
+    with Launcher.start(wrapper=[*private, sys.executable, str(server), str(place)]) as launcher:
+        yield launcher
+
+
+def hang(launcher: Launcher, place: Path) -> Agent:
+    """An agent that executes a path in a file that hangs: whoever reads it waits where no signal may reach it."""
+    workspace = os.open(f"/proc/{launcher.process.pid}/root{place}", os.O_PATH | os.O_DIRECTORY)
+    bind = Bind(0, "/workspace", writable=False, owner_uid=0, owner_gid=0, without_idmap="read-only")
+    agent = launcher.launch([PYTHON, "-c", HANGS], [workspace], binds=(bind,), degraded_ok=("idmap",), **TOLD)
+    os.close(workspace)
+    deadline = time.monotonic() + SECONDS_MAX
+    while not agent.stdout:
+        assert time.monotonic() < deadline, agent.stderr
+        time.sleep(0.01)
+    return agent
+
+
+HOLDS = """
+import ctypes, threading, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+size = ctypes.c_size_t(200 << 20)
+place = ctypes.c_void_p(libc.mmap(None, size, 3, 0x22, -1, ctypes.c_size_t(0)))
+libc.madvise(place, size, 15)  # small pages
+libc.memset(place, 1, size)
+end = time.monotonic() + 3
+def hold():
+    while time.monotonic() < end:
+        libc.mprotect(place, size, 1)
+        libc.mprotect(place, size, 3)
+for _ in range(3):
+    threading.Thread(target=hold).start()
+argv = (ctypes.c_char_p * 17)(*[b"a" * 200] * 16)
+while time.monotonic() < end:
+    libc.execve(b"/no/such", argv, None)
+"""
+
+
+def test_memory_that_is_slow_to_read_is_not_read_all_the_time(launcher: Launcher) -> None:
+    """Each of some twenty reads waits for a lock that threads of the agent hold most of the time."""
+    holds = launcher.run([PYTHON, "-c", HOLDS], **TOLD | {"record": Record(execs=True, arguments=16)})
+    events = called(launcher, holds, lambda found: "execs" in [event["kind"] for event in found])
+    assert len(executed(events)) < notices.TOLD_AT_ONCE_MAX, "the others are counted, so that nobody waits for them"
+    assert sum(event["times"] for event in events if event["kind"] == "execs") > len(executed(events))
+
+
+def test_a_launcher_ends_also_while_its_watcher_cannot(tmp_path: Path) -> None:
+    with beside_hanging_files(tmp_path) as launcher:
+        hang(launcher, tmp_path)
+        pid = watcher_pid(launcher)
         deadline = time.monotonic() + SECONDS_MAX
-        while not hangs.stdout:
-            assert time.monotonic() < deadline, hangs.stderr
+        while "process_vm_rw" not in Path(f"/proc/{pid}/stack").read_text():
+            assert time.monotonic() < deadline, "it reads what never comes"
             time.sleep(0.01)
+        launcher.process.terminate()
+        assert launcher.process.wait(5) == 0
+
+
+def test_memory_that_never_comes_holds_up_its_own_agent_alone(tmp_path: Path) -> None:
+    with beside_hanging_files(tmp_path) as launcher:
+        other = launcher.launch(["/bin/sh", "-c", LOOP], **TOLD)
+        hangs = hang(launcher, tmp_path)
+        first = watcher_pid(launcher)
         still = settled(other)
         grown(other, still)
         assert set(watchers(launcher)) > {first}, "that one cannot even die yet"
         events = called(launcher, hangs, lambda found: "interrupted" in [event["kind"] for event in found])
         assert [event["unread"] for event in events if event["kind"] == "interrupted"] == [True]
         assert launcher.kill(other)["verified_empty"]
+
+
+def test_a_watcher_that_outlives_its_launcher_shares_no_memory_with_the_next(launcher: Launcher) -> None:
+    """One that hung then would come back, and forget what the next one has in hand."""
+    launcher.sh("true", **TOLD)
+    with (launcher.run_dir / "watched").open("rb") as old:
+        launcher.restart()
+        launcher.request("hello")
+        assert (launcher.run_dir / "watched").stat().st_ino != os.fstat(old.fileno()).st_ino
+    again = launcher.sh("/bin/true", **TOLD)
+    called(launcher, again, lambda found: "/bin/true" in executed(found))
 
 
 def stop_with_call_in_hand(launcher: Launcher, pid: int, agent: Agent) -> None:

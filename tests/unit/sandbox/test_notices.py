@@ -20,6 +20,19 @@ def test_execs_are_told_one_by_one_up_to_the_limit_and_then_at_its_rate() -> Non
     assert sum(account.executes(later) for _ in range(100)) == int(notices.TOLD_PER_SECOND)
 
 
+def test_an_agent_whose_memory_is_slow_to_read_is_read_for_a_share_of_the_time() -> None:
+    account = Account.opened(BEGIN)
+    seconds = told = 0.0
+    while seconds < 100:
+        seconds += 0.25
+        if account.executes(BEGIN + seconds):
+            account.read.take(BEGIN + seconds, 0.25)
+            told += 0.25
+    share = notices.READ_SECONDS_PER_SECOND * 100
+    assert share < told <= share + notices.READ_SECONDS_AT_ONCE_MAX + 0.25
+    assert account.due(BEGIN + 200)[0]["kind"] == "execs", "the others are counted"
+
+
 def test_nothing_is_lost_where_everything_is_asked_for() -> None:
     account = Account.opened(BEGIN)
     account.leave_out(7, BEGIN)
@@ -78,6 +91,15 @@ def test_what_nobody_listens_to_is_kept_up_to_a_limit_and_then_counted() -> None
         ("a", "s", {"kind": "refused", "times": 3, "call": -1}),
         ("b", "b", {"kind": "refused", "times": 3, "call": -1}),
     ]
+    assert kept.take() == []
+
+
+def test_a_watcher_that_dies_again_and_again_fills_no_memory_while_nobody_listens() -> None:
+    kept = Kept()
+    kept.add("a", "a", [{"kind": "exec", "path": "/x"}] * notices.KEPT_MAX)
+    for unread in (False, True, False) * 100:
+        kept.add("a", "a", [{"kind": "interrupted", "unread": unread}])
+    assert kept.take()[notices.KEPT_MAX :] == [("a", "a", {"kind": "interrupted", "unread": True})]
     assert kept.take() == []
 
 

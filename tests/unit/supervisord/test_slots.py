@@ -63,6 +63,18 @@ def test_a_start_gives_back_ones_own_and_nobody_elses(tmp_path: Path) -> None:
     assert again.claim() not in (mine, others)
 
 
+def test_who_lives_keeps_its_range_when_the_ids_begin_elsewhere(tmp_path: Path) -> None:
+    before = Slots(tmp_path, instance="one", first=FIRST, count=8)
+    living = [before.claim() for _ in range(3)][2]
+    after = Slots(tmp_path, instance="one", first=FIRST + IDS_PER_AGENT, count=8)
+    known = after.of_range(FIRST + living * IDS_PER_AGENT)
+    assert known != living
+    after.reconcile([known])
+    assert known not in {after.claim() for _ in range(7)}
+    after.release(known)
+    assert not (tmp_path / str(7 + living)).exists()
+
+
 def test_giving_back_twice_is_no_error(tmp_path: Path) -> None:
     slots = Slots(tmp_path, instance="one", first=FIRST, count=2)
     slot = slots.claim()
