@@ -62,7 +62,7 @@ from sandbox.sync import StepError
 
 VERSION: Final = 1
 CONNECTIONS_MAX: Final = 64
-QUEUE_MAX: Final = 65536
+QUEUE_MAX: Final = 8192  # messages of some KiB; a daemon that reads none for so long has to connect anew
 FILTER_BYTES_MAX: Final = 256 << 10
 FILTERS_MAX: Final = 256
 KILL_DEADLINE_MS: Final = 10_000
