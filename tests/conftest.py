@@ -45,6 +45,7 @@ DEEP: Final = frozenset(
         "test_report.py",
         "test_stress.py",
         "test_taken_back.py",
+        "test_told_calls.py",
         "test_transparent.py",
     }
 )
