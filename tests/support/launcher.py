@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import itertools
 import os
 import secrets
@@ -150,6 +151,7 @@ class Launcher:
         (self.process.kill if kill else self.process.terminate)()
         self.process.wait(10)
         self.sock.close()
+        _wait_for_silence(self.run_dir)
         self.process = _spawn(self.run_dir, self.instance, self._arguments, self._wrapper)
         self.sock = _connect(self.run_dir)
 
@@ -312,6 +314,17 @@ def _spawn(run_dir: Path, instance: str, arguments: Sequence[str], wrapper: Sequ
     ]
     with (run_dir / "launcher.err").open("ab") as log:
         return subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def _wait_for_silence(run_dir: Path) -> None:
+    """Wait until nobody listens: what a launcher had forked has its socket until it has died too."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            if sock.connect_ex(str(run_dir / "launcher.sock")) in (errno.ECONNREFUSED, errno.ENOENT):
+                return
+        time.sleep(0.005)
+    raise AssertionError("somebody listens for a launcher that is dead")
 
 
 def _connect(run_dir: Path) -> socket.socket:
