@@ -219,7 +219,7 @@ def main() -> int:
         directory = Path(name)
         directory.chmod(0o755)
         (directory / "kill").mkdir()
-        with Instance.start(policies={"crowd.yaml": CROWD_POLICY}) as stockade:
+        with Instance.start(policies={"crowd.yaml": CROWD_POLICY}, capture=False) as stockade:
             results |= starts(stockade, directory, options.rounds)
             results |= kills(stockade, directory, max(options.rounds // 10, 5))
             results |= memory(stockade)

@@ -65,9 +65,17 @@ class Instance:
     @classmethod
     @contextmanager
     def start(
-        cls, extra: str = "", *, policies: dict[str, str] | None = None, state_dir: str | None = None
+        cls,
+        extra: str = "",
+        *,
+        policies: dict[str, str] | None = None,
+        state_dir: str | None = None,
+        capture: bool = True,
     ) -> Iterator[Instance]:
-        """Start with `extra` appended to the configuration and `policies` as {file name: text}."""
+        """Start with `extra` appended to the configuration and `policies` as {file name: text}.
+
+        A `capture` of packets is no part of a measurement.
+        """
         name = f"t{secrets.token_hex(3)}"
         directory = Path(tempfile.mkdtemp(prefix="sktest-", dir="/var/tmp"))
         directory.chmod(0o755)
@@ -82,7 +90,7 @@ class Instance:
         )
         environment = {**os.environ, "STOCKADE_SOCKET": str(run_dir / "control.sock")}
         instance = cls(name, directory, run_dir, config, environment=environment)
-        instance.gates = gates = watched(lambda: launcher_pid(instance))
+        instance.gates = gates = watched(lambda: launcher_pid(instance)) if capture else None
         try:
             instance.up()
             yield instance
