@@ -62,7 +62,8 @@ from sandbox.sync import StepError
 
 VERSION: Final = 1
 CONNECTIONS_MAX: Final = 64
-QUEUE_MAX: Final = 8192  # messages of some KiB; a daemon that reads none for so long has to connect anew
+QUEUE_MAX: Final = 65536
+TOLD_QUEUED_MAX: Final = 256  # of some KiB each, and agents say how many there are
 FILTER_BYTES_MAX: Final = 256 << 10
 FILTERS_MAX: Final = 256
 KILL_DEADLINE_MS: Final = 10_000
@@ -126,6 +127,11 @@ class Connection:
         if len(self._queue) > QUEUE_MAX:
             self.close()
 
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits for its peer that what agents have told is kept for later, as a bounded number."""
+        return len(self._queue) > TOLD_QUEUED_MAX
+
     def _flush(self) -> None:
         while self._queue:
             message, fds = self._queue[0]
@@ -139,6 +145,7 @@ class Connection:
             self._queue.popleft()
             sync.close_all(fds)
         self._server.loop.change(self._sock.fileno(), READ)
+        self._server.tell_kept()
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:
@@ -304,8 +311,7 @@ class Server:
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
                 shown = {"meta": a.meta, "posture": a.posture, "ids": a.plan.ids.start}
                 connection.send({"ev": "adopt", "agent_id": a.agent_id, **shown}, its)
-        for agent_id, stream_id, event in self.told.take():
-            self._told(agent_id, stream_id, [event])
+        self.tell_kept()
 
     def _filter(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         blob = os.pread(fds[0], FILTER_BYTES_MAX + 1, 0)
@@ -655,10 +661,16 @@ class Server:
         self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
 
     def _told(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
-        if any(connection.greeted for connection in self.connections):
+        listening = [connection for connection in self.connections if connection.greeted]
+        if listening and not any(connection.behind for connection in listening):
             self.broadcast({"ev": "called", "agent_id": agent_id, "stream_id": stream_id, "events": events})
         else:
             self.told.add(agent_id, stream_id, events)
+
+    def tell_kept(self) -> None:
+        """Tell what was kept while nobody listened, or whoever did was behind."""
+        for agent_id, stream_id, event in self.told.take():
+            self._told(agent_id, stream_id, [event])
 
     def _show(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         bind = decode(Bind, message["bind"], "bind")

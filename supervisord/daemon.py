@@ -31,7 +31,6 @@ from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
 from supervisord.authorities import Authorities, read_or_make_secret
 from supervisord.budget_watch import BudgetWatch
-from supervisord.call_actions import called_action
 from supervisord.channel import close_all
 from supervisord.config import Config, GatewayKind, OnStop
 from supervisord.egress_plane import EgressPlane
@@ -71,6 +70,7 @@ from supervisord.scopes import GrantBook
 from supervisord.sinks.feed import Sinks
 from supervisord.slots import Slots
 from supervisord.store import Store
+from supervisord.told_calls import ToldCalls
 from supervisord.webhook import Webhook
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class Daemon:
         config = self.config
         for action in owed:
             await self._actions.record(action)
+        self._told_calls = ToldCalls(self._actions.append_all, call_name=seccomp.call_name)
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
         )
@@ -502,7 +503,7 @@ class Daemon:
             case "met_limit":
                 self._met_limit(agent_id, message)
             case "called":
-                self._called(agent_id, message)
+                self._told_calls.tell(agent_id, str(message.get("stream_id")), message.get("events"))
             case "exec_exited":
                 status = message.get("status")
                 self._acts.exec_ended(
@@ -535,20 +536,6 @@ class Daemon:
         action = met_limit_action(agent, str(message.get("kind")), details)
         if action is not None:
             self._in_background(self._record_met(action))
-
-    def _called(self, agent_id: str, message: Message) -> None:
-        """What processes of an agent executed or were refused; also of one that ended while no daemon was there."""
-        events = message.get("events")
-        if not isinstance(events, list):
-            return
-        actions = [called_action(agent_id, str(message.get("stream_id")), event, seccomp.call_name) for event in events]
-        self._in_background(self._record_called(agent_id, [action for action in actions if action is not None]))
-
-    async def _record_called(self, agent_id: str, actions: Sequence[Action]) -> None:
-        try:
-            await self._actions.append_all(actions)
-        except CannotRecord as error:
-            log.error("what processes did is not in the action log", agent=agent_id, cause=error.message)
 
     async def _record_met(self, action: Action) -> None:
         try:
@@ -644,6 +631,7 @@ class Daemon:
         if self._gateway is not None:
             await self._gateway.stop()
         self._launcher.close()
+        await self._told_calls.stop()
         await self._sinks.stop()
         try:
             await self._actions.record(
@@ -659,7 +647,9 @@ class Daemon:
     async def abandon(self) -> None:
         """End what a start that failed had started."""
         self._stopping = True
-        for part in (getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook", "_sinks")):
+        for part in (
+            getattr(self, name, None) for name in ("_images", "_plane", "_gateway", "_webhook", "_told_calls", "_sinks")
+        ):
             if part is not None:
                 await part.stop()
         for task in self._background:

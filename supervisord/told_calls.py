@@ -1,0 +1,78 @@
+"""Writes down what agents' processes did, as fast as the log takes it; what it does not take is bounded, and counted.
+
+Agents say how much there is to tell, within the watcher's rates (sandbox/notices.py), and nobody inside waits for the
+log: a disk that hangs must not fill the daemon's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from supervisord.actions.types import Action, CannotRecord
+from supervisord.call_actions import called_action
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+log = structlog.get_logger()
+
+PENDING_MAX: Final = 4096
+"""Entries of some KiB that wait while others are written."""
+STOP_SECONDS: Final = 2.0
+
+
+class ToldCalls:
+    """One write at a time; `append` raises CannotRecord."""
+
+    def __init__(
+        self, append: Callable[[Sequence[Action]], Awaitable[object]], *, call_name: Callable[[int], str]
+    ) -> None:
+        self._append = append
+        self._call_name = call_name
+        self._pending: list[Action] = []
+        self._lost: Counter[str] = Counter()
+        self._writing: asyncio.Task[None] | None = None
+
+    def tell(self, agent_id: str, stream_id: str, events: object) -> None:
+        """Have them written soon; also of an agent that ended while no daemon was there."""
+        for event in events if isinstance(events, list) else ():
+            action = called_action(agent_id, stream_id, event, self._call_name)
+            if action is None:
+                continue
+            if len(self._pending) < PENDING_MAX:
+                self._pending.append(action)
+            else:
+                self._lost[agent_id] += 1
+        if self._pending and self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+            self._writing.add_done_callback(self._written)
+
+    async def stop(self) -> None:
+        """Wait for what is being written, STOP_SECONDS at most."""
+        if self._writing is not None:
+            await asyncio.wait({self._writing}, timeout=STOP_SECONDS)
+            if self._writing is not None:
+                self._writing.cancel()
+
+    def _written(self, _task: asyncio.Task[None]) -> None:
+        self._writing = None
+
+    async def _write(self) -> None:
+        while self._pending or self._lost:
+            actions, self._pending = self._pending, []
+            lost, self._lost = self._lost, Counter()
+            actions += [lost_action(agent_id, times) for agent_id, times in lost.items()]
+            try:
+                await self._append(actions)
+            except CannotRecord as error:
+                log.error("what processes did is not in the action log", entries=len(actions), cause=error.message)
+
+
+def lost_action(agent_id: str, times: int) -> Action:
+    """Say that so many entries about an agent are missing."""
+    reason = "the log was too slow: so many entries of what processes did are lost"
+    return Action(agent_id, "daemon", "process.watch", "", "failed", reason, {"times": times})
