@@ -253,7 +253,7 @@ def build(
         canary=policy.canary,
         tty=order.tty,
         stdin=order.stdin,
-        record=sandbox_plan.Record(policy.record.execs, policy.record.refusals, policy.record.arguments),
+        record=policy.record,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import yaml
 
 from gateway_client.egress.scope import Scope, format_scope, includes
-from sandbox.plan import NO_RATE
+from sandbox.plan import NO_RATE, Record
 from supervisord.budgets import NO_BUDGET, STRICTNESS, Budget, OnExhausted
 from supervisord.sizes import format_duration, format_size
 
@@ -115,15 +115,6 @@ class GrantRules:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordRules:
-    """Which acts of an agent's processes are recorded; `arguments` of each exec, from the first, in plain text."""
-
-    execs: bool = False
-    refusals: bool = False
-    arguments: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class RootfsName:
     """A root file system other than the host's: a path on the host, and which image of it where it has several."""
 
@@ -189,7 +180,7 @@ class Policy:
     degraded_ok: frozenset[str] = frozenset()
     canary: bool = False
     registered: Registered = Registered.OPTIONAL
-    record: RecordRules = RecordRules()
+    record: Record = field(default_factory=Record)
     digest: str = ""
     source: str = ""
 
@@ -312,6 +303,7 @@ def wider(policy: Policy, base: Policy) -> Iterator[str]:
         "registered": (policy.registered, base.registered) == (Registered.OPTIONAL, Registered.REQUIRED),
         "record.execs": base.record.execs and not policy.record.execs,
         "record.refusals": base.record.refusals and not policy.record.refusals,
+        "record.arguments": base.record.execs and policy.record.arguments < base.record.arguments,
     }
     yield from (key for key, is_wider in checks.items() if is_wider)
 

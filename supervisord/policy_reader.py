@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from gateway_client.egress.scope import BadScope, LlmScope, Scope, format_scope, includes, parse_scope
 from sandbox.controls import BY_NAME, NEGOTIABLE
-from sandbox.plan import NO_RATE
+from sandbox.plan import NO_RATE, Record
 from supervisord.budgets import NO_BUDGET, Budget, parse_budget
 from supervisord.documents import (
     Document,
@@ -31,7 +31,6 @@ from supervisord.policy import (
     GrantRules,
     LimitsWanted,
     Policy,
-    RecordRules,
     Risk,
     RootfsName,
     Workspace,
@@ -349,7 +348,7 @@ def _policy(read: _Reader, base: Policy) -> Policy:
         degraded_ok=base.degraded_ok if degraded_ok is None else degraded_ok,
         canary=read.flag(("canary",), default=base.canary),
         registered=read.one_of(("registered",), base.registered),
-        record=RecordRules(
+        record=Record(
             read.flag(("record", "execs"), default=base.record.execs),
             read.flag(("record", "refusals"), default=base.record.refusals),
             read.whole(("record", "arguments"), base.record.arguments),

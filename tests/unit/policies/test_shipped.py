@@ -9,10 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox.plan import Record
 from supervisord.config import GatewayConfig
 from supervisord.errors import InvalidInput
 from supervisord.policies import SHIPPED_DIR, PolicyShelf, load_schemas
-from supervisord.policy import EgressRules, Limits, OnDeny, OnLoss, RecordRules, Risk, User, Worker
+from supervisord.policy import EgressRules, Limits, OnDeny, OnLoss, Risk, User, Worker
 from supervisord.policy_reader import parse_agent, parse_policy
 from supervisord.sizes import SIZE_PATTERN, parse_size
 
@@ -94,7 +95,7 @@ def test_high_risk_has_a_worker_of_its_own_and_can_be_granted_nothing_else() -> 
     assert (policy.risk, policy.egress.worker, policy.on_supervisor_loss) == (Risk.HIGH, Worker.DEDICATED, OnLoss.KILL)
     assert policy.ceiling == policy.scopes
     assert policy.degraded_ok == frozenset()
-    assert policy.record == RecordRules(execs=True, refusals=True, arguments=16)
+    assert policy.record == Record(execs=True, refusals=True, arguments=16)
 
 
 def test_nothing_is_told_where_no_policy_asks_for_it() -> None:

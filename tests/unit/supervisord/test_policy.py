@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway_client.egress.scope import parse_scope
+from sandbox.plan import Record
 from supervisord.budgets import Budget, OnExhausted
 from supervisord.config import GatewayConfig, GatewayKind
 from supervisord.documents import InvalidDocument
@@ -26,7 +27,6 @@ from supervisord.policy import (
     OnDeny,
     OnLoss,
     Policy,
-    RecordRules,
     Registered,
     Risk,
     RootfsName,
@@ -116,7 +116,7 @@ require: [nftables]
 canary: true
 record: {execs: true, arguments: 3}
 """)
-    assert full.record == RecordRules(execs=True, refusals=False, arguments=3)
+    assert full.record == Record(execs=True, refusals=False, arguments=3)
     assert full.limits == Limits(2 << 30, 0.5, 64, 3 << 30, 1024, 1 << 20, 1 << 30, 2 << 20, 1 << 20)
     assert full.budget == Budget(10, 500_000, 3)
     assert full.scopes[1] == parse_scope("fs:ro:/srv/logs")
@@ -295,14 +295,14 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
     patterns = SCHEMAS.policy.schema["properties"]["widen"]["patternProperties"]  # type: ignore[index]
     cases = {key for key, _ in WIDER} | {
         "egress.worker", "landlock", "disk_quota", "on_supervisor_loss", "canary", "require", "registered",
-        "budget.on_exhausted", "record.execs", "record.refusals",
+        "budget.on_exhausted", "record.execs", "record.refusals", "record.arguments",
     }  # fmt: skip
     everything = Policy(
         name="x", risk=Risk.MINIMAL, user=User.ROOT, rootfs=RootfsName(PurePosixPath("/x")), home=Home.PERSISTENT,
         allow_root_owned=True, limits=Limits(1 << 50, 99, 999, 1 << 50, 9999, 1 << 50, 1),
         scopes=(parse_scope("llm:*"),),
         egress=EgressRules(OnDeny.ASK, transparent=True, worker=Worker.SHARED), seccomp="x", landlock=Demand.PREFERRED,
-        degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN,
+        degraded_ok=frozenset({"x"}), on_supervisor_loss=OnLoss.CONTAIN, record=Record(arguments=0),
     )  # fmt: skip
     nothing = Policy(
         name="y", risk=Risk.HIGH, hide=(PurePosixPath("/x"),), budget=Budget(1),
@@ -310,7 +310,7 @@ def test_each_key_that_can_be_wider_is_in_the_schema_and_has_its_case_above() ->
         limits=Limits(io_read_bytes_per_second=1, io_write_bytes_per_second=1),
         require=frozenset({"landlock"}),
         egress=EgressRules(worker=Worker.DEDICATED), landlock=Demand.REQUIRED, on_supervisor_loss=OnLoss.KILL,
-        disk_quota=Demand.REQUIRED, registered=Registered.REQUIRED, record=RecordRules(execs=True, refusals=True),
+        disk_quota=Demand.REQUIRED, registered=Registered.REQUIRED, record=Record(execs=True, refusals=True),
     )  # fmt: skip
     found = set(wider(everything, nothing))
     assert found == cases
