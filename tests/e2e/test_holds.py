@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import signal
 import subprocess
 from typing import TYPE_CHECKING
@@ -14,14 +12,13 @@ import pytest
 from tests.support import image
 from tests.support.census import launcher_pid
 from tests.support.instance import Instance, bin_dir
+from tests.support.people import BERT, by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
-
-OTHER = pwd.getpwnam("nobody")
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +31,8 @@ def stockade(built: image.Built, tmp_path_factory: pytest.TempPathFactory) -> It
     place = tmp_path_factory.mktemp("image")
     built.layout(place / "layout")
     policy = f"kind: Policy\nname: image\nextends: default\nwiden: {{rootfs: ours}}\nrootfs: {place}/layout\n"
-    group = grp.getgrgid(OTHER.pw_gid).gr_name
-    with Instance.start(f'[control]\ngroup = "{group}"\n', policies={"image.yaml": policy}) as instance:
+    with Instance.start(policies={"image.yaml": policy}) as instance:
         yield instance
-
-
-def as_other(stockade: Instance, *words: str) -> subprocess.CompletedProcess[str]:
-    """The same command as another person, who is an operator."""
-    return subprocess.run(
-        [bin_dir() / "stockadectl", *words],
-        env=stockade.environment,
-        user=OTHER.pw_uid,
-        group=OTHER.pw_gid,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
 
 
 def test_a_hold_outlives_restarts_and_only_somebody_else_ends_it(stockade: Instance, built: image.Built) -> None:
@@ -73,11 +54,11 @@ def test_a_hold_outlives_restarts_and_only_somebody_else_ends_it(stockade: Insta
     for (_, launch), hold_id in zip(held, holds, strict=True):
         refused = stockade.ctl("run", *launch, *command)
         assert (refused.code, "it dials home (INC-7)" in refused.err) == (125, True), launch
-        theirs = as_other(stockade, "launch", *launch, *command)
-        assert (theirs.returncode, "it dials home (INC-7)" in theirs.stderr) == (5, True), launch
+        theirs = by(stockade, BERT, "launch", *launch, *command)
+        assert (theirs.code, "it dials home (INC-7)" in theirs.err) == (5, True), launch
         assert stockade.ctl("run", "--name", "good", *command).code == 0, "others run"
         assert stockade.ctl("release", hold_id).code == 4, "who made it, root or not, does not release it"
-        assert as_other(stockade, "release", hold_id, "--reason", "seen to").returncode == 0
+        assert by(stockade, BERT, "release", hold_id, "--reason", "seen to").code == 0
         assert stockade.ctl("run", *launch, *command).code == 0, launch
 
 
@@ -97,7 +78,7 @@ def test_a_launch_that_is_under_way_when_a_hold_comes_runs_nothing(stockade: Ins
     assert launch.wait(30) == 125
     assert "too late for its check" in ran.read_text()
     assert "agent.exec" not in [e["verb"] for e in stockade.ctl("-o", "json", "actions", "racing").lines()]
-    assert as_other(stockade, "release", hold["hold_id"]).returncode == 0
+    assert by(stockade, BERT, "release", hold["hold_id"]).code == 0
     assert stockade.ctl("run", "--name", "racing", "--", "sh", "-c", ":").code == 0
 
 

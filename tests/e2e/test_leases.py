@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import signal
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from stockade.client import Stockade
 
 from supervisord.leases import GRACE_SECONDS_MIN
-from tests.support.instance import Instance, bin_dir
+from tests.support.instance import Instance
+from tests.support.people import BERT, by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,13 +19,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
 
 
-OTHER = pwd.getpwnam("nobody")
-
-
 @pytest.fixture(scope="module")
 def stockade() -> Iterator[Instance]:
-    group = grp.getgrgid(OTHER.pw_gid).gr_name
-    with Instance.start(f'[control]\ngroup = "{group}"\n') as instance:
+    with Instance.start() as instance:
         yield instance
 
 
@@ -84,22 +78,10 @@ def test_a_lease_has_bounds(stockade: Instance) -> None:
 
 
 def test_nobody_but_its_holder_or_an_admin_renews_a_lease(stockade: Instance) -> None:
-    def as_other(*words: str) -> int:
-        return subprocess.run(
-            [bin_dir() / "stockadectl", *words],
-            env=stockade.environment,
-            user=OTHER.pw_uid,
-            group=OTHER.pw_gid,
-            extra_groups=[],
-            capture_output=True,
-            timeout=30,
-            check=False,
-        ).returncode
-
     stockade.launch("--name", "ours", "--lease", "100s", "--", "sleep", "1000")
-    assert as_other("launch", "--name", "theirs", "--lease", "100s", "--", "sleep", "1000") == 0
-    assert as_other("renew", "ours") == 4
-    assert as_other("renew", "theirs") == 0
+    assert by(stockade, BERT, "launch", "--name", "theirs", "--lease", "100s", "--", "sleep", "1000").code == 0
+    assert by(stockade, BERT, "renew", "ours").code == 4
+    assert by(stockade, BERT, "renew", "theirs").code == 0
     assert stockade.ctl("renew", "theirs").code == 0, "root is an admin"
 
 
