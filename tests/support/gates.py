@@ -148,6 +148,7 @@ class Gates:
         """Stop; raises AssertionError where a gate met what it is not for, or where looking failed."""
         self._ended.set()
         self._thread.join(10)
+        assert not self._thread.is_alive(), "looking into the gates hangs"
         if self.failure is not None:
             raise AssertionError("looking into the gates failed") from self.failure
         assert self.frames() == [], "frames that are not for the proxy reached a gate"
