@@ -20,8 +20,8 @@ names_per_agent_max: Final = 4096
 answer_seconds: Final = 1
 """For how long a program may keep an answer: grants end."""
 
-FIRST: Final = int(IPv4Address("198.19.0.1"))
 MADE_UP: Final = IPv4Network("198.19.0.0/16")
+FIRST: Final = int(MADE_UP[1])
 NAMES_PORT: Final = 53
 
 A: Final = 1

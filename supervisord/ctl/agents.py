@@ -14,6 +14,7 @@ from stockade.client.values import AgentInfo, Selector
 from supervisord.ctl.command import FAILED, OK, Usage
 from supervisord.ctl.launching import launch_options
 from supervisord.ctl.output import (
+    amount,
     complain,
     escape,
     moment,
@@ -328,17 +329,13 @@ def budgets(stockade: Stockade, options: Namespace) -> int:
             use.label,
             use.since,
             use.bound,
-            *(_amount(use.bound, of) for of in (use.spent, use.reserved, use.limit)),
+            *(amount(use.bound, of) for of in (use.spent, use.reserved, use.limit)),
             part(use),
         )
         for use in found
     ]
     print_table(head, rows)
     return OK
-
-
-def _amount(bound: str, value: float) -> str | None:
-    return size(int(value)) if bound == "egress_bytes" else f"{value:.15g}"
 
 
 def show_holds(found: Sequence[Hold], options: Namespace, *, one: bool = False) -> None:

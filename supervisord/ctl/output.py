@@ -128,6 +128,11 @@ def size(value: int | None) -> str | None:
     return f"{number:.0f}{unit}" if unit == "B" else f"{number:.1f}{unit}"
 
 
+def amount(bound: str, value: float) -> str | None:
+    """How much of a budget's bound: bytes as a size, others as a number with all its digits."""
+    return size(int(value)) if bound == "egress_bytes" else f"{value:.15g}"
+
+
 def text(value: object) -> str | None:
     return None if value is None else str(value)
 

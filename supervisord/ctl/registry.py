@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from supervisord.ctl.agents import agent_document, degraded, read_file
 from supervisord.ctl.command import FAILED, OK, PROGRAM, Usage
-from supervisord.ctl.output import escape, escape_lines, moment, plain, print_facts, print_json, print_table, say, size
+from supervisord.ctl.output import (
+    amount,
+    escape,
+    escape_lines,
+    moment,
+    plain,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    size,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -181,13 +192,9 @@ def _left(running: RunningAgent) -> str:
     if not running.budget:
         return "no budget"
     return ", ".join(
-        f"{key} {_amount(key, running.budget_left.get(key, 0))} of {_amount(key, most)}"
+        f"{key} {amount(key, running.budget_left.get(key, 0))} of {amount(key, most)}"
         for key, most in running.budget.items()
     )
-
-
-def _amount(bound: str, value: float) -> str | None:
-    return size(int(value)) if bound == "egress_bytes" else f"{value:g}"
 
 
 def _scope(grant: Grant) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from hypothesis import example, given
@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 
 from gateway_client.egress import names
 from gateway_client.egress.names import BadLength, Framed, MadeUp, Query, framed, query_bytes_max, read_query
+from sandbox import transparent
+
+
+def test_worker_and_sandbox_mean_the_same_addresses_and_port() -> None:
+    """They import nothing of each other."""
+    assert IPv4Network((transparent.NAMES_NETWORK, transparent.NAMES_PREFIX)) == names.MADE_UP
+    assert transparent.NAMES_PORT == names.NAMES_PORT
 
 
 def question(
