@@ -44,7 +44,7 @@ def census(stockade: Instance) -> Census:
         processes=sum(group in text(process / "cgroup") for process in processes()),
         cgroups=sum(1 for _ in directories(stockade.name)),
         networks=len(networks(launcher)),
-        slots=sum(1 for path in SLOTS.glob("[0-9]*") if text(path) == stockade.name),
+        slots=slots(stockade),
         links=frozenset(name for _, name in socket.if_nameindex()),
         mounts=len(text(Path("/proc/self/mountinfo")).splitlines()),
         files=frozenset(
@@ -125,6 +125,11 @@ def cgroups_of(pid: int) -> list[Path]:
                     found.append(base / path[1:])
                     break
     return found
+
+
+def slots(stockade: Instance) -> int:
+    """How many ranges of ids it has claimed."""
+    return sum(1 for path in SLOTS.glob("[0-9]*") if text(path) == stockade.name)
 
 
 def directories(instance: str) -> Iterator[Path]:

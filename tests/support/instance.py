@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stockade.client import Stockade, StockadeError
 
 from sandbox.cgroups import reconcile
 from tests.support.census import launcher_pid
@@ -110,12 +113,21 @@ class Instance:
                 stdout=log,
                 stdin=subprocess.DEVNULL,
             )
-        self.wait(lambda: self.process is None or self.process.poll() is not None or self._answers(), READY_SECONDS)
-        if not self._answers():
-            raise AssertionError(f"stockaded is not ready:\n{self.daemon_log()[-4000:]}")
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"stockaded is not ready:\n{self.daemon_log()[-4000:]}")
+            time.sleep(0.02)
 
     def _answers(self) -> bool:
-        return self.ctl("status").code == 0
+        try:
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.connect(str(self.run_dir / "control.sock"))
+            with Stockade(f"unix:{self.run_dir}/control.sock") as client:
+                client.agents()
+        except (OSError, StockadeError):
+            return False
+        return True
 
     def down(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End the daemon by this signal; agents live on."""
