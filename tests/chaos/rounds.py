@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 NAME: Final = "status.example"
 CALLERS: Final = {Deed.LAUNCH: 4, Deed.GRANT: 3, Deed.EGRESS: 0}
 BACK_SECONDS_MAX: Final = 30.0
-# One process that calls by the proxy of its environment; a curl for each call takes more of the machine than the deaths.
+# One process that calls, by the proxy of its environment: a curl for each call takes more time than the deaths.
 CALLS: Final = f"""
 import itertools, time, urllib.request
 for number in itertools.count(1):
