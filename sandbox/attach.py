@@ -325,10 +325,10 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         # Its streams end with the launcher, and so does it: nobody could say how it ended. Kept by execve, and set here
         # because a change of id takes it away.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        listener = confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
-        if listener >= 0:
-            send(control, {"listener": True}, [listener])
-            os.close(listener)
+        closed = confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
+        if closed.listener >= 0:
+            send(control, {"listener": True}, [closed.listener])
+            os.close(closed.listener)
         # Until the launcher has the pidfd, its end of the socket must not see an end-of-file.
         confine.execute(order.argv, order.env, order.cwd)
     except StepError as error:

@@ -11,10 +11,12 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import stat
 import struct
 import termios
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from sandbox import capabilities, landlock, syscalls
@@ -25,6 +27,8 @@ SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 LOCKED_MEMORY_BYTES: Final = 8 << 20
 QUEUED_SIGNALS_MAX: Final = 8192  # and timers, which reserve one each; the default grows with the machine
 QUEUE_BYTES: Final = 819_200  # what Linux gives to everybody
+KEEPER_PIDS_LEAST: Final = 16  # with less, a keeper is in the way of what the agent may have
+KEPT_MICROSECONDS: Final = 1_000_000  # where nobody kills who keeps the memory; an exec later than that takes its time
 # setrlimit(2), <asm-generic/resource.h>; Python 3.11 has no names for them.
 _RLIMIT_SIGPENDING: Final = 11
 _RLIMIT_MSGQUEUE: Final = 12
@@ -112,10 +116,16 @@ def give_up(plan: SandboxPlan) -> None:
             syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> int:
-    """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Descriptors that come of closing in, -1 for none."""
 
-    Returns the listener of the filter, -1 where the plan has nothing told: whoever has it answers for every exec.
+    listener: int = -1  # of the filter: whoever has it answers for every exec
+    keeper: int = -1  # pidfd of a process that has this one's memory too, until somebody kills it
+
+
+def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> Closed:
+    """Add what needs mounts and standard streams in place: terminal, Landlock, seccomp last. Raises `StepError`.
 
     Landlock is for the first process and all its descendants. A process that exec starts later cannot join that domain,
     and from a domain of its own it cannot see the agent in /proc: it has one where the policy requires it, and
@@ -129,12 +139,34 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
         with step("restrict with Landlock"):
             _landlock(plan)
     if "seccomp" in plan.weaken:
-        return -1
+        return Closed()
     programs = agent_filters(filters)
+    listener, keeper = -1, -1
     if plan.listens:
-        return install_listening(programs)
-    install(programs)
-    return -1
+        listener = install_listening(programs[0])
+    else:
+        install(programs[:1])
+    # Between the two: it is confined by the first, and the second refuses CLONE_PARENT. Where refused calls are told of
+    # a profile without clone would have this process wait for an answer that nobody gives yet.
+    if first and plan.limits.pids >= KEEPER_PIDS_LEAST and not (plan.listens and plan.record.refusals):
+        keeper = _keep_memory()
+    install(programs[1:])
+    return Closed(listener, keeper)
+
+
+def _keep_memory() -> int:
+    """Have a sibling share this process's memory, so that `execve` leaves it behind and need not take it down.
+
+    That took 2 ms of each launch, for an interpreter's 4,000 pages. The sibling is what this process is by now: same
+    ids, no capabilities, same filter, and nobody of these ids may look into it (PR_SET_DUMPABLE is a property of the
+    memory). It sleeps and does nothing else. Returns its pidfd, -1 where there is none, which only costs time.
+    """
+    try:
+        for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET):  # whoever has a keeper needs one next
+            end.close()
+        return syscalls.sleeper(syscalls.CLONE_PARENT, KEPT_MICROSECONDS)
+    except OSError:
+        return -1
 
 
 def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:
@@ -172,15 +204,13 @@ def install(programs: Sequence[bytes]) -> None:
             syscalls.seccomp_filter(program)
 
 
-def install_listening(programs: Sequence[bytes]) -> int:
-    """Load them and return the listener of the first: whoever has it answers the calls that it asks about.
+def install_listening(program: bytes) -> int:
+    """Load it and return its listener: whoever has that answers the calls that it asks about.
 
     The kernel lets nobody add a second listener (EBUSY, seccomp_unotify(2)), and the filter lets nobody try.
     """
     with step("load seccomp filter"):
-        listener = syscalls.seccomp_listener(programs[0])
-    install(programs[1:])
-    return listener
+        return syscalls.seccomp_listener(program)
 
 
 def _limit(plan: SandboxPlan, *, core: bool) -> None:

@@ -7,6 +7,7 @@ it comes from /proc of the host and from the cgroup, so nothing inside has a say
 
 # ruff: noqa: PTH115, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -190,7 +191,11 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     if any(stream.control is not None for stream in agent.streams.values()):
         pids = [agent.pid]  # a process that is about to enter is in the group already, and has given up nothing yet
     init = dataclasses.replace(agent.plan, uid=INIT_INSIDE, gid=INIT_INSIDE)
-    for pid in [pid for pid in pids if pid != first][: PROCESSES_MAX - 1]:
+    known = {first}
+    if agent.keeper >= 0:  # it has the first filter and not the second, and is about to end
+        with contextlib.suppress(ProcessLookupError):
+            known.add(pid_of(agent.keeper))
+    for pid in [pid for pid in pids if pid not in known][: PROCESSES_MAX - 1]:
         try:
             seen = confinement(pid)
             differs = drift(init, 1, seen) if pid == agent.pid else drift(agent.plan, programs(agent), seen)

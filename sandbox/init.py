@@ -8,6 +8,7 @@
                                  terminal, and the word "built"      -> streams, user namespace (last of all)
                                  user namespace, gives up everything    gives up everything, seccomp last
                                                                         canaries, where asked for, in a child of it
+                                                                        a sibling keeps its memory (confine.py)
       <- ready                                                          waits
       go                     ->                                         execve (end-of-file on the sync socket)
                                  reaps; writes the exit status
@@ -286,10 +287,10 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
         with step("take standard streams"):
             _take_streams([None if index is None else fds[index] for index in given["stdio"]], terminal)
         confine.keep_only((control.fileno(), *((built.fileno(),) if plan.listens else ())))
-        listener = confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
+        closed = confine.close_in(plan, filters=filters, terminal=plan.tty is not None, first=True)
         listening: list[int] = []
         if plan.listens:
-            listening.append(listener)
+            listening.append(closed.listener)
             with built:
                 send(built, {"listener": True}, listening)
         clock.mark("stub close in")
@@ -300,13 +301,29 @@ def _agent(control: socket.socket, built: socket.socket, standard: Standard | No
                 os.close(listening.pop())
             said["canary"] = canaries.run(plan)
             clock.mark("stub canaries")
-        send(control, said | {"timings_us": answer["timings_us"] | clock.steps}, listening)
-        # Before the agent's directory and program are looked up, which go where the agent has made them go.
-        close_all(listening)
+        said["timings_us"] = answer["timings_us"] | clock.steps
+        _say_ready(control, said, closed.keeper, listening)
         message, _ = receive(control)
         if message is None or not message.get("go"):
             os._exit(1)  # the launcher is gone or wants no more: nothing was run
         confine.execute(plan.argv, plan.env, plan.cwd)
+
+
+def _say_ready(control: socket.socket, said: dict[str, Any], keeper: int, listening: list[int]) -> None:
+    """Tell the launcher, with what is the launcher's from now on.
+
+    Closed here before the agent's directory and program are looked up, which go where the agent has made them go.
+    """
+    if keeper < 0:
+        send(control, said, listening)
+        close_all(listening)
+        return
+    # On by another channel: the keeper has a copy of this one, and its end would not tell of execve.
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with mine, theirs:
+        send(control, said | {"kept": True}, [keeper, theirs.fileno(), *listening])
+        os.dup2(mine.fileno(), control.fileno(), inheritable=False)
+    close_all([keeper, *listening])
 
 
 def _take_streams(stdio: list[int | None], terminal: list[int]) -> None:

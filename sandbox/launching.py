@@ -34,6 +34,7 @@ from sandbox.watching import Watching
 # Below what the daemon waits for an answer (launcher_link): it hears of a failure, and that nothing is left.
 BUILD_SECONDS_MAX: Final = 20.0
 GO_SECONDS_MAX: Final = 60.0  # for the word to come; nothing runs meanwhile
+KEPT_SECONDS: Final = 0.005  # by then the program has begun, and what it left behind is taken down beside it
 META_BYTES_MAX: Final = 64 << 10
 KERNEL: Final = os.uname().release
 
@@ -435,6 +436,9 @@ class Follow:
             return
         message, fds = _hear(agent.control)
         try:
+            if message is not None and message.get("kept"):
+                self._change_channel(*fds[:2])
+                del fds[:2]
             self._take_listener(message or {}, fds)
         finally:
             sync.close_all(fds)
@@ -452,6 +456,14 @@ class Follow:
                 self._fail(error)
                 return
             self._is_built()
+
+    def _change_channel(self, keeper: int, channel: int) -> None:
+        """Go on by a channel of which the keeper of the stub's memory has no copy."""
+        agent = self._agent
+        agent.close_control()
+        agent.keeper = keeper
+        agent.control = socket.socket(fileno=channel)
+        agent.loop.watch(channel, READ, lambda _e: self._stub_said())
 
     def _take_listener(self, message: dict[str, Any], fds: list[int]) -> None:
         """Have the agent's calls answered from now on, and told of once it is ready: canaries are not its acts."""
@@ -507,6 +519,7 @@ class Follow:
         """End-of-file: `execve` happened, or the child is dead before it said anything."""
         agent = self._agent
         agent.close_control()
+        agent.loop.later(KEPT_SECONDS, agent.end_keeper)
         if agent.state is State.STARTING:
             agent.loop.cancel(self._deadline)
             agent.state = State.RUNNING

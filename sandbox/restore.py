@@ -15,7 +15,7 @@ import os
 import socket
 from typing import Final
 
-from sandbox import cgroups, init, mounted, sockets, syscalls
+from sandbox import cgroups, examine, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.plan import InvalidPlan, SandboxPlan
 from sandbox.running import Agent, State
@@ -157,7 +157,7 @@ def _same(pid: int, ticks: object) -> int:
     except OSError:
         return -1
     # Opened first, compared after: the pid cannot change hands in between.
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         if start_ticks(pid) == ticks:
             return pidfd
     os.close(pidfd)
@@ -196,6 +196,17 @@ def _take_listener(agent: Agent) -> None:
     agent.listening = agent.watching.restore(agent, fd)
 
 
+def _end_keeper(agent: Agent, others: list[int]) -> None:
+    """End who keeps the memory that the first process left, where an earlier launcher did not come to it.
+
+    It is the second child, and has fewer filters than any process of the agent could have.
+    """
+    for pid in others[:1]:
+        if examine.confinement(pid)["seccomp_filters"] < examine.programs(agent):
+            agent.keeper = syscalls.pidfd_open(pid)
+            agent.end_keeper()
+
+
 def _reconnect(agent: Agent) -> None:
     """Fetch the agent's output and first process back."""
     share = agent.plan.limits.output_bytes
@@ -213,7 +224,8 @@ def _reconnect(agent: Agent) -> None:
     _take_listener(agent)
     with contextlib.suppress(OSError):  # then when they are asked for
         agent.trees()
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
-            first = children.read().split()[0]
-        agent.agent_pidfd = syscalls.pidfd_open(int(first))
+            first, *others = map(int, children.read().split())
+        agent.agent_pidfd = syscalls.pidfd_open(first)
+        _end_keeper(agent, others)

@@ -97,6 +97,7 @@ class Agent:
     pidfd: int = -1
     agent_pidfd: int = -1
     agent_pid: int = 0  # of the launcher's namespace; known from the launch on, and asked of the pidfd later
+    keeper: int = -1  # pidfd of who keeps the memory that its first process leaves behind at execve
     own_child: bool = True
     exit_fd: int = -1
     control: socket.socket | None = None
@@ -146,6 +147,18 @@ class Agent:
             self.builder.close()
             self.builder = None
 
+    def end_keeper(self) -> None:
+        if self.keeper >= 0:
+            with contextlib.suppress(OSError):
+                syscalls.pidfd_send_signal(self.keeper, signal.SIGKILL)
+            self.loop.watch(self.keeper, 1, lambda _events: self._keeper_ended())
+
+    def _keeper_ended(self) -> None:
+        if self.keeper >= 0:
+            self.loop.forget(self.keeper)
+            os.close(self.keeper)
+            self.keeper = -1
+
     def cut(self) -> None:
         """Stop accepting: every copy of the listener, wherever it is, refuses from now on."""
         if self.listener >= 0:
@@ -186,7 +199,7 @@ class Agent:
         processes = 0
         if self.group is not None:
             self.loop.forget(self.group.oom_fd())
-            processes = len(self.group.pids())
+            processes = len(self.group.pids()) - (self.keeper >= 0)
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()
         # Also by pidfd: while a child is being built the group may not have it yet.
@@ -276,6 +289,7 @@ class Agent:
         if self.net is not None:
             self.net.close()
             self.net, self.listener = None, -1
+        self._keeper_ended()
         # Its mounts go with its namespace; a descriptor would keep one busy on the host.
         close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
         self.mounted.clear()

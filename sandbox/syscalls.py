@@ -13,7 +13,20 @@ import fcntl
 import os
 import platform
 import struct
-from ctypes import POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint8, c_uint16, c_uint32, c_uint64, c_ulong
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_int,
+    c_long,
+    c_size_t,
+    c_uint,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_ulong,
+    c_void_p,
+)
 from typing import Final, NoReturn
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -192,6 +205,7 @@ _libc.fanotify_init.argtypes = [c_uint, c_uint]
 _libc.fanotify_mark.argtypes = [c_int, c_uint, c_uint64, c_int, c_char_p]
 _libc.sethostname.argtypes = [c_char_p, c_size_t]
 _libc.setdomainname.argtypes = [c_char_p, c_size_t]
+_libc_locked.clone.argtypes = [c_void_p, c_void_p, c_int, c_void_p, POINTER(c_int)]
 
 
 # --- namespaces and processes --------------------------------------------------------------------------------------
@@ -246,6 +260,26 @@ def clone3(flags: int, *, cgroup: int | None = None, exit_signal: int = 17) -> t
         raise_errno("clone3", hex(flags))
     # The kernel opens the pidfd O_CLOEXEC.
     return result, (pidfd.value if result else -1)
+
+
+_SLEEPER_STACK: Final = ctypes.create_string_buffer(1 << 15)  # for usleep(3) and the frame of a signal
+_SLEEPER_STACK_TOP: Final = (ctypes.addressof(_SLEEPER_STACK) + len(_SLEEPER_STACK)) & ~0xF  # aligned as ABIs want it
+
+
+def sleeper(flags: int, microseconds: int) -> int:
+    """Start a process that shares this one's memory, sleeps, and ends; return its pidfd.
+
+    It runs usleep(3) on a stack of its own, and no Python: nothing here is touched by two at once. One at a time, for
+    there is one stack. Source: man pages clone, section 2, and usleep, section 3.
+    """
+    pidfd = c_int(-1)
+    program = ctypes.cast(_libc.usleep, c_void_p)
+    result = _libc_locked.clone(
+        program, _SLEEPER_STACK_TOP, flags | CLONE_VM | CLONE_PIDFD, microseconds, ctypes.byref(pidfd)
+    )
+    if result < 0:
+        raise_errno("clone", hex(flags))
+    return pidfd.value
 
 
 def pidfd_open(pid: int) -> int:

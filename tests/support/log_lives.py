@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(directory: Path, mode: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     command = [*prefix, sys.executable, "-m", "tests.support.log_writer", str(directory), mode]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Not buffered: after a readline, communicate() knows nothing of what else had been read.
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
 
 
 def said(out: bytes) -> list[dict[str, Any]]:
