@@ -37,7 +37,7 @@ LOAD_SECONDS: Final = 2.0
 LOAD_CONNECTIONS: Final = 4
 IDLE_AGENTS: Final = 8
 KILL_MANY: Final = 1000
-WILD: Final = "trap '' TERM INT HUP; for i in $(seq {count}); do sleep 1000 & done; echo ready; wait"
+WILD: Final = "trap '' TERM INT HUP; for i in $(seq {count}); do sleep 1000 & done; exec sleep 1000"
 # The policy bounds a default agent to 256 pids; the tree of 1,000 needs more room.
 CROWD_POLICY: Final = "kind: Policy\nname: crowd\nversion: 1\nlimits: {memory: 4GiB, cpus: 2, pids: 4096}\nscopes: []\n"
 # name of the ratio, what it is of, its bound
