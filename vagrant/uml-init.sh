@@ -3,6 +3,7 @@
 # disk image at /dev/ubda, or to the one directory of the host that the kernel command line names.
 #
 # Kernel command line: STOCKADE_OUT=DIRECTORY STOCKADE_TESTS=TEST[,TEST...]
+#                  or: STOCKADE_OUT=DIRECTORY STOCKADE_RUN=ARGUMENT[,ARGUMENT...] of Python, whose output goes to the console
 set -u
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 
@@ -50,5 +51,11 @@ if [ -e /dev/ubda ]; then
     export TMPDIR=/mnt/disk
 fi
 IFS=,
+if [ -n "${STOCKADE_RUN:-}" ]; then
+    cd "$clone" || exit 1
+    # shellcheck disable=SC2086 # a list, split at commas
+    "$STOCKADE_PYTHON" $STOCKADE_RUN > /dev/console
+    exit
+fi
 # shellcheck disable=SC2086 # a list, split at commas
 "$here/guest.sh" /mnt/out $STOCKADE_TESTS

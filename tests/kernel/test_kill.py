@@ -15,10 +15,11 @@ import pytest
 
 from sandbox import sync
 from sandbox.plan import Limits, Tty
-from tests.support.launcher import LauncherError
+from tests.support.census import text
+from tests.support.launcher import Launcher, LauncherError
 
 if TYPE_CHECKING:
-    from tests.support.launcher import Agent, Launcher
+    from tests.support.launcher import Agent
 
 STUBBORN = """
 import os, signal, time, sys
@@ -40,6 +41,24 @@ print('ready', flush=True)
 while True:
     try: os.fork()
     except OSError: pass
+"""
+# Five of each that waits for somebody else: parents in vfork, tracees that are stopped, children that nobody reaps.
+WAITING = """
+import ctypes, os, platform, signal, time
+libc = ctypes.CDLL(None)
+CLONE = 220 if platform.machine() == 'aarch64' else 56
+CLONE_VM, CLONE_VFORK, PTRACE_TRACEME = 0x100, 0x4000, 0
+for _ in range(5):
+    if os.fork() == 0:
+        libc.syscall(CLONE, CLONE_VM | CLONE_VFORK | signal.SIGCHLD, 0, 0, 0, 0)
+        time.sleep(1000)
+    if os.fork() == 0:
+        assert libc.ptrace(PTRACE_TRACEME, 0, 0, 0) == 0
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if os.fork() == 0:
+        os._exit(0)
+print('ready', flush=True)
+time.sleep(1000)
 """
 
 
@@ -79,6 +98,33 @@ def test_nothing_survives_a_kill(launcher: Launcher, script: str) -> None:
     assert receipt["left"] == []
     assert processes(agent) == 0
     assert launcher.wait(agent).status == {"code": None, "signal": int(signal.SIGKILL)}
+
+
+def test_who_waits_for_somebody_else_dies_too() -> None:
+    with Launcher.start(weakened=True) as launcher:  # the filter leaves nobody to be traced
+        who_waits_dies(launcher)
+
+
+def who_waits_dies(launcher: Launcher) -> None:
+    agent = launcher.launch(["python3", "-c", WAITING], weaken=("seccomp",))
+    until_ready(agent)
+    deadline = time.monotonic() + 10
+    while (seen := states(agent)).count("D") < 5 or seen.count("t") < 5 or seen.count("Z") < 5:
+        assert time.monotonic() < deadline, (seen, agent.stderr)
+        time.sleep(0.005)
+    receipt = launcher.kill(agent)
+    assert (receipt["verified_empty"], receipt["left"]) == (True, [])
+    assert states(agent) == []
+
+
+def states(agent: Agent) -> list[str]:
+    """The letters of proc_pid_stat(5) of all that have an id of the agent's."""
+    ids, found = agent.plan.ids, []
+    for entry in Path("/proc").iterdir():
+        facts = dict(line.partition(":")[::2] for line in text(entry / "status").splitlines())
+        if ids.start <= int(facts.get("Uid", "-1").split()[0]) < ids.start + ids.size:
+            found.append(facts["State"].strip()[0])
+    return found
 
 
 def test_killing_twice_and_what_never_was(launcher: Launcher) -> None:

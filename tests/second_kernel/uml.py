@@ -11,16 +11,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 KERNEL: Final = Path("/usr/bin/linux.uml")
 INIT: Final = ROOT / "vagrant" / "uml-init.sh"
 MEMORY_MIB: Final = 1024
 DISK_MIB: Final = 256
+DISK: Final = "disk.ext4"
 CONSOLE_BYTES_MAX: Final = 20_000
 
 
@@ -55,14 +60,9 @@ class Report:
 
 def run(scratch: Path, *tests: str, seconds_max: float) -> Report:
     """Run tests in a guest; raises `GuestFailed` when it does not finish in time. Nothing is left but `scratch`."""
-    out = scratch / "out"
-    out.mkdir()
-    disk = scratch / "disk.ext4"
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk), f"{DISK_MIB}M"], check=True, timeout=60)
+    out = _prepared(scratch)
     console = _boot(
-        *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={INIT}"),
-        *(f"ubd0={disk}", f"mem={MEMORY_MIB}M", "quiet", "loglevel=1", "panic=1"),
-        *(f"STOCKADE_OUT={out}", f"STOCKADE_TESTS={','.join(tests)}", f"STOCKADE_PYTHON={sys.executable}"),
+        f"STOCKADE_TESTS={','.join(tests)}",
         scratch=scratch,
         seconds_max=seconds_max,
     )
@@ -80,12 +80,52 @@ def run(scratch: Path, *tests: str, seconds_max: float) -> Report:
     )
 
 
+def cut(scratch: Path, *arguments: str, enough: Callable[[bytes], bool], seconds_max: float) -> tuple[bytes, Path]:
+    """Run Python with these arguments in a guest, and take its power away once it has printed enough.
+
+    Returns what it printed, and the image of its disk as the cut left it: killing the guest's processes loses all that
+    its kernel had not written yet, and all that its disk had not done yet. Raises `GuestFailed`.
+    """
+    _prepared(scratch)
+    console = scratch / "console"
+    with _guest(f"STOCKADE_RUN={','.join(arguments)}", scratch=scratch) as guest:
+        deadline = time.monotonic() + seconds_max
+        while not enough(console.read_bytes()):
+            if guest.poll() is not None or time.monotonic() > deadline:
+                raise GuestFailed(f"the guest did not print enough in {seconds_max:.0f} s:\n{_end(console)}")
+            time.sleep(0.01)
+    return console.read_bytes(), scratch / DISK
+
+
+def _prepared(scratch: Path) -> Path:
+    out = scratch / "out"
+    out.mkdir()
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(scratch / DISK), f"{DISK_MIB}M"], check=True, timeout=60)
+    return out
+
+
 def _boot(*arguments: str, scratch: Path, seconds_max: float) -> str:
     """Start the kernel and wait until it powers off; the text of its console."""
     console = scratch / "console"
-    with console.open("wb") as output:
+    with _guest(*arguments, scratch=scratch) as guest:
+        try:
+            guest.wait(seconds_max)
+        except subprocess.TimeoutExpired:
+            raise GuestFailed(f"the guest did not power off in {seconds_max:.0f} s:\n{_end(console)}") from None
+    return _end(console)
+
+
+@contextlib.contextmanager
+def _guest(*arguments: str, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A kernel that runs, until this is left: all of its processes end then."""
+    with (scratch / "console").open("wb") as output:
         guest = subprocess.Popen(
-            [str(KERNEL), *arguments, "con=null", "con0=null,fd:1", f"uml_dir={scratch}", "umid=guest"],
+            [
+                *(str(KERNEL), "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={INIT}"),
+                *(f"ubd0={scratch / DISK}", f"mem={MEMORY_MIB}M", "quiet", "loglevel=1", "panic=1"),
+                *(f"STOCKADE_OUT={scratch / 'out'}", f"STOCKADE_PYTHON={sys.executable}", *arguments),
+                *("con=null", "con0=null,fd:1", f"uml_dir={scratch}", "umid=guest"),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -97,14 +137,11 @@ def _boot(*arguments: str, scratch: Path, seconds_max: float) -> str:
             process_group=0,  # the kernel runs as several processes, which are ended together
         )
         try:
-            guest.wait(seconds_max)
-        except subprocess.TimeoutExpired:
-            raise GuestFailed(f"the guest did not power off in {seconds_max:.0f} s:\n{_end(console)}") from None
+            yield guest
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(guest.pid, signal.SIGKILL)
             guest.wait()
-    return _end(console)
 
 
 def _end(console: Path) -> str:

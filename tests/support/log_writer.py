@@ -4,6 +4,7 @@ It prints one JSON line for each thing that was acknowledged, after it was, unbu
 log whatever happens next.
 
     python -m tests.support.log_writer DIRECTORY stream   records and appends until killed
+    python -m tests.support.log_writer DIRECTORY unsynced the same, and nothing is synced: what a test has to find
     python -m tests.support.log_writer DIRECTORY small    in a mount namespace with a tiny tmpfs: full, freed, full
     python -m tests.support.log_writer DIRECTORY failing  a few records, of which syncs fail by fault injection
 """
@@ -53,10 +54,15 @@ async def stream(directory: Path) -> None:
         while True:
             number += 1
             entry = await (log.record(act(number)) if durable else log.append(act(number)))
-            say(seq=entry.seq, leaf=entry.leaf_hash.hex())
+            say(seq=entry.seq, leaf=entry.leaf_hash.hex(), durable=durable)
             await asyncio.sleep(0 if durable else 0.0005)
 
     await asyncio.gather(one(durable=True), one(durable=True), one(durable=False))
+
+
+async def unsynced(directory: Path) -> None:
+    os.fdatasync = os.fsync = lambda _fd: None  # type: ignore[assignment]
+    await stream(directory)
 
 
 async def small(directory: Path) -> None:
@@ -144,7 +150,7 @@ def main() -> None:
     if mode == "small":
         mount_small(directory)
         (directory / "tmpfs").touch()
-    asyncio.run({"stream": stream, "small": small, "failing": failing}[mode](directory))
+    asyncio.run({"stream": stream, "unsynced": unsynced, "small": small, "failing": failing}[mode](directory))
     if mode == "small":
         # The mount goes with this process: verify while it is there.
         from supervisord.actions.verify import verify  # noqa: PLC0415 - in this mode only
