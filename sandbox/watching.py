@@ -7,7 +7,7 @@ answered by the next one. A call that it had taken is known by memory that both 
 left who could answer they fail.
 """
 
-# ruff: noqa: PTH100, PTH108, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
+# ruff: noqa: PTH100, PTH108, PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
 import contextlib
 import mmap
@@ -38,16 +38,18 @@ LOOK_SECONDS: Final = 1.0
 HUNG_SECONDS: Final = 5.0  # it comes round once a second
 MESSAGES_PER_TURN_MAX: Final = 8
 END_SECONDS: Final = 1.0
+UNREAD: Final = "unread"  # a file among the agent's
 
 
 class _Listener:
     """One filter's listener, kept until its agent or stream ends."""
 
-    __slots__ = ("agent_id", "arguments", "fd", "key", "stream_id", "told")
+    __slots__ = ("agent_id", "arguments", "directory", "fd", "key", "stream_id", "told")
 
     def __init__(self, key: int, agent: "Agent", stream_id: str, fd: int) -> None:
         self.key = key
         self.agent_id = agent.agent_id
+        self.directory = agent.directory
         self.stream_id = stream_id
         self.fd = fd
         self.arguments = agent.plan.record.arguments
@@ -123,12 +125,18 @@ class Watching:
 
     def restore(self, agent: "Agent", fd: int) -> int:
         """Take up the listener of an agent that an earlier launcher started, whose watcher ended with it."""
-        unread = self._answer_in_hand(fd)
-        if unread:
-            self._unread.add(agent.agent_id)
+        if self._answer_in_hand(fd) or os.path.exists(f"{agent.directory}/{UNREAD}"):
+            self._read_no_more(agent.agent_id, agent.directory)
         key = self.add(agent, agent.agent_id, fd)
+        unread = agent.agent_id in self._unread
         self.say(agent.agent_id, agent.agent_id, [{"kind": "interrupted", "unread": unread}])
         return key
+
+    def _read_no_more(self, agent_id: str, directory: str) -> None:
+        """Count what it executes, from now on and under every launcher to come."""
+        self._unread.add(agent_id)
+        with contextlib.suppress(OSError), open(f"{directory}/{UNREAD}", "wb"):
+            pass
 
     def begin_telling(self, key: int) -> None:
         self._listeners[key].told = True
@@ -244,7 +252,7 @@ class Watching:
         self._in_hand = _taken(self._desk)
         for listener in [one for one in self._listeners.values() if one.fd >= 0]:
             if self._answer_in_hand(listener.fd):
-                self._unread.add(listener.agent_id)
+                self._read_no_more(listener.agent_id, listener.directory)
         for agent_id in dict.fromkeys(one.agent_id for one in self._listeners.values() if one.fd >= 0):
             self.say(agent_id, agent_id, [{"kind": "interrupted", "unread": agent_id in self._unread}])
         self._failures = 0 if time.monotonic() - process.began >= WELL_SECONDS else self._failures + 1
