@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -67,7 +68,7 @@ class Slots:
             if path.name.isdigit() and path.name not in names and path.read_text(errors="replace") == self._instance:
                 path.unlink(missing_ok=True)
         for slot in kept:
-            if not self._claim(slot).exists():
+            with contextlib.suppress(FileExistsError):
                 os.link(self._owner, self._claim(slot))
         self._next = (max(kept, default=-1) + 1) % self._count
 
