@@ -19,10 +19,12 @@ POINTS = 12
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_some_points_pass_and_a_run_goes_on_where_it_was_stopped() -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_some_points_pass_and_a_run_goes_on_where_it_was_stopped(jobs: str) -> None:
     seed = random.SystemRandom().getrandbits(32)
+    words = ["--seed", str(seed), "--points", "110", "--from", str(111 - POINTS), "--jobs", jobs]
     done = subprocess.run(
-        [sys.executable, "tests/chaos/run.py", "--seed", str(seed), "--points", "110", "--from", str(111 - POINTS)],
+        [sys.executable, "tests/chaos/run.py", *words],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
