@@ -59,9 +59,11 @@ class Loop:
         if self._timers:
             timeout_seconds = min(timeout_seconds, max(0.0, self._timers[0][0] - time.monotonic()))
         busy = False
-        for fd, events in self._epoll.poll(timeout_seconds):
-            ready = self._ready.get(fd)
-            if ready is not None:
+        happened = [(fd, events, self._ready.get(fd)) for fd, events in self._epoll.poll(timeout_seconds)]
+        for fd, events, ready in happened:
+            # One before it may have closed this one, and have had the number given to another, which has nothing to say
+            # yet: who then reads where that blocks would wait, and everybody with it.
+            if ready is not None and self._ready.get(fd) is ready:
                 busy = True
                 self._call(functools.partial(ready, events), fd)
         now = time.monotonic()
