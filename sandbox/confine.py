@@ -27,7 +27,10 @@ SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 LOCKED_MEMORY_BYTES: Final = 8 << 20
 QUEUED_SIGNALS_MAX: Final = 8192  # and timers, which reserve one each; the default grows with the machine
 QUEUE_BYTES: Final = 819_200  # what Linux gives to everybody
-KEEPER_PIDS_LEAST: Final = 16  # with less, a keeper is in the way of what the agent may have
+# With less, a keeper is in the way of what the agent may have: it counts as a process, and 2 MB of what it keeps as
+# memory. A program that at once takes what there is would be refused, or killed.
+KEEPER_PIDS_LEAST: Final = 64
+KEEPER_MEMORY_BYTES_LEAST: Final = 64 << 20
 KEPT_MICROSECONDS: Final = 1_000_000  # where nobody kills who keeps the memory; an exec later than that takes its time
 # setrlimit(2), <asm-generic/resource.h>; Python 3.11 has no names for them.
 _RLIMIT_SIGPENDING: Final = 11
@@ -148,7 +151,8 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
         install(programs[:1])
     # Between the two: it is confined by the first, and the second refuses CLONE_PARENT. Where refused calls are told of
     # a profile without clone would have this process wait for an answer that nobody gives yet.
-    if first and plan.limits.pids >= KEEPER_PIDS_LEAST and not (plan.listens and plan.record.refusals):
+    roomy = plan.limits.pids >= KEEPER_PIDS_LEAST and plan.limits.memory_bytes >= KEEPER_MEMORY_BYTES_LEAST
+    if first and roomy and not (plan.listens and plan.record.refusals):
         keeper = _keep_memory()
     install(programs[1:])
     return Closed(listener, keeper)

@@ -7,7 +7,6 @@ it comes from /proc of the host and from the cgroup, so nothing inside has a say
 
 # ruff: noqa: PTH115, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -191,10 +190,7 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     if any(stream.control is not None for stream in agent.streams.values()):
         pids = [agent.pid]  # a process that is about to enter is in the group already, and has given up nothing yet
     init = dataclasses.replace(agent.plan, uid=INIT_INSIDE, gid=INIT_INSIDE)
-    known = {first}
-    if agent.keeper >= 0:  # it has the first filter and not the second, and is about to end
-        with contextlib.suppress(ProcessLookupError):
-            known.add(pid_of(agent.keeper))
+    known = {first, agent.keeper_pid()}  # a keeper has the first filter and not the second, and is about to end
     for pid in [pid for pid in pids if pid not in known][: PROCESSES_MAX - 1]:
         try:
             seen = confinement(pid)

@@ -437,8 +437,7 @@ class Follow:
         message, fds = _hear(agent.control)
         try:
             if message is not None and message.get("kept"):
-                self._change_channel(*fds[:2])
-                del fds[:2]
+                self._change_channel(fds.pop(0), fds.pop(0))
             self._take_listener(message or {}, fds)
         finally:
             sync.close_all(fds)
@@ -461,7 +460,7 @@ class Follow:
         """Go on by a channel of which the keeper of the stub's memory has no copy."""
         agent = self._agent
         agent.close_control()
-        agent.keeper = keeper
+        agent.hold_keeper(keeper)
         agent.control = socket.socket(fileno=channel)
         agent.loop.watch(channel, READ, lambda _e: self._stub_said())
 

@@ -196,15 +196,29 @@ def _take_listener(agent: Agent) -> None:
     agent.listening = agent.watching.restore(agent, fd)
 
 
-def _end_keeper(agent: Agent, others: list[int]) -> None:
+def _children(agent: Agent) -> list[int]:
+    with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def _end_keeper(agent: Agent) -> None:
     """End who keeps the memory that the first process left, where an earlier launcher did not come to it.
 
     It is the second child, and has fewer filters than any process of the agent could have.
     """
-    for pid in others[:1]:
-        if examine.confinement(pid)["seccomp_filters"] < examine.programs(agent):
-            agent.keeper = syscalls.pidfd_open(pid)
+    for pid in _children(agent)[1:2]:
+        pidfd = syscalls.pidfd_open(pid)
+        # Opened first, looked at after: it may end by itself meanwhile, and the pid be somebody's whom nobody may end.
+        # A child of pid 1 is what the pidfd is of, or that is of nobody.
+        is_keeper = False
+        with contextlib.suppress(OSError, LookupError):
+            less = examine.confinement(pid)["seccomp_filters"] < examine.programs(agent)
+            is_keeper = less and pid in _children(agent)
+        if is_keeper:
+            agent.hold_keeper(pidfd)
             agent.end_keeper()
+        else:
+            os.close(pidfd)
 
 
 def _reconnect(agent: Agent) -> None:
@@ -225,7 +239,5 @@ def _reconnect(agent: Agent) -> None:
     with contextlib.suppress(OSError):  # then when they are asked for
         agent.trees()
     with contextlib.suppress(OSError, ValueError, LookupError):
-        with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as children:
-            first, *others = map(int, children.read().split())
-        agent.agent_pidfd = syscalls.pidfd_open(first)
-        _end_keeper(agent, others)
+        agent.agent_pidfd = syscalls.pidfd_open(_children(agent)[0])
+        _end_keeper(agent)

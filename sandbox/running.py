@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox import syscalls
+from sandbox import examine, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.exec_trees import Trees
 from sandbox.loop import Loop, Owned
@@ -147,13 +147,30 @@ class Agent:
             self.builder.close()
             self.builder = None
 
+    def hold_keeper(self, pidfd: int) -> None:
+        """Own its pidfd until it has ended, which it may do at any time: by itself, or because the agent ended it."""
+        self.keeper = pidfd
+        self.loop.watch(pidfd, 1, lambda _events: self._keeper_ended())
+
     def end_keeper(self) -> None:
         if self.keeper >= 0:
             with contextlib.suppress(OSError):
                 syscalls.pidfd_send_signal(self.keeper, signal.SIGKILL)
-            self.loop.watch(self.keeper, 1, lambda _events: self._keeper_ended())
+
+    def keeper_pid(self) -> int:
+        """Return the pid of the keeper, 0 where there is none any more: it is ours, and no process of the agent."""
+        with contextlib.suppress(OSError):
+            return examine.pid_of(self.keeper) if self.keeper >= 0 else 0
+        return 0
 
     def _keeper_ended(self) -> None:
+        if self.keeper_pid():  # not reaped, and counted: pid 1 may be frozen
+            self.loop.forget(self.keeper)
+            self.loop.later(STUBBORN_POLL_SECONDS, self._keeper_ended)
+        else:
+            self._drop_keeper()
+
+    def _drop_keeper(self) -> None:
         if self.keeper >= 0:
             self.loop.forget(self.keeper)
             os.close(self.keeper)
@@ -199,7 +216,8 @@ class Agent:
         processes = 0
         if self.group is not None:
             self.loop.forget(self.group.oom_fd())
-            processes = len(self.group.pids()) - (self.keeper >= 0)
+            pids = self.group.pids()
+            processes = len(pids) - (self.keeper_pid() in pids)
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()
         # Also by pidfd: while a child is being built the group may not have it yet.
@@ -289,7 +307,7 @@ class Agent:
         if self.net is not None:
             self.net.close()
             self.net, self.listener = None, -1
-        self._keeper_ended()
+        self._drop_keeper()
         # Its mounts go with its namespace; a descriptor would keep one busy on the host.
         close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
         self.mounted.clear()
