@@ -42,16 +42,18 @@ if TYPE_CHECKING:
 NAME: Final = "status.example"
 CALLERS: Final = {Deed.LAUNCH: 4, Deed.GRANT: 3, Deed.EGRESS: 0}
 BACK_SECONDS_MAX: Final = 30.0
-# One process that calls, by the proxy of its environment: a curl for each call takes more time than the deaths.
+# One process that calls, by the proxy of its environment: a curl for each call takes more time than the deaths. Seldom
+# but where it is asked to be busy, for each call is work for everybody.
+BUSY: Final = "busy"
 CALLS: Final = f"""
-import itertools, time, urllib.request
+import itertools, os, time, urllib.request
 for number in itertools.count(1):
     try:
         with urllib.request.urlopen("http://{NAME}/" + str(number), timeout=10) as answer:
             print(answer.status, number, flush=True)
     except OSError as error:
         print(error, flush=True)
-    time.sleep(0.02)
+    time.sleep(0.01 if os.path.exists("/workspace/{BUSY}") else 0.25)
 """
 MARK: Final = "chaos"
 
@@ -81,8 +83,10 @@ class Round:
         self._launched: set[str] = set()
         self._granted: set[str] = set()
         self._called: set[str] = set()
+        self._workspace = stockade.workspace()
         with self._client() as client:
-            self._steady = client.launch(["python3", "-c", CALLS], name="steady").agent_id
+            agent = client.launch(["python3", "-c", CALLS], name="steady", workspace=str(self._workspace))
+            self._steady = agent.agent_id
             client.grant(self._steady, f"http:GET:http://{NAME}/**")
         self._wait(lambda: "200" in self._output(), "the agent calls out")
         self._reference = self._settled()
@@ -108,9 +112,12 @@ class Round:
         if point.deed is Deed.APPEND:
             self._lives.end_one(point.delay_seconds, point.number)
             return
+        if point.deed is Deed.EGRESS:
+            self._call_busily()
         answered = self._deeds(point)
         self._judge(point, answered)
         self._clear(point)
+        (self._workspace / BUSY).unlink(missing_ok=True)
 
     def end(self) -> None:
         """What the log is to somebody who has nothing but its files."""
@@ -121,6 +128,11 @@ class Round:
         self._stockade.up()
 
     # --- what is under way
+
+    def _call_busily(self) -> None:
+        (self._workspace / BUSY).touch()
+        length = len(self._output())
+        self._wait(lambda: len(self._output()) > length, "the agent calls out")
 
     def _client(self) -> Stockade:
         return Stockade(f"unix:{self._stockade.run_dir}/control.sock")
