@@ -21,7 +21,6 @@ from tests.chaos.points import Deed, Point, Victim
 from tests.support.census import (
     GONE,
     IDS_PER_AGENT,
-    SETTLED_SECONDS,
     directories,
     launcher_pid,
     networks,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 NAME: Final = "status.example"
 CALLERS: Final = {Deed.LAUNCH: 4, Deed.GRANT: 3, Deed.EGRESS: 0}
 BACK_SECONDS_MAX: Final = 30.0
+QUIET_SECONDS: Final = 2.0
 # One process that calls, by the proxy of its environment: a curl for each call takes more time than the deaths. Seldom
 # but where it is asked to be busy, for each call is work for everybody.
 BUSY: Final = "busy"
@@ -275,10 +275,14 @@ class Round:
                     client.revoke(grant.grant_id)
         if point.victim is Victim.LAUNCHER:
             # Those that it left are no children of the next one, and so not in the count of its networks.
-            self._wait(lambda: self._lasting()[:-1] == self._reference[:-1], "nothing is left behind")
+            self._wait(lambda: self._none_left(self._reference[:-1]), "nothing is left behind")
             self._reference = self._settled()
         elif point.deed is Deed.LAUNCH:
-            self._wait(lambda: self._lasting() == self._reference, "nothing is left behind")
+            self._wait(lambda: self._none_left(self._reference), "nothing is left behind")
+
+    def _none_left(self, reference: tuple[int, ...]) -> bool:
+        """No more than that; less is what is being made ahead."""
+        return all(now <= then for now, then in zip(self._lasting(), reference, strict=False))
 
     def _lasting(self) -> tuple[int, ...]:
         """What is left of agents, without what a census does besides: it is counted at every point."""
@@ -286,10 +290,10 @@ class Round:
         return sum(1 for _ in directories(of.name)), slots(of), len(networks(launcher_pid(of)))
 
     def _settled(self) -> tuple[int, ...]:
-        """The same once what is made ahead of need has been made."""
+        """The same once what is made ahead of need has been made: a launcher beside others takes its time."""
         last, since = self._lasting(), time.monotonic()
-        while time.monotonic() < since + SETTLED_SECONDS:
-            time.sleep(SETTLED_SECONDS / 4)
+        while time.monotonic() < since + QUIET_SECONDS:
+            time.sleep(QUIET_SECONDS / 10)
             if (seen := self._lasting()) != last:
                 last, since = seen, time.monotonic()
         return last

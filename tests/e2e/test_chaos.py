@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import rounds
 from tests.chaos.points import Deed, Point, Victim
 from tests.chaos.rounds import Answered, Round, Wrong
+from tests.support.census import directories
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
 POINTS = 12
@@ -34,7 +36,7 @@ def test_some_points_pass_and_a_run_goes_on_where_it_was_stopped(jobs: str) -> N
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_what_was_lost_is_found() -> None:
+def test_what_was_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Point(1, Deed.GRANT, Victim.DAEMON, 0.05)
     with Round.begin() as current:
         current.come_to(here)
@@ -52,3 +54,10 @@ def test_what_was_lost_is_found() -> None:
         current._launched.clear()
         with pytest.raises(Wrong, match="no entry says that it was launched"):
             current._judge(here, Answered())
+        monkeypatch.setattr(rounds, "BACK_SECONDS_MAX", 1.0)
+        left = next(directories(current._stockade.name)).parent / "left"
+        left.mkdir()
+        with pytest.raises(Wrong, match="nothing is left behind"):
+            current._clear(Point(2, Deed.LAUNCH, Victim.DAEMON, 0))
+        left.rmdir()
+        current._clear(Point(2, Deed.LAUNCH, Victim.DAEMON, 0))
