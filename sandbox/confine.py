@@ -161,7 +161,7 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
 def _keep_memory() -> int:
     """Have a sibling share this process's memory, so that `execve` leaves it behind and need not take it down.
 
-    That took 2 ms of each launch, for an interpreter's 4,000 pages. The sibling is what this process is by now: same
+    That took 1 to 2 ms of each launch, for some 4,000 pages. The sibling is what this process is by now: same
     ids, no capabilities, same filter, and nobody of these ids may look into it (PR_SET_DUMPABLE is a property of the
     memory). It sleeps and does nothing else. Returns its pidfd, -1 where there is none, which only costs time.
     """

@@ -62,7 +62,7 @@ from sandbox.sync import StepError
 
 VERSION: Final = 1
 CONNECTIONS_MAX: Final = 64
-QUEUE_MAX: Final = 65536
+QUEUE_MAX: Final = 8192  # messages; a daemon that reads none for so long has to connect anew
 TOLD_QUEUED_MAX: Final = 256  # of some KiB each, and agents say how many there are
 FILTER_BYTES_MAX: Final = 256 << 10
 FILTERS_MAX: Final = 256

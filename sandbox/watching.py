@@ -135,6 +135,7 @@ class Watching:
     def _read_no_more(self, agent_id: str, directory: str) -> None:
         """Count what it executes, from now on and under every launcher to come."""
         self._unread.add(agent_id)
+        # Where there is no room for that, the next launcher learns it anew, as this one did.
         with contextlib.suppress(OSError), open(f"{directory}/{UNREAD}", "wb"):
             pass
 

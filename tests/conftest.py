@@ -25,6 +25,7 @@ settings.load_profile("stockade")
 DEEP: Final = frozenset(
     {
         "test_budgets.py",
+        "test_chaos.py",
         "test_egress_bytes.py",
         "test_egress_http2.py",
         "test_embedded_provider.py",

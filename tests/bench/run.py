@@ -156,6 +156,8 @@ def crowd(stockade: Instance, client: Stockade, count: int) -> Agent:
     """An agent with so many processes, that ignore what can be ignored."""
     agent = client.launch(command=["sh", "-c", WILD.format(count=count - 1)], policy="crowd")
     stockade.wait(lambda: processes(stockade, agent.agent_id) >= count, 30)
+    if (found := processes(stockade, agent.agent_id)) < count:
+        raise SystemExit(f"bench: only {found} of {count} processes could be started")
     return agent
 
 

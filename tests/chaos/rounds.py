@@ -116,8 +116,9 @@ class Round:
             self._call_busily()
         answered = self._deeds(point)
         self._judge(point, answered)
-        self._clear(point)
+        # Before what is left is counted: a launcher makes ahead only while nobody's output keeps it busy.
         (self._workspace / BUSY).unlink(missing_ok=True)
+        self._clear(point)
 
     def end(self) -> None:
         """What the log is to somebody who has nothing but its files."""
@@ -275,14 +276,11 @@ class Round:
                     client.revoke(grant.grant_id)
         if point.victim is Victim.LAUNCHER:
             # Those that it left are no children of the next one, and so not in the count of its networks.
-            self._wait(lambda: self._none_left(self._reference[:-1]), "nothing is left behind")
-            self._reference = self._settled()
+            groups_and_slots = self._reference[:-1]
+            self._wait(lambda: self._lasting()[:-1] == groups_and_slots, "nothing is left behind")
+            self._reference = (*groups_and_slots, self._settled()[-1])
         elif point.deed is Deed.LAUNCH:
-            self._wait(lambda: self._none_left(self._reference), "nothing is left behind")
-
-    def _none_left(self, reference: tuple[int, ...]) -> bool:
-        """No more than that; less is what is being made ahead."""
-        return all(now <= then for now, then in zip(self._lasting(), reference, strict=False))
+            self._wait(lambda: self._lasting() == self._reference, "nothing is left behind")
 
     def _lasting(self) -> tuple[int, ...]:
         """What is left of agents, without what a census does besides: it is counted at every point."""

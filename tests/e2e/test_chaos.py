@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sa
 POINTS = 12
 
 
-@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_some_points_pass_and_a_run_goes_on_where_it_was_stopped(jobs: str) -> None:
@@ -34,7 +33,6 @@ def test_some_points_pass_and_a_run_goes_on_where_it_was_stopped(jobs: str) -> N
     assert f"after {POINTS} deaths" in done.stdout
 
 
-@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_what_was_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Point(1, Deed.GRANT, Victim.DAEMON, 0.05)
