@@ -49,7 +49,6 @@ class ToldCalls:
                 self._lost[agent_id] += 1
         if self._pending and self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write())
-            self._writing.add_done_callback(self._written)
 
     async def stop(self) -> None:
         """Wait for what is being written, STOP_SECONDS at most."""
@@ -58,18 +57,20 @@ class ToldCalls:
             if self._writing is not None:
                 self._writing.cancel()
 
-    def _written(self, _task: asyncio.Task[None]) -> None:
-        self._writing = None
-
     async def _write(self) -> None:
-        while self._pending or self._lost:
-            actions, self._pending = self._pending, []
-            lost, self._lost = self._lost, Counter()
-            actions += [lost_action(agent_id, times) for agent_id, times in lost.items()]
-            try:
-                await self._append(actions)
-            except CannotRecord as error:
-                log.error("what processes did is not in the action log", entries=len(actions), cause=error.message)
+        try:
+            while self._pending or self._lost:
+                actions, self._pending = self._pending, []
+                lost, self._lost = self._lost, Counter()
+                actions += [lost_action(agent_id, times) for agent_id, times in lost.items()]
+                try:
+                    await self._append(actions)
+                except CannotRecord as error:
+                    log.error("what processes did is not in the action log", entries=len(actions), cause=error.message)
+        finally:
+            # In the same step as the last look at what waits: a callback of the task's end comes a turn later, and
+            # what is told in between would wait for the next event.
+            self._writing = None
 
 
 def lost_action(agent_id: str, times: int) -> Action:

@@ -69,6 +69,25 @@ async def test_a_log_that_refuses_is_tried_again_with_what_comes_next() -> None:
     assert [len(batch) for batch in log.batches] == [2]
 
 
+async def test_what_is_told_just_as_a_batch_is_done_is_written_too() -> None:
+    """In the very turn of the event loop in which the writing of all before ends."""
+    loop = asyncio.get_running_loop()
+    batches: list[list[Action]] = []
+    taken: asyncio.Future[None] = loop.create_future()
+
+    async def append(actions: Sequence[Action]) -> None:
+        batches.append(list(actions))
+        await taken
+
+    told = ToldCalls(append, call_name=str)
+    told.tell("ag_1", "ag_1", [EXEC])
+    await settle()
+    taken.set_result(None)
+    loop.call_soon(told.tell, "ag_2", "ag_2", [EXEC])
+    await settle()
+    assert [[action.agent_id for action in batch] for batch in batches] == [["ag_1"], ["ag_2"]]
+
+
 async def test_no_list_of_events_is_nothing() -> None:
     log = SlowLog()
     log.free.set()
