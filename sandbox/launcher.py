@@ -42,6 +42,7 @@ from sandbox.watching import Watching
 PROXY_PORT: Final = 3128
 NETWORKS_READY: Final = 4
 IDLE_SECONDS: Final = 0.02
+BUSY_SECONDS: Final = 0.1
 WAIT_SECONDS: Final = 5.0
 BACKLOG: Final = 16
 _BEGINNING: Final = (State.BUILDING, State.BUILT, State.STARTING)
@@ -197,7 +198,7 @@ def _discard(fd: int) -> None:
 
 def _run(server: Server, linger_seconds: float | None) -> None:
     loop, workshop = server.loop, server.workshop
-    last = time.monotonic()
+    last = looked = time.monotonic()
     full = filling = False
     forks = 0
     while loop.running:
@@ -209,8 +210,11 @@ def _run(server: Server, linger_seconds: float | None) -> None:
             return
         if busy:
             full = filling = False
-        elif not any(agent.state in _BEGINNING for agent in server.agents.values()):
-            # Stocks are filled when there was nothing to do for a moment, one piece a turn.
+        launching = any(agent.state in _BEGINNING for agent in server.agents.values())
+        # Stocks are filled when there was nothing to do for a moment, one piece a turn; and a piece now and then where
+        # there is always something: an agent that never stops printing must not cost others what is made ahead.
+        if not (busy or launching) or now - looked >= BUSY_SECONDS:
+            looked = now
             full, filling = _refill(workshop)
             if full and workshop.forks != forks:
                 forks = workshop.forks

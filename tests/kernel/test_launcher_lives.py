@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.cgroups import detect
 from sandbox.loop import READ, Loop, Owned
+from sandbox.starters import READY
 from tests.support.launcher import Agent, Launcher, LauncherError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sandboxes")
@@ -39,6 +41,28 @@ def test_descriptors_that_run_out_fail_a_launch_and_nothing_else() -> None:
         for agent in agents:
             assert launcher.kill(agent)["verified_empty"]
         assert launcher.run(["/bin/true"]).status == {"code": 0, "signal": None}
+
+
+def begun(launcher: Launcher, agents: list[Agent]) -> int:
+    """How many sandboxes are begun ahead of need."""
+    top = next(iter(detect().tops(launcher.instance)))
+    return len({path.name for path in top.iterdir() if path.is_dir()} - {agent.cgroup for agent in agents})
+
+
+@pytest.mark.parametrize("pause", ["0.004", "1000"], ids=["beside one that never stops printing", "beside a quiet one"])
+def test_sandboxes_are_begun_ahead(launcher: Launcher, pause: str) -> None:
+    one = f"while :; do echo x; sleep {pause}; done"
+    agents = [launcher.launch(["/bin/sh", "-c", f"({one}) & ({one}) & {one}"])]
+    try:
+        for _ in range(3):
+            agents.append(launcher.launch(["/bin/sleep", "1000"]))
+            deadline = time.monotonic() + 5
+            while begun(launcher, agents) < READY and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert begun(launcher, agents) == READY
+    finally:
+        for agent in agents:
+            launcher.kill(agent)
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
