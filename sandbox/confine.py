@@ -11,7 +11,6 @@ import fcntl
 import os
 import resource
 import signal
-import socket
 import stat
 import struct
 import termios
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from sandbox import capabilities, landlock, syscalls
+from sandbox.keeper import has_room, keep_memory
 from sandbox.plan import SandboxPlan, Tty, agent_filters
 from sandbox.sync import StepError, step
 
@@ -27,11 +27,6 @@ SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 LOCKED_MEMORY_BYTES: Final = 8 << 20
 QUEUED_SIGNALS_MAX: Final = 8192  # and timers, which reserve one each; the default grows with the machine
 QUEUE_BYTES: Final = 819_200  # what Linux gives to everybody
-# With less, a keeper is in the way of what the agent may have: it counts as a process, and 2 MB of what it keeps as
-# memory. A program that at once takes what there is would be refused, or killed.
-KEEPER_PIDS_LEAST: Final = 64
-KEEPER_MEMORY_BYTES_LEAST: Final = 64 << 20
-KEPT_MICROSECONDS: Final = 1_000_000  # where nobody kills who keeps the memory; an exec later than that takes its time
 # setrlimit(2), <asm-generic/resource.h>; Python 3.11 has no names for them.
 _RLIMIT_SIGPENDING: Final = 11
 _RLIMIT_MSGQUEUE: Final = 12
@@ -124,7 +119,7 @@ class Closed:
     """Descriptors that come of closing in, -1 for none."""
 
     listener: int = -1  # of the filter: whoever has it answers for every exec
-    keeper: int = -1  # pidfd of a process that has this one's memory too, until somebody kills it
+    keeper: int = -1  # pidfd (keeper.py)
 
 
 def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) -> Closed:
@@ -151,26 +146,10 @@ def close_in(plan: SandboxPlan, *, filters: bytes, terminal: bool, first: bool) 
         install(programs[:1])
     # Between the two: it is confined by the first, and the second refuses CLONE_PARENT. Where refused calls are told of
     # a profile without clone would have this process wait for an answer that nobody gives yet.
-    roomy = plan.limits.pids >= KEEPER_PIDS_LEAST and plan.limits.memory_bytes >= KEEPER_MEMORY_BYTES_LEAST
-    if first and roomy and not (plan.listens and plan.record.refusals):
-        keeper = _keep_memory()
+    if first and has_room(plan.limits) and not (plan.listens and plan.record.refusals):
+        keeper = keep_memory()
     install(programs[1:])
     return Closed(listener, keeper)
-
-
-def _keep_memory() -> int:
-    """Have a sibling share this process's memory, so that `execve` leaves it behind and need not take it down.
-
-    That took 1 to 2 ms of each launch, for some 4,000 pages. The sibling is what this process is by now: same
-    ids, no capabilities, same filter, and nobody of these ids may look into it (PR_SET_DUMPABLE is a property of the
-    memory). It sleeps and does nothing else. Returns its pidfd, -1 where there is none, which only costs time.
-    """
-    try:
-        for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET):  # whoever has a keeper needs one next
-            end.close()
-        return syscalls.sleeper(syscalls.CLONE_PARENT, KEPT_MICROSECONDS)
-    except OSError:
-        return -1
 
 
 def become(uid: int, gid: int, *, keep_capabilities: bool = False) -> None:

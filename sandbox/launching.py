@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import canaries, capabilities, controls, examine, init, landlock, mounted, mounts, sync, syscalls
+from sandbox import canaries, capabilities, controls, examine, init, keeper, landlock, mounted, mounts, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.cgroups import Layout
 from sandbox.guard import Guard
@@ -34,7 +34,6 @@ from sandbox.watching import Watching
 # Below what the daemon waits for an answer (launcher_link): it hears of a failure, and that nothing is left.
 BUILD_SECONDS_MAX: Final = 20.0
 GO_SECONDS_MAX: Final = 60.0  # for the word to come; nothing runs meanwhile
-KEPT_SECONDS: Final = 0.005  # by then the program has begun, and what it left behind is taken down beside it
 META_BYTES_MAX: Final = 64 << 10
 KERNEL: Final = os.uname().release
 
@@ -456,11 +455,11 @@ class Follow:
                 return
             self._is_built()
 
-    def _change_channel(self, keeper: int, channel: int) -> None:
+    def _change_channel(self, kept: int, channel: int) -> None:
         """Go on by a channel of which the keeper of the stub's memory has no copy."""
         agent = self._agent
         agent.close_control()
-        agent.hold_keeper(keeper)
+        agent.keeper.hold(agent.loop, kept)
         agent.control = socket.socket(fileno=channel)
         agent.loop.watch(channel, READ, lambda _e: self._stub_said())
 
@@ -518,7 +517,7 @@ class Follow:
         """End-of-file: `execve` happened, or the child is dead before it said anything."""
         agent = self._agent
         agent.close_control()
-        agent.loop.later(KEPT_SECONDS, agent.end_keeper)
+        agent.loop.later(keeper.END_SECONDS, agent.keeper.end)
         if agent.state is State.STARTING:
             agent.loop.cancel(self._deadline)
             agent.state = State.RUNNING

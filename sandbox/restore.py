@@ -215,8 +215,8 @@ def _end_keeper(agent: Agent) -> None:
             less = examine.confinement(pid)["seccomp_filters"] < examine.programs(agent)
             is_keeper = less and pid in _children(agent)
         if is_keeper:
-            agent.hold_keeper(pidfd)
-            agent.end_keeper()
+            agent.keeper.hold(agent.loop, pidfd)
+            agent.keeper.end()
         else:
             os.close(pidfd)
 

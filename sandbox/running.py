@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox import examine, syscalls
+from sandbox import syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.exec_trees import Trees
+from sandbox.keeper import Keeper
 from sandbox.loop import Loop, Owned
 from sandbox.sync import StepError, close_all
 
@@ -97,7 +98,7 @@ class Agent:
     pidfd: int = -1
     agent_pidfd: int = -1
     agent_pid: int = 0  # of the launcher's namespace; known from the launch on, and asked of the pidfd later
-    keeper: int = -1  # pidfd of who keeps the memory that its first process leaves behind at execve
+    keeper: Keeper = field(default_factory=Keeper)
     own_child: bool = True
     exit_fd: int = -1
     control: socket.socket | None = None
@@ -147,35 +148,6 @@ class Agent:
             self.builder.close()
             self.builder = None
 
-    def hold_keeper(self, pidfd: int) -> None:
-        """Own its pidfd until it has ended, which it may do at any time: by itself, or because the agent ended it."""
-        self.keeper = pidfd
-        self.loop.watch(pidfd, 1, lambda _events: self._keeper_ended())
-
-    def end_keeper(self) -> None:
-        if self.keeper >= 0:
-            with contextlib.suppress(OSError):
-                syscalls.pidfd_send_signal(self.keeper, signal.SIGKILL)
-
-    def keeper_pid(self) -> int:
-        """Return the pid of the keeper, 0 where there is none any more: it is ours, and no process of the agent."""
-        with contextlib.suppress(OSError):
-            return examine.pid_of(self.keeper) if self.keeper >= 0 else 0
-        return 0
-
-    def _keeper_ended(self) -> None:
-        if self.keeper_pid():  # not reaped, and counted: pid 1 may be frozen
-            self.loop.forget(self.keeper)
-            self.loop.later(STUBBORN_POLL_SECONDS, self._keeper_ended)
-        else:
-            self._drop_keeper()
-
-    def _drop_keeper(self) -> None:
-        if self.keeper >= 0:
-            self.loop.forget(self.keeper)
-            os.close(self.keeper)
-            self.keeper = -1
-
     def cut(self) -> None:
         """Stop accepting: every copy of the listener, wherever it is, refuses from now on."""
         if self.listener >= 0:
@@ -217,7 +189,7 @@ class Agent:
         if self.group is not None:
             self.loop.forget(self.group.oom_fd())
             pids = self.group.pids()
-            processes = len(pids) - (self.keeper_pid() in pids)
+            processes = len(pids) - (self.keeper.pid() in pids)
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()
         # Also by pidfd: while a child is being built the group may not have it yet.
@@ -307,7 +279,7 @@ class Agent:
         if self.net is not None:
             self.net.close()
             self.net, self.listener = None, -1
-        self._drop_keeper()
+        self.keeper.drop()
         # Its mounts go with its namespace; a descriptor would keep one busy on the host.
         close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
         self.mounted.clear()

@@ -582,7 +582,7 @@ class Server:
             if agent is not None and agent.group is not None:
                 now = agent.group.stats()
                 stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
-                stats[agent_id]["pids"] -= agent.keeper_pid() > 0  # ours, not the agent's
+                stats[agent_id]["pids"] -= agent.keeper.pid() > 0  # ours, not the agent's
         answer(stats=stats)
 
     def _layer_path(self, message: dict[str, Any]) -> str:
