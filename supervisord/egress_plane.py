@@ -19,7 +19,7 @@ import structlog
 from gateway_client.egress import messages
 from supervisord.channel import Channel, close_all
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn
+from supervisord.processes import Child, end_leftover, python, spawn, start_again
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
@@ -104,6 +104,7 @@ class EgressPlane:
         self._starts = itertools.count(1)
         self._workers: dict[str, Worker] = {}
         self._at: dict[str, Worker] = {}
+        self._missing: set[str] = set()  # places whose worker died and has no successor yet
         self._served: dict[str, Served] = {}
         self._dialer: Channel | None = None
         self._dialer_child: Child | None = None
@@ -144,11 +145,12 @@ class EgressPlane:
     def health(self) -> dict[str, tuple[bool, str]]:
         """Which of the processes is there and ready."""
         ready = sum(worker.ready.is_set() for worker in self._workers.values())
+        wanted = len(self._workers) + len(self._missing)
         return {
             "dialer": (self._dialer_ready.is_set(), "" if self._dialer_ready.is_set() else "is being started"),
             "egress": (
-                bool(ready) and ready == len(self._workers),
-                f"{ready} of {len(self._workers)} workers are ready",
+                bool(ready) and ready == wanted,
+                f"{ready} of {wanted} workers are ready",
             ),
         }
 
@@ -306,14 +308,20 @@ class EgressPlane:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         to_dialer, dialer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, to_dialer:
-            child = spawn(
-                f"egress worker {worker_id}",
-                python("gateway_client.egress.server", "--user", self._users.egress, *self._ca),
-                fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
-                on_exit=lambda _code: self._worker_exited(worker_id),
-                new_session=True,
-                record=self._records / f"egress-{place}.json",
-            )
+            try:
+                child = spawn(
+                    f"egress worker {worker_id}",
+                    python("gateway_client.egress.server", "--user", self._users.egress, *self._ca),
+                    fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
+                    on_exit=lambda _code: self._worker_exited(worker_id),
+                    new_session=True,
+                    record=self._records / f"egress-{place}.json",
+                )
+            except Unavailable:
+                ours.close()
+                dialer_end.close()
+                raise
+        self._missing.discard(place)
         channel = Channel(
             ours,
             name=f"egress worker {worker_id}",
@@ -355,15 +363,30 @@ class EgressPlane:
         worker.channel.close()
         worker.dialer_end.close()
         self.judge.worker_lost(worker_id)
-        self._in_background(self._restart_worker(worker))
+        self._missing.add(worker.place)
 
-    async def _restart_worker(self, dead: Worker) -> None:
-        await asyncio.sleep(RESTART_SECONDS)
-        orphans = [served for served in self._served.values() if served.place == dead.place]
-        if self._stopping or (dead.dedicated and not orphans):
-            return
+        async def start() -> None:
+            self._replace_worker(worker)
+
+        self._in_background(
+            start_again(
+                f"egress worker {worker.place}",
+                start,
+                wanted=lambda: self._wants(worker),
+                pause_seconds=RESTART_SECONDS,
+            )
+        )
+
+    def _wants(self, dead: Worker) -> bool:
+        orphaned = any(served.place == dead.place for served in self._served.values())
+        wanted = not self._stopping and (orphaned or not dead.dedicated)
+        if not wanted:
+            self._missing.discard(dead.place)
+        return wanted
+
+    def _replace_worker(self, dead: Worker) -> None:
         worker = self._start_worker(dedicated=dead.dedicated, place=dead.place)
-        for served in orphans:
+        for served in [served for served in self._served.values() if served.place == dead.place]:
             self._give(worker, served)
 
     def _give(self, worker: Worker, served: Served) -> None:
@@ -419,14 +442,18 @@ class EgressPlane:
         self._dialer_ready.clear()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._dialer_child = spawn(
-                "dialer",
-                python("gateway_client.egress.dialer", "--user", self._users.dialer),
-                fds={CHANNEL_FD: theirs.fileno()},
-                on_exit=lambda _code: self._dialer_exited(),
-                new_session=True,
-                record=self._records / "egress-dialer.json",
-            )
+            try:
+                self._dialer_child = spawn(
+                    "dialer",
+                    python("gateway_client.egress.dialer", "--user", self._users.dialer),
+                    fds={CHANNEL_FD: theirs.fileno()},
+                    on_exit=lambda _code: self._dialer_exited(),
+                    new_session=True,
+                    record=self._records / "egress-dialer.json",
+                )
+            except Unavailable:
+                ours.close()
+                raise
         self._dialer = Channel(
             ours,
             name="dialer",
@@ -459,12 +486,13 @@ class EgressPlane:
         # Whoever cuts must not wait for one that is gone, and nothing it had duplicates of may stay open.
         for served in self._served.values():
             self._to_worker_of(served.agent_id, messages.Cut(agent_id=served.agent_id))
-        self._in_background(self._restart_dialer())
 
-    async def _restart_dialer(self) -> None:
-        await asyncio.sleep(RESTART_SECONDS)
-        if not self._stopping:
+        async def start() -> None:
             self._start_dialer()
+
+        self._in_background(
+            start_again("dialer", start, wanted=lambda: not self._stopping, pause_seconds=RESTART_SECONDS)
+        )
 
     def _from_dialer(self, data: bytes, fds: list[int]) -> None:
         close_all(fds)

@@ -15,7 +15,7 @@ import structlog
 
 from supervisord.config import ModelKind
 from supervisord.errors import InvalidInput, Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn
+from supervisord.processes import Child, end_leftover, python, spawn, start_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -93,30 +93,42 @@ class GatewayProcess:
         document = gateway_document(self._config)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self._child = spawn(
-                "embedded gateway",
-                python("gateway_client.gateways.embedded"),
-                fds={LIFE_LINE_FD: theirs.fileno()},
-                on_exit=self._exited,
-                new_session=True,
-                record=self._record,
-            )
+            try:
+                child = spawn(
+                    "embedded gateway",
+                    python("gateway_client.gateways.embedded"),
+                    fds={LIFE_LINE_FD: theirs.fileno()},
+                    on_exit=self._exited,
+                    new_session=True,
+                    record=self._record,
+                )
+            except Unavailable:
+                ours.close()
+                raise
         ours.setblocking(False)
-        self._life_line = ours
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(READY_SECONDS_MAX):
-                await loop.sock_sendall(ours, json.dumps(document).encode() + b"\n")
-                answer = json.loads(await loop.sock_recv(ours, ANSWER_BYTES_MAX) or b"{}")
-        except (TimeoutError, OSError, ValueError) as error:
-            answer = {"error": str(error) or "it did not answer in time"}
-        if answer.get("ready") is not True:
+        self._child = child
+        answer = await self._begin(ours, document)
+        if answer.get("ready") is not True or child.exited.is_set():
+            ours.close()
+            await child.end()
             raise Unavailable(
                 f"cannot start the embedded gateway: {answer.get('error', 'it ended')}",
                 remedy="correct [gateway] in the configuration; its messages are in the daemon's journal",
             )
+        self._life_line = ours
         self._ready.set()
-        self._listening = loop.create_task(self._listen(ours))
+        self._listening = asyncio.get_running_loop().create_task(self._listen(ours))
+
+    async def _begin(self, life_line: socket.socket, document: Mapping[str, object]) -> Mapping[str, object]:
+        """Give it its configuration; returns what it says to that."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(READY_SECONDS_MAX):
+                await loop.sock_sendall(life_line, json.dumps(document).encode() + b"\n")
+                answer = json.loads(await loop.sock_recv(life_line, ANSWER_BYTES_MAX) or b"{}")
+        except (TimeoutError, OSError, ValueError) as error:
+            return {"error": str(error) or "it did not answer in time"}
+        return answer if isinstance(answer, dict) else {}
 
     async def _listen(self, life_line: socket.socket) -> None:
         """Take what the gateway tells; one that tells nonsense, or too much at once, is ended and started anew."""
@@ -159,24 +171,21 @@ class GatewayProcess:
         self._record.unlink(missing_ok=True)
 
     def _exited(self, code: int) -> None:
+        if self._stopping or not self._ready.is_set():
+            return  # whoever waits in start() hears of it there
         self._ready.clear()
         self._hang_up()
-        if not self._stopping:
-            log.error("the embedded gateway died", code=code)
-            self._restart = asyncio.get_running_loop().create_task(self._start_again())
+        log.error("the embedded gateway died", code=code)
+        again = start_again(
+            "embedded gateway", self.start, wanted=lambda: not self._stopping, pause_seconds=RESTART_SECONDS
+        )
+        self._restart = asyncio.get_running_loop().create_task(again)
 
     def _hang_up(self) -> None:
         if self._listening is not None:
             self._listening.cancel()
         if self._life_line is not None:
             self._life_line.close()
-
-    async def _start_again(self) -> None:
-        await asyncio.sleep(RESTART_SECONDS)
-        try:
-            await self.start()
-        except Unavailable as error:
-            log.error("no gateway", cause=error.message)
 
 
 def gateway_document(config: Config) -> dict[str, object]:

@@ -356,12 +356,16 @@ class Layers:
             read, write = os.pipe2(os.O_CLOEXEC)
             held.append(write)
             lower, upper, asked, report = held
-            child = spawn(
-                "changes",
-                [sys.executable, "-I", "-S", "-E", str(WORKER)],
-                fds={3: upper, 4: lower, 5: asked, 6: report},
-                new_session=True,
-            )
+            try:
+                child = spawn(
+                    "changes worker",
+                    [sys.executable, "-I", "-S", "-E", str(WORKER)],
+                    fds={3: upper, 4: lower, 5: asked, 6: report},
+                    new_session=True,
+                )
+            except Unavailable:
+                os.close(read)
+                raise
         finally:
             close_all(held)  # the worker's copies are the last ones: what it has mounted goes with it
         try:

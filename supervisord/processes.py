@@ -7,6 +7,7 @@ by a file that names pid and start time, for a pid alone may be somebody else by
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from supervisord.errors import StockadeError, Unavailable
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 log = structlog.get_logger()
 
 HIGH_FD: Final = 100  # sources of dup2 are moved above every target first
 END_SECONDS: Final = 2.0
+AGAIN_SECONDS_MAX: Final = 5.0
 ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 
@@ -75,24 +79,62 @@ def spawn(
     record: Path | None = None,
     environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Child:
-    """Start `argv` with standard input empty and `fds` as {number in the child: ours}; raises OSError."""
-    moved = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, HIGH_FD) for target, source in fds.items()}
+    """Start `argv` with standard input empty and `fds` as {number in the child: ours}.
+
+    Raises Unavailable, and then nothing of it runs.
+    """
+    pid = 0
     try:
+        pid = _spawn(argv, fds, new_session=new_session, environment=environment)
+        if record is not None:
+            # Whole or not at all: who reads it after a crash must know whose process it was.
+            fresh = record.with_suffix(".new")
+            fresh.write_text(json.dumps({"pid": pid, "start": start_time(pid)}))
+            fresh.replace(record)
+        child = Child(name, pid, on_exit)
+    except OSError as error:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise Unavailable(
+            f"cannot start {name}: {error.strerror or error}",
+            remedy="see what stockaded may have of processes and files, and what room run_dir has",
+        ) from error
+    log.info("process started", process=name, pid=pid)
+    return child
+
+
+async def start_again(
+    name: str, start: Callable[[], Awaitable[None]], *, wanted: Callable[[], bool], pause_seconds: float
+) -> None:
+    """Start a process that died, after a pause, and try until it could be started or is wanted no more.
+
+    What it takes to start one may be lacking for a moment: memory, descriptors, room in `run_dir`.
+    """
+    while True:
+        await asyncio.sleep(pause_seconds)
+        if not wanted():
+            return
+        try:
+            await start()
+        except (OSError, StockadeError) as error:
+            log.error("a process that died cannot be started again yet", process=name, cause=str(error))
+            pause_seconds = min(2 * pause_seconds, AGAIN_SECONDS_MAX)
+        else:
+            return
+
+
+def _spawn(argv: Sequence[str], fds: Mapping[int, int], *, new_session: bool, environment: Mapping[str, str]) -> int:
+    with contextlib.ExitStack() as undo:
+        moved = {}
+        for target, source in fds.items():
+            moved[target] = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+            undo.callback(os.close, moved[target])
         actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
         ]
         actions += [(os.POSIX_SPAWN_DUP2, source, target) for target, source in moved.items()]
-        pid = os.posix_spawn(argv[0], list(argv), dict(environment), file_actions=actions, setsid=new_session)
-    finally:
-        for fd in moved.values():
-            os.close(fd)
-    if record is not None:
-        # Whole or not at all: who reads it after a crash must know whose process it was.
-        fresh = record.with_suffix(".new")
-        fresh.write_text(json.dumps({"pid": pid, "start": start_time(pid)}))
-        fresh.replace(record)
-    log.info("process started", process=name, pid=pid)
-    return Child(name, pid, on_exit)
+        return os.posix_spawn(argv[0], list(argv), dict(environment), file_actions=actions, setsid=new_session)
 
 
 def python(module: str, *arguments: str) -> list[str]:

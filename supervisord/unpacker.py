@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from supervisord.channel import Channel, close_all
-from supervisord.errors import CannotLaunch, StockadeError
+from supervisord.errors import CannotLaunch, StockadeError, Unavailable
 from supervisord.processes import Child, python, spawn
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class Unpacker:
                     new_session=True,
                     record=self._path,
                 )
-            except OSError as error:
+            except Unavailable as error:
                 ours.close()
-                raise self._failed(f"its process cannot be started: {error.strerror}") from error
+                raise self._failed(error.message) from error
         self._channel = Channel(
             ours,
             name="unpacker",

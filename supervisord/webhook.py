@@ -17,7 +17,7 @@ import structlog
 from gateway_client.egress.scope import format_scope
 from supervisord.channel import Channel, close_all
 from supervisord.errors import Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn
+from supervisord.processes import Child, end_leftover, python, spawn, start_again
 from supervisord.question import RequestState
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Webhook:
     async def start(self) -> None:
         """Start the sender and wait until it is confined; raises Unavailable."""
         end_leftover(self._record)
-        self._spawn()
+        await self._spawn()
         try:
             async with asyncio.timeout(READY_SECONDS_MAX):
                 await self._ready.wait()
@@ -73,7 +73,7 @@ class Webhook:
                 "cannot start the sender of the webhook: it is not ready", remedy="see the daemon's journal"
             ) from error
 
-    def _spawn(self) -> None:
+    async def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -85,11 +85,9 @@ class Webhook:
                     new_session=True,
                     record=self._record,
                 )
-            except OSError as error:
+            except Unavailable:
                 ours.close()
-                raise Unavailable(
-                    f"cannot start the sender of the webhook: {error.strerror}", remedy="see the daemon's journal"
-                ) from error
+                raise
         self._channel = Channel(
             ours,
             name="webhook sender",
@@ -183,14 +181,7 @@ class Webhook:
             self._channel.close()
         if not self._stopping:
             log.error("the webhook sender died", code=code)
-            self._restart = asyncio.get_running_loop().create_task(self._start_again())
-
-    async def _start_again(self) -> None:
-        while not self._stopping:
-            await asyncio.sleep(RESTART_SECONDS)
-            try:
-                self._spawn()
-            except Unavailable as error:
-                log.error("no webhook sender", cause=error.message)
-                continue
-            return
+            again = start_again(
+                "webhook sender", self._spawn, wanted=lambda: not self._stopping, pause_seconds=RESTART_SECONDS
+            )
+            self._restart = asyncio.get_running_loop().create_task(again)

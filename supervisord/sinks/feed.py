@@ -19,7 +19,7 @@ import structlog
 
 from supervisord.actions.types import Action
 from supervisord.config import SinkKind
-from supervisord.errors import StockadeError
+from supervisord.errors import StockadeError, Unavailable
 from supervisord.gateway_process import read_secret
 from supervisord.processes import Child, end_leftover, python, spawn
 
@@ -188,7 +188,7 @@ class Feed:
                     new_session=True,
                     record=self._record,
                 )
-            except OSError:
+            except Unavailable:
                 ours.close()
                 raise
             finally:

@@ -23,6 +23,7 @@ from tests.support.census import (
     IDS_PER_AGENT,
     SLOTS,
     cgroups_of,
+    children,
     launcher_pid,
     of_agent,
     settled,
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: starts sa
 NAME = "status.example"
 SCOPE = f"http:GET:http://{NAME}/**"
 FETCH = "curl -sS -m 10 -o /dev/null -w '%{http_code}\\n' http://" + NAME
+TRIED = "cannot be started again yet"
 UNTIL_GO = "while [ ! -e /workspace/go ]; do sleep 0.05; done"
 
 
@@ -315,6 +317,33 @@ def test_a_part_of_egress_that_dies_is_started_again(stockade: Instance, kind: s
     assert "200" in output(stockade, agent)[length:]
     assert stockade.json("kill", agent["agent_id"])[0]["verified_empty"] is True
     assert of_agent(agent) == []
+
+
+@pytest.mark.parametrize("kind", ["egress-w1", "egress-dialer", "gateway"])
+def test_a_part_that_cannot_be_started_again_at_once_is_tried_until_it_can(stockade: Instance, kind: str) -> None:
+    """What lacks here is where its pid is written down, as on a run_dir that is full."""
+    agent = stockade.launch("--", "sh", "-c", f"while :; do {FETCH}/y; sleep 0.1; done")
+    stockade.json("grant", agent["agent_id"], SCOPE)
+    stockade.wait(lambda: "200" in output(stockade, agent))
+    records = stockade.run_dir / "processes"
+    pid = int(json.loads((records / f"{kind}.json").read_text())["pid"])
+    assert stockade.process is not None
+    daemon, said = stockade.process.pid, len(stockade.daemon_log())
+    before = len(children(daemon))
+    away = records.rename(stockade.run_dir / "away")
+    try:
+        os.kill(pid, signal.SIGKILL)
+        stockade.wait(lambda: TRIED in stockade.daemon_log()[said:])
+        assert TRIED in stockade.daemon_log()[said:]
+        stockade.wait(lambda: len(children(daemon)) < before)
+        assert len(children(daemon)) < before, "one that was not written down was ended"
+    finally:
+        away.rename(records)
+    length = len(output(stockade, agent))
+    stockade.wait(lambda: "200" in output(stockade, agent)[length:], 30)
+    assert "200" in output(stockade, agent)[length:]
+    assert len(children(daemon)) == before
+    assert stockade.json("kill", agent["agent_id"])[0]["verified_empty"] is True
 
 
 def test_a_daemon_that_dies_between_plan_and_exec_leaves_nothing_half_built(stockade: Instance) -> None:
