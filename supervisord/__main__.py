@@ -12,7 +12,7 @@ import signal
 import socket
 import sqlite3
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +20,7 @@ import structlog
 import uvloop
 
 from sandbox import doctor
+from supervisord.actions.owed import Owed
 from supervisord.actions.types import CannotOpenLog, CannotRecord, DamagedLog
 from supervisord.api import control_listener
 from supervisord.config_reader import load_config
@@ -29,7 +30,6 @@ from supervisord.killonly import MEND, KillOnly
 from supervisord.store import CannotStore
 
 if TYPE_CHECKING:
-    from supervisord.actions.types import Action
     from supervisord.config import Config
 
 EXIT_FAILED: Final = 1
@@ -87,11 +87,11 @@ async def _run(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     watchdog = loop.create_task(_watchdog())
-    daemon, killing = await _opened(config, stop)
+    daemon, listener = await _opened(config, stop)
     if daemon is None:
         return
     try:
-        await daemon.start(listener=killing.listener if killing else None, owed=killing.owed if killing else ())
+        await daemon.start(listener=listener)
     except BaseException:
         await daemon.abandon()
         raise
@@ -113,20 +113,16 @@ async def _run(config: Config) -> None:
     await daemon.stop()
 
 
-@dataclass(frozen=True, slots=True)
-class Killed:
-    """What a daemon in kill-only mode leaves to the one that starts in full: its control socket, and what it did."""
+async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, socket.socket | None]:
+    """A daemon whose log and database are open, or None where `stop` came first; until then kills alone are served.
 
-    listener: socket.socket
-    owed: list[Action]
-
-
-async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, Killed | None]:
-    """A daemon whose log and database are open, or None where `stop` came first; until then kills alone are served."""
+    With it comes the control socket, where that was opened for them.
+    """
     killing: KillOnly | None = None
     listener: socket.socket | None = None
+    owed = Owed(config.run_dir / "private" / "owed", now_ns=time.time_ns)
     while True:
-        daemon = Daemon(config)
+        daemon = Daemon(config, owed)
         try:
             await daemon.open()
         except (CannotOpenLog, CannotStore, CannotRecord) as error:
@@ -136,17 +132,16 @@ async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, K
             if killing is None:
                 listener = control_listener(config)
                 remedy = error.remedy if isinstance(error, DamagedLog) else MEND
-                killing = KillOnly(config, error.message, remedy=remedy, entropy=os.urandom)
+                killing = KillOnly(config, error.message, remedy=remedy, owed=owed, entropy=os.urandom)
                 await killing.start(listener.dup())
                 notify(f"READY=1\nSTATUS=kill-only: {error.message}")
         except BaseException:
             await daemon.abandon()
             raise
         else:
-            if killing is None or listener is None:
-                return daemon, None
-            await killing.stop(ending=False)
-            return daemon, Killed(listener, killing.owed)
+            if killing is not None:
+                await killing.stop(ending=False)
+            return daemon, listener
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(OPEN_AGAIN_SECONDS):
                 await stop.wait()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
-from supervisord.actions.types import Action, CannotRecord
+from supervisord.actions.types import Action
 from supervisord.agents import Exit
 from supervisord.approvals import Agreed, Offer, check_alone
 from supervisord.errors import CannotRevoke, Conflict, NotFound, StockadeError
@@ -143,9 +143,7 @@ class Acts:
                 self._plane.thaw(agent.agent_id)
             if can(agent.state, event):
                 self._agents.apply(agent, event)
-            await self._actions.append(
-                Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "done", reason)
-            )
+            await self._actions.note(Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "done", reason))
 
     # --- grants
 
@@ -167,9 +165,7 @@ class Acts:
             check_alone(actor, launched_by=agent.what.launched_by, policy=policy.name, rules=policy.grants)
         except StockadeError as error:
             scope_text = format_scope(scope)
-            await self._actions.append(
-                Action(agent.agent_id, actor, "grant.create", scope_text, "denied", error.message)
-            )
+            await self._actions.note(Action(agent.agent_id, actor, "grant.create", scope_text, "denied", error.message))
             raise
         return await self._give(
             agent,
@@ -224,7 +220,7 @@ class Acts:
             try:
                 grant, mounted = await self._whole(self._show(agent, policy, add, grant_id, file_uid=file_uid))
             except StockadeError as error:
-                await self._actions.append(
+                await self._actions.note(
                     Action(agent.agent_id, actor, verb, format_scope(scope), "failed", error.message, details)
                 )
                 raise
@@ -353,12 +349,9 @@ class Acts:
 
     async def _note_failure(self, grant: Grant, verb: str, actor: str, reason: str) -> None:
         details: dict[str, JSON] = {"grant_id": grant.grant_id}
-        try:
-            await self._actions.append(
-                Action(grant.agent_id, actor, verb, format_scope(grant.scope), "failed", reason, details)
-            )
-        except CannotRecord as error:
-            log.error("a failure is not in the action log", grant=grant.grant_id, cause=error.message)
+        await self._actions.note(
+            Action(grant.agent_id, actor, verb, format_scope(grant.scope), "failed", reason, details)
+        )
 
     async def _expired(self, grant: Grant) -> None:
         """Note the end of a grant whose time is up; of files, have them taken away first."""
@@ -463,12 +456,9 @@ class Acts:
             )
         except StockadeError as error:
             del self.streams[stream_id]
-            try:
-                await self._actions.append(
-                    Action(agent.agent_id, actor, "exec.fail", shown, "failed", error.message, details)
-                )
-            except CannotRecord as unrecorded:
-                log.error("a failed exec is not in the action log", cause=unrecorded.message)
+            await self._actions.note(
+                Action(agent.agent_id, actor, "exec.fail", shown, "failed", error.message, details)
+            )
             raise
         return stream
 
@@ -496,10 +486,7 @@ class Acts:
             "verified_empty": killed.verified_empty,
         }
         verdict = "done" if killed.verified_empty else "failed"
-        try:
-            await self._actions.append(Action(agent.agent_id, actor, "exec.kill", stream_id, verdict, reason, details))
-        except CannotRecord as error:
-            log.error("the end of an exec is not in the action log", stream=stream_id, cause=error.message)
+        await self._actions.note(Action(agent.agent_id, actor, "exec.kill", stream_id, verdict, reason, details))
         return killed
 
     def end_streams(self, agent: Agent | None = None) -> None:

@@ -75,9 +75,11 @@ from supervisord.webhook import Webhook
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine
 
     import grpc
+
+    from supervisord.actions.owed import Owed
 
 log = structlog.get_logger()
 
@@ -93,8 +95,10 @@ ROOM_BYTES_MIN: Final = 256 * 1024
 class Daemon:
     """One instance. `start` returns when everything is ready, `stop` when everything it should end has ended."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, owed: Owed) -> None:
+        """`owed` is what happened before the log could be opened."""
         self.config = config
+        self._owed = owed
         self._policies = PolicyShelf(config.policy_dirs, gateway=config.gateway)
         self._agents = Agents(now_ns=time.time_ns)
         self._book = GrantBook(now=time.monotonic, wall=time.time, new_id=lambda: new_grant_id(os.urandom))
@@ -111,20 +115,19 @@ class Daemon:
         config = self.config
         make_directories(config)
         await asyncio.to_thread(_need_room, config.state_dir)
-        self._actions = await asyncio.to_thread(_open_log, config)
+        self._actions = await asyncio.to_thread(_open_log, config, self._owed)
         self._store = await Store.open(config.state_dir / "state.db")
         await self._actions.record(
             Action("", "daemon", "daemon.start", config.instance, "done", "", {"pid": os.getpid()})
         )
 
-    async def start(self, *, listener: socket.socket | None = None, owed: Sequence[Action] = ()) -> None:
+    async def start(self, *, listener: socket.socket | None = None) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError.
 
-        `owed` is what was done before the log could be opened; `listener` the control socket, where there is one.
+        `listener` is the control socket, where there is one.
         """
         config = self.config
-        for action in owed:
-            await self._actions.record(action)
+        await self._actions.pay()
         self._told_calls = ToldCalls(self._actions.append_all, call_name=seccomp.call_name)
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost
@@ -162,6 +165,7 @@ class Daemon:
         self._in_background(self._retention.keep_forever())
         self._in_background(self._layers.expire_forever())
         self._in_background(self._endings.retry_forever())
+        self._in_background(self._actions.pay_forever())
         self._in_background(finish_redactions(self._actions))
         self._in_background(retire_forever(self._actions, config.log))
         self._sinks.start()
@@ -535,21 +539,12 @@ class Daemon:
             return
         action = met_limit_action(agent, str(message.get("kind")), details)
         if action is not None:
-            self._in_background(self._record_met(action))
-
-    async def _record_met(self, action: Action) -> None:
-        try:
-            await self._actions.append(action)
-        except CannotRecord as error:
-            log.error("what an agent met is not in the action log", agent=action.agent_id, cause=error.message)
+            self._in_background(self._actions.note(action))
 
     async def _record_exit(self, agent: Agent) -> None:
-        try:
-            if agent.exit is not None and agent.exit.out_of_memory:
-                await self._actions.append(oom_action(agent))
-            await self._actions.append(exit_action(agent))
-        except CannotRecord as error:
-            log.error("an exit is not in the action log", agent=agent.agent_id, cause=error.message)
+        if agent.exit is not None and agent.exit.out_of_memory:
+            await self._actions.note(oom_action(agent))
+        await self._actions.note(exit_action(agent))
 
     def _gone(self, agent: Agent) -> None:
         self._launching.forget(agent)
@@ -588,7 +583,7 @@ class Daemon:
             await self._files.reconcile(self._listed, known=known)
             await self._recovery.open_gates()
             await self._thaw_unordered()
-            await self._actions.append(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
+            await self._actions.note(Action("", "daemon", "launcher.restart", self.config.instance, "done"))
             return
 
     async def _thaw_unordered(self) -> None:
@@ -633,12 +628,8 @@ class Daemon:
         self._launcher.close()
         await self._told_calls.stop()
         await self._sinks.stop()
-        try:
-            await self._actions.record(
-                Action("", "daemon", "daemon.stop", self.config.instance, "done", "", {"agents_left": left})
-            )
-        except CannotRecord as error:
-            log.error("the stop is not in the action log", cause=error.message)
+        stop = Action("", "daemon", "daemon.stop", self.config.instance, "done", "", {"agents_left": left})
+        await self._actions.note(stop, durable=True)
         await self._exchanges.ledgers.close()
         await self._actions.close()
         await self._store.close()
@@ -722,7 +713,7 @@ def _need_room(state_dir: Path) -> None:
         ) from error
 
 
-def _open_log(config: Config) -> ActionLog:
+def _open_log(config: Config, owed: Owed) -> ActionLog:
     return ActionLog.open(
         config.state_dir / "log",
         config.state_dir / "keys" / "log.key",
@@ -732,6 +723,7 @@ def _open_log(config: Config) -> ActionLog:
         checkpoint_every_entries=config.log.checkpoint_entries,
         checkpoint_seconds=config.log.checkpoint_seconds,
         on_checkpoint=lambda note: _publish(note, config),
+        owed=owed,
     )
 
 

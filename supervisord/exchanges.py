@@ -18,7 +18,7 @@ from gateway_client.egress import messages
 from gateway_client.egress.decide import AgentView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
 from gateway_client.egress.scope import format_scope
-from supervisord.actions.types import Action, CannotRecord
+from supervisord.actions.types import Action
 from supervisord.budgets import (
     COST_MICROUSD_MAX,
     LLM_TOKENS_MAX,
@@ -550,10 +550,7 @@ class Exchanges:
 
     async def note(self, action: Action) -> None:
         """Record what has happened already: a full log stops new requests, and cannot undo this."""
-        try:
-            await self._actions.append(action)
-        except CannotRecord as error:
-            log.error("an outcome is not in the action log", object=action.object, cause=str(error))
+        await self._actions.note(action)
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

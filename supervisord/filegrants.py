@@ -178,7 +178,7 @@ class FileGrants:
         else:
             if can(agent.state, Event.FREEZE):
                 self._agents.apply(agent, Event.FREEZE)
-        await self._actions.append(Action(agent.agent_id, "daemon", "agent.freeze", agent.name, verdict, reason))
+        await self._actions.note(Action(agent.agent_id, "daemon", "agent.freeze", agent.name, verdict, reason))
 
     async def settle(self, agent: Agent) -> None:
         """Take away what is left from before; raises Conflict while it cannot be, so that nobody thaws the agent."""
@@ -223,13 +223,13 @@ class FileGrants:
         except StockadeError as error:
             verdict, reason = "failed", error.message
             await self._contain(agent, target, error)
-        await self._actions.append(Action(agent.agent_id, "daemon", "grant.reconcile", target, verdict, reason))
+        await self._actions.note(Action(agent.agent_id, "daemon", "grant.reconcile", target, verdict, reason))
 
     async def _end_lost(self, grant: Grant) -> None:
         ended = self._book.revoke(grant.grant_id)
         await self._store.save_grant(ended)
         reason = "what it shows is not in the sandbox"
-        await self._actions.append(
+        await self._actions.note(
             Action(
                 grant.agent_id,
                 "daemon",

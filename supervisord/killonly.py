@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from supervisord.actions.owed import Owed
     from supervisord.actions.types import Action
     from supervisord.agents import Agent
     from supervisord.config import Config
@@ -46,7 +47,6 @@ log = structlog.get_logger()
 
 STOP_SECONDS: Final = 1.0
 RECONNECT_SECONDS: Final = 0.5
-OWED_MAX: Final = 8192
 MEND: Final = "make room for state_dir, or mend what is named there"
 ALLOWED: Final = frozenset(
     {
@@ -60,11 +60,13 @@ ALLOWED: Final = frozenset(
 class KillOnly:
     """One instance without its records; `cause` is why, `remedy` what ends it, `entropy` makes ids."""
 
-    def __init__(self, config: Config, cause: str, *, remedy: str = MEND, entropy: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, config: Config, cause: str, *, remedy: str = MEND, owed: Owed, entropy: Callable[[int], bytes]
+    ) -> None:
         self._config = config
         self._cause = cause
         self._remedy = remedy
-        self.owed: list[Action] = []
+        self._owed = owed
         self._agents = Agents(now_ns=time.time_ns)
         self._half_built: set[str] = set()
         self._guard: list[int] = []
@@ -136,11 +138,9 @@ class KillOnly:
 
     # --- what the kill switch needs of log and egress plane
 
-    async def record(self, action: Action) -> NoReturn:
+    async def note(self, action: Action, *, durable: bool = False) -> None:  # noqa: ARG002 - as a log has it
         """Keep it for the log that is opened next."""
-        if len(self.owed) < OWED_MAX:
-            self.owed.append(action)
-        raise CannotRecord(f"cannot record {action.verb}: {self._cause}", remedy="it is recorded as soon as it can be")
+        self._owed.keep(action, cause=self._cause)
 
     async def cut(self, agent_id: str) -> None:
         """Shut the agent's listener; no worker runs that could have accepted anything."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from supervisord.actions.types import Action, CannotRecord
+from supervisord.actions.types import Action
 from supervisord.errors import StockadeError, Unavailable
 from supervisord.launcher_link import LauncherFailed
 from supervisord.lifecycle import Event, State
@@ -61,9 +61,9 @@ class Receipt:
 
 
 class Records(Protocol):
-    """What a kill is written to."""
+    """What a kill is written to, at once or as soon as that can be."""
 
-    async def record(self, action: Action) -> object: ...
+    async def note(self, action: Action, *, durable: bool = False) -> None: ...
 
 
 class Gates(Protocol):
@@ -272,12 +272,10 @@ class KillSwitch:
             "signature": receipt.signature.hex(),
         }
         verdict = "done" if receipt.verified_empty else "failed"
-        try:
-            await self._actions.record(
-                Action(agent.agent_id, receipt.killed_by, "agent.kill", agent.name, verdict, receipt.reason, details)
-            )
-        except CannotRecord as error:
-            log.error("a kill is not in the action log", agent=agent.agent_id, cause=str(error))
+        await self._actions.note(
+            Action(agent.agent_id, receipt.killed_by, "agent.kill", agent.name, verdict, receipt.reason, details),
+            durable=True,
+        )
 
     def _forget_old(self) -> None:
         while len(self._kills) > RECEIPTS_KEPT_MAX:

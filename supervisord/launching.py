@@ -21,7 +21,7 @@ from supervisord.authorities import read_ca_file
 from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.definitions import check_registered
-from supervisord.errors import CannotLaunch, CannotRecord, Conflict, InvalidInput, StockadeError
+from supervisord.errors import CannotLaunch, Conflict, InvalidInput, StockadeError
 from supervisord.grantable import check_launched_with
 from supervisord.hostfiles import file_uid, open_files
 from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
@@ -377,7 +377,7 @@ class Launching:
     def _runs(self, agent: Agent, caller: Caller, recorded: list[asyncio.Task[None]]) -> None:
         """The program runs, or has run: said in state and log before its end can be, however soon that comes."""
         self._agents.apply(agent, Event.EXEC_OK)
-        recorded.append(self._keep(self._outcome(agent, "agent.exec", "done", "", caller)))
+        recorded.append(self._keep(self._actions.note(_outcome(agent, "agent.exec", "done", "", caller))))
 
     def _keep(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -450,10 +450,7 @@ class Launching:
         if await self._killswitch.undo(agent):
             self.forget(agent)
             self._layers.forget(agent.agent_id)
-        try:
-            await self._outcome(agent, "agent.fail", "failed", agent.failure, caller)
-        except CannotRecord as unrecorded:
-            log.error("a failed launch is not in the action log", agent=agent.agent_id, cause=unrecorded.message)
+        await self._actions.note(_outcome(agent, "agent.fail", "failed", agent.failure, caller))
 
     def forget(self, agent: Agent) -> None:
         """Give back what the daemon holds for an agent that is no more: gate, grants, descriptors, uid range."""
@@ -467,9 +464,10 @@ class Launching:
             agent.slot_held = False
             self._slots.release(agent.what.slot)
 
-    async def _outcome(self, agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> None:
-        details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
-        await self._actions.append(Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details))
+
+def _outcome(agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> Action:
+    details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
+    return Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details)
 
 
 def _check_wanted(agent: Agent) -> None:

@@ -229,8 +229,8 @@ class Layers:
             try:
                 outcome = await self._work(layer, "apply", paths=paths, force=force, digest=digest)
             except StockadeError as error:
-                await self._actions.record(
-                    _action(layer, caller.actor, "changes.apply", "failed", error.message, asked)
+                await self._actions.note(
+                    _action(layer, caller.actor, "changes.apply", "failed", error.message, asked), durable=True
                 )
                 raise
             done = [change for change in outcome.changes if change.outcome == "applied"]
@@ -246,7 +246,8 @@ class Layers:
                 ],
             }
             verdict = "done" if len(done) == len(outcome.changes) else "failed"
-            await self._actions.record(_action(layer, caller.actor, "changes.apply", verdict, reason, facts))
+            done_action = _action(layer, caller.actor, "changes.apply", verdict, reason, facts)
+            await self._actions.note(done_action, durable=True)
             if whole:
                 await self._drop(layer)
             return Outcome(layer, outcome.changes, outcome.digest, kept=not whole)
@@ -263,7 +264,7 @@ class Layers:
         facts: dict[str, JSON] = {"workspace": layer.workspace}
         await self._actions.record(_action(layer, actor, "changes.discard", "allowed", reason, facts))
         await self._drop(layer)
-        await self._actions.append(_action(layer, actor, "changes.discard", "done", reason, facts))
+        await self._actions.note(_action(layer, actor, "changes.discard", "done", reason, facts))
 
     async def _drop(self, layer: Layer) -> None:
         if self._image(layer.agent_id).exists():

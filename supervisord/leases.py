@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from supervisord.actions.types import Action, CannotRecord
+from supervisord.actions.types import JSON, Action
 from supervisord.errors import Conflict, InvalidInput, StockadeError
 from supervisord.lifecycle import State
 
@@ -165,20 +165,8 @@ class Leases:
 
     async def _freeze(self, agent: Agent) -> None:
         reason = f"its lease of {agent.what.lease_seconds:g} s was not renewed"
-        try:
-            await self._actions.append(
-                Action(
-                    agent.agent_id,
-                    "daemon",
-                    "lease.lapse",
-                    agent.name,
-                    "done",
-                    reason,
-                    {"held_by": agent.what.launched_by},
-                )
-            )
-        except CannotRecord as error:
-            log.error("a lapsed lease is not in the action log", agent=agent.agent_id, cause=error.message)
+        held_by: dict[str, JSON] = {"held_by": agent.what.launched_by}
+        await self._actions.note(Action(agent.agent_id, "daemon", "lease.lapse", agent.name, "done", reason, held_by))
         if agent.state is not State.RUNNING or not self._lapsed(agent):
             return  # one that somebody froze stays so
         try:

@@ -255,8 +255,8 @@ class Recovery:
             self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
             found.append(agent)
             if agent.exit is not None and agent.exit.out_of_memory:
-                await self._actions.append(oom_action(agent))
-            await self._actions.append(exit_action(agent))
+                await self._actions.note(oom_action(agent))
+            await self._actions.note(exit_action(agent))
         return found
 
     def _ended_agent(self, directory: Path) -> Agent | None:

@@ -337,12 +337,7 @@ class Requests:
             task.add_done_callback(self._tasks.discard)
 
     async def _record_expiry(self, request: Request) -> None:
-        try:
-            await self._actions.append(
-                self._action(request, "daemon", "request.expire", "denied", "nobody answered in time")
-            )
-        except CannotRecord as error:
-            log.error("an expiry is not in the action log", request=request.request_id, cause=error.message)
+        await self._actions.note(self._action(request, "daemon", "request.expire", "denied", "nobody answered in time"))
 
     def _action(
         self,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+RETRY_SECONDS: Final = 1.0
 PENDING_MAX: Final = 4096
 """Entries of some KiB that wait while others are written."""
 STOP_SECONDS: Final = 2.0
@@ -62,15 +63,22 @@ class ToldCalls:
             while self._pending or self._lost:
                 actions, self._pending = self._pending, []
                 lost, self._lost = self._lost, Counter()
-                actions += [lost_action(agent_id, times) for agent_id, times in lost.items()]
                 try:
-                    await self._append(actions)
+                    await self._append([*actions, *(lost_action(agent_id, times) for agent_id, times in lost.items())])
                 except CannotRecord as error:
-                    log.error("what processes did is not in the action log", entries=len(actions), cause=error.message)
+                    log.error("what processes did is not in the action log yet", cause=error.message)
+                    self._put_back(actions, lost)
+                    await asyncio.sleep(RETRY_SECONDS)
         finally:
             # In the same step as the last look at what waits: a callback of the task's end comes a turn later, and
             # what is told in between would wait for the next event.
             self._writing = None
+
+    def _put_back(self, actions: list[Action], lost: Counter[str]) -> None:
+        """Have them written before what came meanwhile, of which there is less room then."""
+        later, self._pending = self._pending[PENDING_MAX - len(actions) :], actions + self._pending
+        del self._pending[PENDING_MAX:]
+        self._lost += lost + Counter(action.agent_id for action in later)
 
 
 def lost_action(agent_id: str, times: int) -> Action:

@@ -14,6 +14,7 @@ from supervisord.actions import files, keys, merkle
 from supervisord.actions.check import RETIRE_VERB
 from supervisord.actions.checkpoint import Signer, size_of
 from supervisord.actions.files import load_signer, read_checkpoint, remove_segments, segment_paths
+from supervisord.actions.owed import RETRY_SECONDS, Owed
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
 from supervisord.actions.redacting import Redacting
@@ -34,6 +35,7 @@ from supervisord.actions.writer import Settings, Writer
 
 SEGMENT_BYTES_MAX: Final = 16 * 1024 * 1024
 SUBSCRIBER_ENTRIES: Final = 256
+OWED_ENTRIES: Final = 256
 _VERIFY_PAUSE_SECONDS: Final = 0.0005
 
 
@@ -41,7 +43,8 @@ class ActionLog:
     """The one writer of a log directory; `record` and `append` may be awaited in any asyncio loop.
 
     When the disk refuses, both raise CannotRecord until it takes a write again; the first entry then is `log.recover`,
-    which says how many actions were refused. Where a *sync* failed, the entries in question are in the file and stay
+    which says how many actions were refused. Of these `note` keeps what has happened all the same, and has it recorded
+    after that. Where a *sync* failed, the entries in question are in the file and stay
     there, though who waited for them was told CannotRecord: as with any commit that fails, only "yes" is certain.
     `log.recover` names them as doubtful.
     """
@@ -56,8 +59,10 @@ class ActionLog:
         *,
         settings: Settings,
         listeners: "_Listeners",
+        owed: Owed,
     ) -> None:
         """Use `open`."""
+        self._owed = owed
         self._directory = directory
         self._key = key
         self._key_lock = threading.Lock()
@@ -86,14 +91,17 @@ class ActionLog:
         checkpoint_seconds: float = 1.0,
         segment_bytes: int = SEGMENT_BYTES_MAX,
         on_checkpoint: Callable[[str], None] | None = None,
+        owed: Owed | None = None,
     ) -> "ActionLog":
         """Continue or begin the log in `directory`; it waits for disks, so call it before the loop runs.
 
         Makes an Ed25519 key in `key` (mode 0600) and its public half in `<key>.pub` where there is none. A tail that a
         crash left is cut off, kept in `torn/` and told in a `log.recover` entry. `on_checkpoint` gets each signed
-        checkpoint in the log's thread and must not block. Raises DamagedLog for damage that no crash explains,
-        CannotOpenLog where the directory or the key cannot be used.
+        checkpoint in the log's thread and must not block. `owed` is what an earlier log did not take; without one, it
+        is kept beside the directory. Raises DamagedLog for damage that no crash explains, CannotOpenLog where the
+        directory or the key cannot be used.
         """
+        owed = Owed(directory.with_name(f"{directory.name}-owed"), now_ns=now_ns) if owed is None else owed
         _settle(directory, key)
         signer = load_signer(key, origin=origin)
         opened = open_directory(directory, signer, files.first_public(key))
@@ -115,7 +123,7 @@ class ActionLog:
             on_rows=on_rows,
         )
         index.start(opened.tree.size)
-        return cls(directory, key, signer, opened, index, settings=settings, listeners=listeners)
+        return cls(directory, key, signer, opened, index, settings=settings, listeners=listeners, owed=owed)
 
     @property
     def size(self) -> int:
@@ -158,6 +166,34 @@ class ActionLog:
             loop = asyncio.get_running_loop()
             return list(await asyncio.gather(*[self._writer.submit(action, loop) for action in actions]))
         return entries
+
+    async def note(self, action: Action, *, durable: bool = False) -> None:
+        """Record what has happened and cannot be refused any more: now, or else as soon as the log takes it."""
+        if self._owed:  # in its turn
+            self._owed.keep(action, cause="something before it is not there either")
+            return
+        try:
+            await (self.record(action) if durable else self.append(action))
+        except CannotRecord as error:
+            self._owed.keep(action, cause=error.message)
+
+    async def pay(self) -> None:
+        """Record what is owed, in its order. Raises CannotRecord."""
+        while self._owed:
+            actions = self._owed.next(OWED_ENTRIES)
+            # Each was counted as refused once, when it was.
+            if self._writer.append(actions, again=True) is None:
+                loop = asyncio.get_running_loop()
+                await asyncio.gather(*[self._writer.submit(action, loop) for action in actions])
+            self._owed.paid(actions)
+
+    async def pay_forever(self) -> None:
+        """Try again for as long as something is owed; runs as long as the daemon."""
+        while True:
+            await self._owed.came.wait()
+            await asyncio.sleep(RETRY_SECONDS)
+            with contextlib.suppress(CannotRecord):
+                await self.pay()
 
     async def query(
         self,

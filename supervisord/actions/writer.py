@@ -135,13 +135,16 @@ class Writer:
             self._wake.notify()
         return future
 
-    def append(self, actions: Sequence[Action]) -> list[Entry] | None:
-        """Write the actions now, in one go; None while that would mean to wait for a disk. Raises CannotRecord."""
+    def append(self, actions: Sequence[Action], *, again: bool = False) -> list[Entry] | None:
+        """Write the actions now, in one go; None while that would mean to wait for a disk. Raises CannotRecord.
+
+        `again` for those that were refused before, and are counted.
+        """
         entries: list[Entry] = []
         with self.lock:
             if self._rotating or self._settings.strict:
                 return None
-            count, told = len(self._pending), self._refused_told
+            count, told, refused = len(self._pending), self._refused_told, self._refused
             try:
                 for action in actions:
                     self._admit(action)
@@ -151,8 +154,15 @@ class Writer:
             except CannotRecord:
                 del self._pending[count:]
                 self._refused_told = told
+                if again:
+                    self._refused = refused
                 raise
-            self._flush()
+            try:
+                self._flush()
+            except CannotRecord:
+                if again:
+                    self._refused -= len(actions)
+                raise
             if self._dirty_since is None:
                 self._dirty_since = self._settings.monotonic()
                 self._wake.notify()

@@ -19,7 +19,7 @@ import structlog
 
 from supervisord.actions.types import Action
 from supervisord.config import SinkKind
-from supervisord.errors import StockadeError, Unavailable
+from supervisord.errors import Unavailable
 from supervisord.gateway_process import read_secret
 from supervisord.processes import Child, end_leftover, python, spawn
 
@@ -285,8 +285,7 @@ class Feed:
 
     async def _tell(self, verdict: str, reason: str) -> None:
         details = {"kind": self._sink.kind.value, "delivered_seq": self._cursor.seq, "size": self._actions.size}
-        with contextlib.suppress(StockadeError):  # a full disk is told by the log itself
-            await self._actions.append(Action("", "daemon", VERB, self._sink.name, verdict, reason, details))
+        await self._actions.note(Action("", "daemon", VERB, self._sink.name, verdict, reason, details))
 
 
 ROTATED: Final = "its file was moved away"

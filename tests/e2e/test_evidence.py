@@ -161,7 +161,7 @@ def test_two_instances_share_a_host_and_nothing_else(stockade: Instance) -> None
 # --- a full disk
 
 FULL = """
-import json
+import json, os, signal
 from pathlib import Path
 from tests.support.instance import Instance
 from tests.support.census import of_agent
@@ -170,7 +170,8 @@ found = {}
 with Instance.start(state_dir=SMALL) as stockade:
     stockade.launch("--wait", "--", "true")
     agent = stockade.launch("--name", "doomed", "--", "sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000")
-    stockade.launch("--name", "asker", "--", "sleep", "1000")
+    brief = stockade.launch("--name", "brief", "--", "sleep", "1000")
+    asker = stockade.launch("--name", "asker", "--", "sleep", "1000")
     models = "curl -sS -m 10 -o /dev/null -w '%{http_code}' $OPENAI_BASE_URL/models"
     found["before"] = stockade.ctl("exec", "asker", "--", "sh", "-c", models).out
     filler = Path(SMALL) / "filler"
@@ -188,11 +189,26 @@ with Instance.start(state_dir=SMALL) as stockade:
     found["kill"] = [killed.code, killed.json()]
     found["left"] = len(of_agent(agent))
     found["status"] = stockade.json("status", "doomed")[0]["state"]
+    os.kill(max(of_agent(brief)), signal.SIGTERM)
+    owed = Path(stockade.run_dir) / "private" / "owed"
+    stockade.wait(lambda: owed.exists() and len(owed.read_text().splitlines()) >= 2)
+    # And what is not recorded yet outlives the daemon.
+    stockade.down(signal.SIGKILL)
+    stockade.up()
+    stockade.ctl("kill", "asker", "--reason", "full too")
     filler.unlink()
     for _ in range(100):
         after = stockade.ctl("run", "--", "true")
         if after.code == 0: break
     found["after"] = after.code
+    stockade.wait(lambda: not owed.exists())
+    found["late"] = [
+        [e["verb"], e["agent_id"], e["verdict"], e["reason"], "happened_at" in e["details"]]
+        for verb in ("agent.kill", "agent.exit")
+        for e in stockade.actions("--verb", verb)
+        if "happened_at" in e["details"]
+    ]
+    found["ids"] = [one["agent_id"] for one in (agent, asker, brief)]
     found["verify"] = stockade.json("log", "verify")
     found["log"] = stockade.daemon_log()[-3000:]
 print(json.dumps(found))
@@ -231,4 +247,11 @@ def test_a_full_disk_stops_everything_but_a_kill(tmp_path: Path) -> None:
     # With room again, everything goes on, and the log is whole.
     assert found["after"] == 0, found["log"]
     assert found["verify"]["ok"] is True
+    # What happened all the same is there too, though the daemon was killed meanwhile, and says when it was.
+    doomed, asker, brief = found["ids"]
+    assert found["late"] == [
+        ["agent.kill", doomed, "done", "full", True],
+        ["agent.kill", asker, "done", "full too", True],
+        ["agent.exit", brief, "done", "", True],
+    ], found["log"]
     assert not any(small.iterdir()), "the mount was seen outside"

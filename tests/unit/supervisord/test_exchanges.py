@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +47,10 @@ class Log:
         self.entries.append(action)
 
     record = append
+
+    async def note(self, action: Action) -> None:
+        with contextlib.suppress(CannotRecord):
+            await self.append(action)
 
 
 class Plane:

@@ -99,7 +99,7 @@ class Rest:
         self.saved: list[Grant] = []
         self.frozen: list[str] = []
 
-    async def append(self, action: Action) -> None:
+    async def note(self, action: Action) -> None:
         self.actions.append(action)
 
     async def save_grant(self, grant: Grant) -> None:

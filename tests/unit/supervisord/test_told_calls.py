@@ -12,6 +12,8 @@ from supervisord.told_calls import ToldCalls
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pytest
+
     from supervisord.actions.types import Action
 
 EXEC = {"kind": "exec", "path": "/bin/true", "pid": 2, "ppid": 1, "argc": 1, "args": ["true"], "digest": "x"}
@@ -56,17 +58,21 @@ async def test_what_a_log_that_hangs_does_not_take_is_bounded_and_counted() -> N
     assert [a.verb for a in log.batches[2]] == ["process.exec"], "the twin: a log that goes on loses nothing"
 
 
-async def test_a_log_that_refuses_is_tried_again_with_what_comes_next() -> None:
+async def test_a_log_that_refuses_is_tried_again_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told_calls, "RETRY_SECONDS", 0)
     log = SlowLog()
     log.free.set()
     log.fails = True
     told = ToldCalls(log.append, call_name=str)
     told.tell("ag_1", "ag_1", [EXEC])
     await settle()
-    log.fails = False
-    told.tell("ag_1", "ag_1", [EXEC, EXEC])
+    told.tell("ag_2", "ag_2", [EXEC] * told_calls.PENDING_MAX)
     await settle()
-    assert [len(batch) for batch in log.batches] == [2]
+    log.fails = False
+    await settle()
+    (batch,) = log.batches
+    assert [action.agent_id for action in batch] == ["ag_1", *["ag_2"] * (told_calls.PENDING_MAX - 1), "ag_2"]
+    assert (batch[-1].verb, batch[-1].details["times"]) == ("process.watch", 1), "what there was no room for"
 
 
 async def test_what_is_told_just_as_a_batch_is_done_is_written_too() -> None:

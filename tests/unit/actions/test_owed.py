@@ -1,0 +1,121 @@
+"""What happened while the log took nothing: kept over a daemon's death, recorded in its order, bounded, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from supervisord.actions import owed as module
+from supervisord.actions.owed import Owed
+from supervisord.actions.types import Action, CannotRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from supervisord.actions.log import ActionLog
+
+NOW_NS = 1_700_000_000_123_000_000
+
+
+def act(number: int, actor: str = "uid:0(root)") -> Action:
+    return Action(f"ag_{number}", actor, "agent.kill", "x\udcff", "done", "why", {"n": number})
+
+
+def owed_in(directory: Path) -> Owed:
+    return Owed(directory / "private" / "owed", now_ns=lambda: NOW_NS)
+
+
+def drain(owed: Owed) -> list[Action]:
+    drained: list[Action] = []
+    while owed:
+        actions = list(owed.next(3))
+        owed.paid(actions)
+        drained += actions
+    return drained
+
+
+def test_a_later_daemon_goes_on_with_it_and_says_when_it_was(tmp_path: Path) -> None:
+    first = owed_in(tmp_path)
+    for number in range(5):
+        first.keep(act(number), cause="full")
+    with (tmp_path / "private" / "owed").open("ab") as file:
+        file.write(b'{"agent_id": "ag_5", "act')  # a crash cut it off
+    second = owed_in(tmp_path)
+    assert second.came.is_set()
+    *actions, lost = drain(second)
+    assert [(action.agent_id, action.object, action.details["n"]) for action in actions] == [
+        (f"ag_{number}", "x\udcff", number) for number in range(5)
+    ]
+    assert {action.details["happened_at"] for action in actions} == {"2023-11-14T22:13:20.123Z"}
+    assert (lost.verb, lost.details["times"]) == ("log.lost", 1)
+    assert not owed_in(tmp_path), "its twin: what is recorded is owed no more"
+    assert not second.came.is_set()
+
+
+def test_what_agents_do_leaves_room_for_what_operators_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OWED_MAX", 6)
+    monkeypatch.setattr(module, "OF_AGENTS_MAX", 4)
+    owed = owed_in(tmp_path)
+    for number in range(10):
+        owed.keep(act(number, actor="agent:ag_x"), cause="full")
+    for number in range(10, 14):
+        owed.keep(act(number), cause="full")
+    *actions, lost = drain(owed)
+    assert [action.details["n"] for action in actions] == [0, 1, 2, 3, 10, 11]
+    assert lost.details["times"] == 8
+    owed.keep(act(20, actor="agent:ag_x"), cause="full")
+    assert [action.details["n"] for action in drain(owed)] == [20], "there is room again"
+
+
+async def test_what_comes_while_losses_are_told_is_not_taken_for_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OWED_MAX", 1)
+    owed = owed_in(tmp_path)
+    for number in range(3):
+        owed.keep(act(number), cause="full")
+    owed.paid(owed.next(1))
+    told = owed.next(1)
+    owed.keep(act(3), cause="full")
+    owed.keep(act(4), cause="full")
+    owed.paid(told)
+    left, lost = drain(owed)
+    assert (left.details["n"], lost.details["times"]) == (3, 1)
+
+
+async def test_a_log_records_it_in_its_order_as_soon_as_it_can(
+    open_log: Callable[..., ActionLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owed = owed_in(tmp_path)
+    log = open_log(owed=owed)
+    monkeypatch.setattr("supervisord.actions.log.RETRY_SECONDS", 0.01)
+    paying = asyncio.create_task(log.pay_forever())
+    full: Any = OSError(28, "No space left on device")
+
+    def write(_self: object, _data: bytes) -> int:
+        raise full
+
+    with monkeypatch.context() as context:
+        context.setattr("supervisord.actions.files.SegmentFile.write", write)
+        with pytest.raises(CannotRecord):
+            await log.append(act(0))
+        await log.note(act(1))
+        await log.note(act(2), durable=True)
+        await asyncio.sleep(0.1)
+        assert len(owed) == 2
+    for _ in range(500):
+        await asyncio.sleep(0.01 if owed else 0)
+    assert not owed
+    await log.note(act(3))
+    entries = await log.query()
+    assert [(entry.action.verb, entry.action.details.get("n")) for entry in entries] == [
+        ("log.recover", None), ("agent.kill", 1), ("agent.kill", 2), ("agent.kill", 3),
+    ]  # fmt: skip
+    # Two were refused; that one of them was tried again and again counts as nothing.
+    assert entries[0].action.details == {"refused": 2}
+    assert ["happened_at" in entry.action.details for entry in entries] == [False, True, True, False]
+    paying.cancel()
+    assert (await log.verify()).ok
