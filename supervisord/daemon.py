@@ -75,7 +75,7 @@ from supervisord.webhook import Webhook
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     import grpc
 
@@ -89,6 +89,7 @@ ENDINGS_DIR_NAME: Final = "ended-grants"
 LEASES_DIR_NAME: Final = "leases"
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 2.0
+GO_ON_SECONDS: Final = 1.0
 ROOM_BYTES_MIN: Final = 256 * 1024
 
 
@@ -158,14 +159,17 @@ class Daemon:
         await self._reach_launcher()
         await self._recover()
         await self._layers.reconcile()
-        self._in_background(self._acts.expire_forever())
-        self._in_background(self._budget_watch.watch_forever())
-        self._in_background(self._gateway_health.watch())
-        self._in_background(self._leases.watch_forever())
-        self._in_background(self._retention.keep_forever())
-        self._in_background(self._layers.expire_forever())
-        self._in_background(self._endings.retry_forever())
-        self._in_background(self._actions.pay_forever())
+        for work in (
+            self._acts.expire_forever,
+            self._budget_watch.watch_forever,
+            self._gateway_health.watch,
+            self._leases.watch_forever,
+            self._retention.keep_forever,
+            self._layers.expire_forever,
+            self._endings.retry_forever,
+            self._actions.pay_forever,
+        ):
+            self._in_background(kept_up(work))
         self._in_background(finish_redactions(self._actions))
         self._in_background(retire_forever(self._actions, config.log))
         self._sinks.start()
@@ -665,6 +669,16 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def kept_up(work: Callable[[], Coroutine[object, object, None]]) -> None:
+    """Do what never ends; trouble that it does not expect must not end the lease, budget or expiry that it watches."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("a task of the daemon failed, and goes on", task=work.__qualname__)
+            await asyncio.sleep(GO_ON_SECONDS)
 
 
 def _webhook(config: Config) -> Webhook | None:
