@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 import structlog
 
 import sandbox
-from supervisord.actions.types import Action
+from supervisord.actions.types import Action, CannotReadLog
 from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
@@ -252,12 +252,30 @@ class Recovery:
                 self._agents.remember(agent)
                 continue
             self._agents.remember(agent)
-            self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
             found.append(agent)
+            # Where the database had no room for it, or no daemon could write, the log says how that was.
+            said = await self._said_of_end(agent.agent_id)
+            if said == "agent.kill":
+                self._agents.apply(agent, Event.KILL)
+                self._agents.apply(agent, Event.CGROUP_EMPTY)
+                continue
+            self._agents.apply(agent, Event.EXITED if agent.exit is not None else Event.LOST)
+            if said:
+                continue
             if agent.exit is not None and agent.exit.out_of_memory:
                 await self._actions.note(oom_action(agent))
             await self._actions.note(exit_action(agent))
         return found
+
+    async def _said_of_end(self, agent_id: str) -> str:
+        """Return the verb by which the end of an agent is in the log already; empty where it is not."""
+        try:
+            kills = await self._actions.query(agent_id=agent_id, verb="agent.kill", verdict="done", limit=1)
+            exits = await self._actions.query(agent_id=agent_id, verb="agent.exit", limit=1)
+        except CannotReadLog as error:
+            log.error("cannot tell whether the end of an agent is in the action log", cause=error.message)
+            return ""
+        return next((entry.action.verb for entry in (*kills, *exits)), "")
 
     def _ended_agent(self, directory: Path) -> Agent | None:
         try:
