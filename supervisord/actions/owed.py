@@ -36,6 +36,7 @@ class Owed:
         self._left: list[Action] = []
         self._of_agents = 0
         self._lost = 0
+        self._lines = 0  # in the file
         self.came = asyncio.Event()
         self._take_up()
 
@@ -53,8 +54,15 @@ class Owed:
             return
         try:
             self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            with self._path.open("a", encoding="ascii") as file:
-                file.write(json.dumps(asdict(action)) + "\n")
+            if self._lines >= 2 * OWED_MAX:  # most are recorded, as a disk took one now and then
+                fresh = self._path.with_suffix(".new")
+                fresh.unlink(missing_ok=True)
+                _write(fresh, self._left)
+                fresh.replace(self._path)
+                self._lines = len(self._left)
+            else:
+                _write(self._path, [action])
+                self._lines += 1
         except OSError as error:
             log.error("what is owed to the action log is in memory alone", path=str(self._path), cause=str(error))
 
@@ -74,6 +82,7 @@ class Owed:
         if not self:
             self.came.clear()
             self._path.unlink(missing_ok=True)
+            self._lines = 0
 
     def _add(self, action: Action) -> bool:
         of_agent = _is_of_agent(action)
@@ -93,6 +102,7 @@ class Owed:
         except OSError as error:
             log.error("cannot read what is owed to the action log", path=str(self._path), cause=str(error))
             return
+        self._lines = len(lines)
         for line in lines:
             try:
                 action = Action(**json.loads(line))
@@ -103,6 +113,11 @@ class Owed:
                 self._lost += not self._add(action)
         if self:
             self.came.set()
+
+
+def _write(path: Path, actions: Sequence[Action]) -> None:
+    with path.open("a", encoding="ascii") as file:
+        file.writelines(json.dumps(asdict(action)) + "\n" for action in actions)
 
 
 def _is_of_agent(action: Action) -> bool:

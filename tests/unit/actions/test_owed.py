@@ -70,6 +70,20 @@ def test_what_agents_do_leaves_room_for_what_operators_do(tmp_path: Path, monkey
     assert [action.details["n"] for action in drain(owed)] == [20], "there is room again"
 
 
+def test_a_disk_that_takes_one_now_and_then_lets_the_file_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OWED_MAX", 4)
+    owed = owed_in(tmp_path)
+    for number in range(100):
+        owed.keep(act(number), cause="full")
+        if number >= 3:
+            owed.paid(owed.next(1))
+    lines = (tmp_path / "private" / "owed").read_bytes().splitlines()
+    assert len(lines) <= 2 * 4
+    assert [action.details["n"] for action in drain(owed)] == [97, 98, 99]
+
+
 async def test_what_comes_while_losses_are_told_is_not_taken_for_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
