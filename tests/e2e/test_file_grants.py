@@ -216,6 +216,7 @@ def test_whoever_cannot_be_parted_from_it_is_frozen(stockade: Instance, data: Pa
     agent = stockade.launch("--name", "hider", "--", "python3", "-c", hide, str(data))
     grant = stockade.json("grant", "hider", f"fs:rw:{data}")
     stockade.wait(lambda: last_line(stockade, agent) == "hidden")
+    assert last_line(stockade, agent) == "hidden"
     done = stockade.ctl("revoke", grant["grant_id"])
     assert done.code == 1
     assert "stays open for writing" in done.err

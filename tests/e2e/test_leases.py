@@ -40,11 +40,11 @@ def test_without_renewal_an_agent_is_frozen_then_killed_and_with_it_neither(stoc
     with Stockade(target) as client:
         kept = client.launch(["sleep", "1000"], name="kept", lease=1)
         with kept.renewing(0.2):
-            stockade.wait(lambda: state(stockade, "left") == "FROZEN", 10)
+            stockade.wait(lambda: state(stockade, "left") == "FROZEN")
             stockade.wait(lambda: state(stockade, "left") == "KILLED", GRACE_SECONDS_MIN + 10)
             assert (state(stockade, "kept"), state(stockade, "free")) == ("RUNNING", "RUNNING")
             assert 0 < (kept.refresh().info.lease_left or 0) <= 1
-        stockade.wait(lambda: state(stockade, "kept") == "FROZEN", 10)
+        stockade.wait(lambda: state(stockade, "kept") == "FROZEN")
         assert kept.renew().state.value == "RUNNING", "its holder is back in time"
     seen = verbs(stockade, "left")
     assert next(verb for verb in seen if verb in ("lease.lapse", "agent.freeze", "agent.kill")) == "lease.lapse"
@@ -89,11 +89,11 @@ def test_a_renewal_thaws_what_its_lapse_froze_and_nothing_that_an_operator_froze
     for name in ("frozen-first", "frozen-again"):
         stockade.launch("--name", name, "--lease", "2s", "--", "sleep", "1000")
     assert stockade.ctl("freeze", "frozen-first").code == 0
-    stockade.wait(lambda: "lease.lapse" in verbs(stockade, "frozen-first"), 10)
+    stockade.wait(lambda: "lease.lapse" in verbs(stockade, "frozen-first"))
     assert stockade.ctl("renew", "frozen-first").code == 0
     assert state(stockade, "frozen-first") == "FROZEN"
 
-    stockade.wait(lambda: state(stockade, "frozen-again") == "FROZEN", 10)
+    stockade.wait(lambda: state(stockade, "frozen-again") == "FROZEN")
     assert stockade.ctl("thaw", "frozen-again").code == 0
     assert stockade.ctl("freeze", "frozen-again").code == 0
     assert stockade.ctl("renew", "frozen-again").code == 0

@@ -224,7 +224,8 @@ def test_a_program_that_was_execd_dies_with_the_agent(stockade: Instance) -> Non
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        assert len(of_agent(agent)) >= 4
+        stockade.wait(lambda: len(of_agent(agent)) == 4)
+        assert len(of_agent(agent)) == 4, "pid 1, a sleep, a shell and its sleep"
         stockade.json("kill", agent["agent_id"])
         assert of_agent(agent) == []
         assert process.wait(20) == 137

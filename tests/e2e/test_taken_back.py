@@ -183,7 +183,7 @@ def test_a_worker_that_does_not_answer_keeps_no_connection_open(stockade: Instan
         assert stockade.json("revoke", taken)["warning"] == ""
         stockade.wait(lambda: sink.open == 2, 2)
         assert sink.open == 2
-        stockade.wait(lambda: sink.open == 1, 10)
+        stockade.wait(lambda: sink.open == 1)
         assert sink.open == 1
         # The twin: what was not taken back is open still.
         time.sleep(0.3)

@@ -221,7 +221,7 @@ class Instance:
         return path
 
     @staticmethod
-    def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    def wait(condition: Callable[[], object], seconds: float = 30.0) -> None:
         """Poll until the condition holds or the time is up (the caller asserts what it needs)."""
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
