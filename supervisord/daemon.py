@@ -57,7 +57,7 @@ from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR, PolicyShelf
 from supervisord.policy import OnDeny
 from supervisord.receipts import Signing
-from supervisord.recovery import Kept, Recovery, exit_action, exit_of, reach_launcher, row_of
+from supervisord.recovery import Kept, Recovery, crash_action, exit_action, exit_of, reach_launcher, row_of
 from supervisord.registry import Registry
 from supervisord.requests import Requests
 from supervisord.retention import Retention
@@ -118,6 +118,10 @@ class Daemon:
         await asyncio.to_thread(_need_room, config.state_dir)
         self._actions = await asyncio.to_thread(_open_log, config, self._owed)
         self._store = await Store.open(config.state_dir / "state.db")
+        await self._actions.pay()
+        crash = await crash_action(self._actions, config.instance)
+        if crash is not None:
+            await self._actions.record(crash)
         await self._actions.record(
             Action("", "daemon", "daemon.start", config.instance, "done", "", {"pid": os.getpid()})
         )
@@ -128,7 +132,6 @@ class Daemon:
         `listener` is the control socket, where there is one.
         """
         config = self.config
-        await self._actions.pay()
         self._told_calls = ToldCalls(self._actions.append_all, call_name=seccomp.call_name)
         self._launcher = LauncherLink(
             path=config.run_dir / "launcher.sock", on_event=self._launcher_event, on_lost=self._launcher_lost

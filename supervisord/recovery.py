@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 import structlog
 
 import sandbox
-from supervisord.actions.types import Action, CannotReadLog
+from supervisord.actions.types import JSON, Action, CannotReadLog
 from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
@@ -335,6 +335,21 @@ def exit_of(status: dict[str, object], *, oom: bool = False) -> Exit:
         number if isinstance(number, int) else None,
         oom or status.get("oom") is True,
     )
+
+
+async def crash_action(actions: ActionLog, instance: str) -> Action | None:
+    """The entry for a daemon before this one that ended without a word; None where it said so, or there was none."""
+    try:
+        starts = await actions.query(verb="daemon.start", newest_first=True, limit=1)
+        stops = await actions.query(verb="daemon.stop", newest_first=True, limit=1)
+    except CannotReadLog as error:
+        log.error("cannot tell from the action log how the last daemon ended", cause=error.message)
+        return None
+    if not starts or (stops and stops[0].seq > starts[0].seq):
+        return None
+    started = starts[0]
+    details: dict[str, JSON] = {"pid": started.action.details.get("pid"), "started_seq": started.seq}
+    return Action("", "daemon", "daemon.crash", instance, "failed", "it ended without a word", details)
 
 
 def exit_action(agent: Agent) -> Action:

@@ -36,7 +36,9 @@ REQUEST_DEEDS: Final = {
     ("request.expire", "denied"): "expired",
 }
 CHANGE_VERBS: Final = frozenset({"policy.load", "hold.create", "hold.release", "registry.add", "registry.deprecate"})
-DAEMON_VERBS: Final = frozenset({"daemon.start", "daemon.stop", "daemon.recover", "launcher.restart", "log.recover"})
+DAEMON_VERBS: Final = frozenset(
+    {"daemon.start", "daemon.stop", "daemon.crash", "daemon.recover", "launcher.restart", "log.recover", "log.lost"}
+)
 
 
 class Rows:

@@ -97,6 +97,7 @@ class Before:
     gone: dict[str, Any]
     workspace: Path
     log_size: int
+    daemon: int
 
 
 def prepared(stockade: Instance) -> Before:
@@ -115,7 +116,8 @@ def prepared(stockade: Instance) -> Before:
     stockade.json("revoke", gone["grant_id"])
     stockade.wait(lambda: "200" in output(stockade, lives))
     size = int(stockade.json("log", "verify")["size"])
-    return Before(lives, ends, asleep, timed, counted, gone, workspace, size)
+    assert stockade.process is not None
+    return Before(lives, ends, asleep, timed, counted, gone, workspace, size, stockade.process.pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -185,7 +187,8 @@ def check_log(stockade: Instance, before: Before, number: signal.Signals) -> Non
     exits = [e for e in entries if e["verb"] == "agent.exit" and e["agent_id"] == before.ends["agent_id"]]
     assert [(entry["verdict"], entry["details"]["code"]) for entry in exits] == [("done", 9)]
     stops = [entry for entry in entries if entry["verb"] == "daemon.stop"]
-    assert len(stops) == (number is signal.SIGTERM)
+    crashes = [entry["details"]["pid"] for entry in entries if entry["verb"] == "daemon.crash"]
+    assert (len(stops), crashes) == ((1, []) if number is signal.SIGTERM else (0, [before.daemon]))
 
 
 def test_a_name_that_was_used_before_is_the_live_ones_after_a_restart(stockade: Instance) -> None:
