@@ -204,7 +204,7 @@ def _run(server: Server, linger_seconds: float | None) -> None:
     while loop.running:
         busy = loop.turn(0 if filling else WAIT_SECONDS if full else IDLE_SECONDS)
         now = time.monotonic()
-        if busy or server.agents or server.connections:
+        if busy or server.agents or server.channel.connections:
             last = now
         if linger_seconds is not None and now - last > linger_seconds:
             return

@@ -32,130 +32,30 @@ one of them null. The stream_id of an agent's first process is its agent_id. The
 Nothing here blocks; what takes time answers later.
 """
 
-# ruff: noqa: PTH108, PTH110, PTH123 - strings and descriptors: pathlib costs time on the launch path and knows no dir_fd
-
-import base64
-import binascii
 import contextlib
 import errno
 import json
 import os
 import signal
 import socket
-import struct
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import attach, confine, examine, launching, livebinds, mounted, sockets, sync
+from sandbox import attach, examine, kept_layers, launching, livebinds, mounted, sockets, stopping, streams, sync
 from sandbox.attach import ExecOrder, Stream
-from sandbox.cgroups import CannotConfine
+from sandbox.channel import Answer, Channel, Connection
 from sandbox.launching import Follow, Workshop
 from sandbox.limits_watch import Kind, Watch
-from sandbox.loop import READ, WRITE
 from sandbox.notices import Kept
-from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, check_terminal, decode, unpack_filters
-from sandbox.running import PIDS_SHOWN_MAX, Agent, State, agent_error, read_status
-from sandbox.scratch import CannotMakeScratch
+from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, decode, unpack_filters
+from sandbox.running import Agent, State, agent_error, read_status
 from sandbox.sync import StepError
 
 VERSION: Final = 1
-CONNECTIONS_MAX: Final = 64
-QUEUE_MAX: Final = 8192  # messages; a daemon that reads none for so long has to connect anew
-TOLD_QUEUED_MAX: Final = 256  # of some KiB each, and agents say how many there are
 FILTER_BYTES_MAX: Final = 256 << 10
 FILTERS_MAX: Final = 256
-KILL_DEADLINE_MS: Final = 10_000
-FREEZE_SECONDS_MAX: Final = 5.0
-FREEZE_POLL_SECONDS: Final = 0.002
-DESCRIPTORS_MAX: Final = 2
-ACCEPT_PAUSE_SECONDS: Final = 0.1
 SUPERVISOR_LOSS_SECONDS: Final = 5.0  # a daemon that is restarted or upgraded is back by then
-
-Answer = Callable[..., None]
-
-
-class Connection:
-    """One peer; what does not fit into its socket waits in a bounded queue."""
-
-    def __init__(self, server: "Server", sock: socket.socket) -> None:
-        self._server = server
-        self._sock = sock
-        self._queue: deque[tuple[dict[str, Any], list[int]]] = deque()
-        self.greeted = False
-        sock.setblocking(False)
-        sync.enlarge(sock)
-        server.loop.watch(sock.fileno(), READ, self._ready)
-
-    def _ready(self, events: int) -> None:
-        if events & WRITE:
-            self._flush()
-        if events & ~WRITE and self._sock.fileno() >= 0:
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            message, fds = sync.receive(self._sock)
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):
-            message, fds = None, []
-        if message is None:
-            self.close()
-            return
-        try:
-            self._server.perform(self, message, fds)
-        finally:
-            sync.close_all(fds)
-
-    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        """Send now or later; descriptors are duplicated where they have to wait."""
-        if self._sock.fileno() < 0:
-            return
-        if not self._queue:
-            try:
-                sync.send(self._sock, message, fds)
-            except BlockingIOError:
-                self._server.loop.change(self._sock.fileno(), READ | WRITE)
-            except OSError:
-                self.close()
-                return
-            else:
-                return
-        self._queue.append((message, [os.dup(fd) for fd in fds]))
-        if len(self._queue) > QUEUE_MAX:
-            self.close()
-
-    @property
-    def behind(self) -> bool:
-        """Whether so much waits for its peer that what agents have told is kept for later, as a bounded number."""
-        return len(self._queue) > TOLD_QUEUED_MAX
-
-    def _flush(self) -> None:
-        while self._queue:
-            message, fds = self._queue[0]
-            try:
-                sync.send(self._sock, message, fds)
-            except BlockingIOError:
-                return
-            except OSError:
-                self.close()
-                return
-            self._queue.popleft()
-            sync.close_all(fds)
-        self._server.loop.change(self._sock.fileno(), READ)
-        self._server.tell_kept()
-
-    def close(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._server.loop.forget(self._sock.fileno())
-            self._sock.close()
-            while self._queue:
-                sync.close_all(self._queue.popleft()[1])
-            self._server.connections.discard(self)
-            if self.greeted:
-                self._server.peer_gone()
 
 
 class Server:
@@ -165,15 +65,11 @@ class Server:
         self.workshop = workshop
         self.loop = workshop.loop
         self.agents: dict[str, Agent] = {}
-        self.connections: set[Connection] = set()
         self.on_change: list[Callable[[Agent, str], None]] = []
         self.watch = Watch(self.loop, self.agents, self._met_limit)
         self.told = Kept()
         workshop.watching.say = self._told
         self._follows: dict[str, Follow] = {}
-        self._listener = listener
-        listener.setblocking(False)
-        self._listen()
         self._operations: dict[str, Callable[[Connection, dict[str, Any], list[int], Answer], None]] = {
             "hello": self._hello,
             "filter": self._filter,
@@ -198,28 +94,7 @@ class Server:
             "layer": self._layer,
             "drop": self._drop,
         }
-
-    # --- channel ---
-
-    def _listen(self) -> None:
-        self.loop.watch(self._listener.fileno(), READ, self._accept)
-
-    def _accept(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    raise
-                # Who waits is served when descriptors are free again; asking at once would only keep this busy.
-                self.loop.forget(self._listener.fileno())
-                self.loop.later(ACCEPT_PAUSE_SECONDS, self._listen)
-                return
-            _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if uid != 0 or len(self.connections) >= CONNECTIONS_MAX:
-                sock.close()
-                return
-            self.connections.add(Connection(self, sock))
+        self.channel = Channel(self.loop, listener, heard=self.perform, flushed=self.tell_kept, left=self._left)
 
     def perform(self, connection: Connection, message: dict[str, Any], fds: list[int]) -> None:
         """Do one request; whatever goes wrong is the answer."""
@@ -250,28 +125,21 @@ class Server:
         except Exception as error:  # noqa: BLE001 - one bad request must not end the process that holds every agent
             answer(StepError(name, getattr(error, "errno", 0) or 0, f"{type(error).__name__}: {error}"))
 
-    def broadcast(self, event: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        for connection in list(self.connections):
-            if connection.greeted:
-                connection.send(event, fds)
-
     def agent(self, message: dict[str, Any]) -> Agent:
         agent = self.agents.get(str(message["agent_id"]))
         if agent is None:
             raise agent_error(str(message["agent_id"]), str(message["op"]))
         return agent
 
-    def peer_gone(self) -> None:
+    def _left(self) -> None:
         """A daemon has gone: what it had half built is undone now, and what must not run without one ends soon."""
-        if any(connection.greeted for connection in self.connections):
-            return
         for agent in list(self.agents.values()):
             if agent.state in (State.BUILDING, State.BUILT):
                 agent.end()
         self.loop.later(SUPERVISOR_LOSS_SECONDS, self._end_unsupervised)
 
     def _end_unsupervised(self) -> None:
-        if any(connection.greeted for connection in self.connections):
+        if self.channel.greeted:
             return
         for agent in list(self.agents.values()):
             if agent.meta.get("on_supervisor_loss") == "kill":
@@ -415,7 +283,7 @@ class Server:
                 answer(pid=stream.pid)
 
         def exited(stream: Stream, status: dict[str, Any]) -> None:
-            self.broadcast(
+            self.channel.broadcast(
                 {
                     "ev": "exec_exited",
                     "agent_id": stream.agent.agent_id,
@@ -426,148 +294,34 @@ class Server:
 
         attach.start(agent, order, started=started, exited=exited)
 
-    def _find(self, message: dict[str, Any]) -> Agent | Stream:
-        name = str(message.get("stream_id") or message["agent_id"])
-        if name in self.agents:
-            return self.agents[name]
-        for agent in self.agents.values():
-            if name in agent.streams:
-                return agent.streams[name]
-        raise agent_error(name, str(message["op"]))
-
     def _stdin(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        target = self._find(message)
-        try:
-            data = base64.b64decode(message.get("data") or "", validate=True)
-        except binascii.Error as error:
-            raise StepError("write stdin", 0, "data is not base64") from error
-
-        def written(ok: bool) -> None:  # noqa: FBT001 - a callback of one word
-            answer(None if ok else StepError("write stdin", errno.EPIPE, "the stream is closed"))
-
-        if target.feed is None or not target.feed.give(data, eof=bool(message.get("eof")), written=written):
-            raise StepError("write stdin", 0, "there is no open stdin, or its buffer is full")
+        process = streams.find(self.agents, message)
+        streams.write(process, message.get("data") or "", eof=bool(message.get("eof")), answer=answer)
 
     def _resize(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        target = self._find(message)
-        tty = Tty(int(message["rows"]), int(message["cols"]))
-        check_terminal(tty)
-        if target.terminal < 0:
-            raise StepError("resize", 0, "there is no terminal")
-        confine.resize(target.terminal, tty)
+        streams.resize(streams.find(self.agents, message), Tty(int(message["rows"]), int(message["cols"])))
         answer()
 
     def _signal(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        self._find(message).signal(int(signal.Signals(int(message["signal"]))))
+        streams.find(self.agents, message).signal(int(signal.Signals(int(message["signal"]))))
         answer()
 
     def _kill(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent_id = str(message["agent_id"])
         agent = self.agents.get(agent_id)
         if agent is None:
-            self._killed_before(agent_id, answer)
+            stopping.kill_gone(self.workshop, agent_id, answer)
             return
-        already = agent.state is State.ENDING
-        deadline_ms = min(max(int(message.get("deadline_ms", KILL_DEADLINE_MS)), 1), 600_000)
-        answered = False
-
-        def report(agent: Agent) -> None:
-            nonlocal answered
-            if answered or agent.ending is None:
-                return
-            answered = True
-            ending = agent.ending
-            over = agent.state is State.GONE
-            left = list(ending.left) if over else agent.group.pids() if agent.group is not None else []
-            answer(
-                processes_killed=ending.processes,
-                egress_cut_ms=round(ending.egress_cut_ms, 3),
-                dead_ms=round(ending.dead_ms, 3),
-                verified_empty=over and agent.pidfd < 0 and not ending.problem and not left,
-                already=already,
-                left=left[:PIDS_SHOWN_MAX],
-                problem=ending.problem,
-            )
-
-        agent.gone.append(report)
-        self.loop.later(deadline_ms / 1000, lambda: report(agent))
-        agent.end()
-
-    def _killed_before(self, agent_id: str, answer: Answer) -> None:
-        if "/" in agent_id or not os.path.exists(f"{self.workshop.run_dir}/agents/{agent_id}/exit"):
-            raise agent_error(agent_id, "kill")
-        left = self._left_of(f"{self.workshop.run_dir}/agents/{agent_id}")
-        answer(
-            processes_killed=0,
-            egress_cut_ms=0.0,
-            dead_ms=0.0,
-            verified_empty=not left,
-            already=True,
-            left=left,
-            problem="processes that no launcher holds: end them by hand" if left else "",
-        )
-
-    def _left_of(self, directory: str) -> list[int]:
-        """Processes in the group of an agent that is not held here any more: there should be none."""
-        try:
-            with open(f"{directory}/state.json", encoding="utf-8") as file:
-                group = self.workshop.layout.open(self.workshop.instance, str(json.load(file)["group"]))
-        except (OSError, ValueError, KeyError, TypeError, CannotConfine):
-            return []  # it never was let go, or its group was removed, which takes an empty one
-        try:
-            return group.pids()[:PIDS_SHOWN_MAX]
-        finally:
-            group.close()
+        stopping.kill(self.loop, agent, int(message.get("deadline_ms", stopping.KILL_DEADLINE_MS)), answer)
 
     def _end_exec(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        agent, stream_id = self.agent(message), str(message["stream_id"])
-        tree = None if agent.group is None else agent.trees().of.get(stream_id)
-        if tree is None:  # nothing of it is left, or never was
-            answer(known=False, processes_killed=0, verified_empty=True, left=[])
-            return
-        count = len(tree.pids())
-        tree.kill()
-        self._await_empty(agent, stream_id, (count, time.monotonic() + KILL_DEADLINE_MS / 1000), answer)
-
-    def _await_empty(self, agent: Agent, stream_id: str, since: tuple[int, float], answer: Answer) -> None:
-        """Answer when the kernel says that nothing of it is left, or the time is over."""
-        count, deadline = since
-        tree = None if agent.exec_trees is None else agent.exec_trees.of.get(stream_id)
-        if tree is not None and tree.populated():
-            if time.monotonic() < deadline:
-                self.loop.later(FREEZE_POLL_SECONDS, lambda: self._await_empty(agent, stream_id, since, answer))
-                return
-            answer(known=True, processes_killed=count, verified_empty=False, left=tree.pids()[:PIDS_SHOWN_MAX])
-            return
-        agent.drop_trees()
-        answer(known=True, processes_killed=count, verified_empty=True, left=[])
+        stopping.end_exec(self.loop, self.agent(message), str(message["stream_id"]), answer)
 
     def _freeze(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        agent = self._running(message)
-        assert agent.group is not None  # noqa: S101 - it runs
-        agent.group.freeze()
-        agent.frozen = True
-        self._await_frozen(agent, answer, FREEZE_SECONDS_MAX)
-
-    def _await_frozen(self, agent: Agent, answer: Answer, seconds: float) -> None:
-        if agent.group is None:
-            answer(StepError("freeze", 0, "the agent ended"))
-        elif agent.group.frozen():
-            answer(frozen=True)
-        elif seconds <= 0:
-            answer(StepError("freeze", errno.ETIMEDOUT, "a process did not stop in time", "kill it instead"))
-        else:
-            self.loop.later(
-                FREEZE_POLL_SECONDS, lambda: self._await_frozen(agent, answer, seconds - FREEZE_POLL_SECONDS)
-            )
+        stopping.freeze(self.loop, self._running(message), answer)
 
     def _thaw(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        agent = self._running(message)
-        assert agent.group is not None  # noqa: S101 - it runs
-        if not agent.pausing:  # else when that is over
-            agent.group.thaw()
-        agent.frozen = False
-        answer(frozen=False)
+        stopping.thaw(self._running(message), answer)
 
     def _running(self, message: dict[str, Any]) -> Agent:
         agent = self.agent(message)
@@ -585,40 +339,13 @@ class Server:
                 stats[agent_id]["pids"] -= agent.keeper.pid() > 0  # ours, not the agent's
         answer(stats=stats)
 
-    def _layer_path(self, message: dict[str, Any]) -> str:
-        agent_id = str(message["agent_id"])
-        if not agent_id or not all(c.isascii() and (c.isalnum() or c in "-_") for c in agent_id):
-            raise InvalidPlan("agent_id: must be letters, digits, '-' or '_'")
-        path = self.workshop.stock.layer_path(agent_id)
-        if not os.path.exists(path):
-            raise StepError(str(message["op"]), errno.ENOENT, f"there is no layer of {agent_id}")
-        return path
-
     def _layer(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
-        path = self._layer_path(message)
-
-        def read() -> None:
-            try:
-                top = self.workshop.stock.read(path)
-            except CannotMakeScratch as error:
-                answer(StepError("layer", error.number, str(error), error.remedy))
-                return
-            answer(fds=(top,))
-            os.close(top)
-
-        self.workshop.when_free(path, read)
+        kept_layers.show(self.workshop, str(message["agent_id"]), answer)
 
     def _drop(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         if str(message["agent_id"]) in self.agents:
             raise StepError("drop", errno.EBUSY, "the agent has not ended")
-        path = self._layer_path(message)
-
-        def drop() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            answer()
-
-        self.workshop.when_free(path, drop)
+        kept_layers.drop(self.workshop, str(message["agent_id"]), answer)
 
     def _counters(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:
         agent = self._running(message)
@@ -659,12 +386,13 @@ class Server:
         limit = {Kind.PIDS_LIMIT: limits.pids, Kind.THROTTLED: limits.cpus, Kind.MEMORY_PRESSURE: limits.memory_bytes}
         if kind in limit:
             details["limit"] = limit[kind]
-        self.broadcast({"ev": "met_limit", "agent_id": agent.agent_id, "kind": kind.value, "details": details})
+        met = {"agent_id": agent.agent_id, "kind": kind.value, "details": details}
+        self.channel.broadcast({"ev": "met_limit", **met})
 
     def _told(self, agent_id: str, stream_id: str, events: list[dict[str, Any]]) -> None:
-        listening = [connection for connection in self.connections if connection.greeted]
+        listening = self.channel.greeted
         if listening and not any(connection.behind for connection in listening):
-            self.broadcast({"ev": "called", "agent_id": agent_id, "stream_id": stream_id, "events": events})
+            self.channel.broadcast({"ev": "called", "agent_id": agent_id, "stream_id": stream_id, "events": events})
         else:
             self.told.add(agent_id, stream_id, events)
 
@@ -706,7 +434,9 @@ class Server:
         self._notify(agent, "gone")
         if agent.started_at:
             status = {"code": agent.status["code"], "signal": agent.status["signal"]}
-            self.broadcast({"ev": "exited", "agent_id": agent.agent_id, "status": status, "oom": agent.status["oom"]})
+            self.channel.broadcast(
+                {"ev": "exited", "agent_id": agent.agent_id, "status": status, "oom": agent.status["oom"]}
+            )
         else:
             launching.remove_directory(agent.directory)
 
@@ -720,4 +450,4 @@ class Server:
             fd = os.open(f"{directory}/exit", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             status = read_status(fd)
             os.close(fd)
-            self.broadcast({"ev": "exited", "agent_id": agent_id, "status": status, "oom": status["oom"]})
+            self.channel.broadcast({"ev": "exited", "agent_id": agent_id, "status": status, "oom": status["oom"]})

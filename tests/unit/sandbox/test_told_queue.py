@@ -6,9 +6,9 @@ import socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from sandbox import notices, serve, sync
+from sandbox import channel, notices, sync
 from sandbox.loop import Loop
-from sandbox.serve import Connection, Server
+from sandbox.serve import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,14 +41,13 @@ def test_a_daemon_that_does_not_read_is_told_the_first_and_how_many_more(tmp_pat
         near, far = sync.pair()
         with near, far:
             far.setblocking(False)
-            connection = Connection(server, near)
+            connection = server.channel.add(near)
             connection.greeted = True
-            server.connections.add(connection)
             for _ in range(MANY):
                 workshop.watching.say("ag_1", "ag_1", [EVENT])
             assert connection.behind
-            assert len(connection._queue) == serve.TOLD_QUEUED_MAX + 1
-            server.broadcast({"ev": "exited", "agent_id": "ag_1"})
+            assert len(connection._queue) == channel.TOLD_QUEUED_MAX + 1
+            server.channel.broadcast({"ev": "exited", "agent_id": "ag_1"})
             messages = list(received(workshop.loop, far))
             assert not connection.behind
             events = [event for message in messages for event in message.get("events", ())]
