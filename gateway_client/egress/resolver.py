@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Coroutine
 
-    from gateway_client.egress.flow import Agent, Desk
+    from gateway_client.egress.connection import Agent, Desk
 
 look_ups_at_once_max: Final = 32
 look_ups_per_turn_max: Final = 32

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, assert_never
 
-from gateway_client.egress import messages
+from gateway_client.egress import flow, messages
 from gateway_client.egress.allowance import Allowance, Loan, Moved
 from gateway_client.egress.answering import UpstreamError
 from gateway_client.egress.answers import problem, response
 from gateway_client.egress.codec import BadFrame
+from gateway_client.egress.connection import Agent, Connection
 from gateway_client.egress.decide import BUDGET_SPENT, Allow, Reason, Refuse
 from gateway_client.egress.exchange import Exchange
-from gateway_client.egress.flow import Agent, Connection
 from gateway_client.egress.leaves import Leaves
 from gateway_client.egress.link import Link
 from gateway_client.egress.names import MADE_UP, NAMES_PORT
@@ -345,7 +345,7 @@ class Worker:
             await self._loop.connect_accepted_socket(lambda: stream, accepted)
             if agent.frozen:
                 stream.freeze(frozen=True)
-            await connection.start()
+            await connection.start(flow.run(connection))
         except (OSError, asyncio.CancelledError):
             stream.close()
         except Exception:  # noqa: BLE001 - whatever it is, the other agents are not to feel it
