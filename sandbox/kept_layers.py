@@ -7,10 +7,10 @@ import errno
 import os
 
 from sandbox.channel import Answer
-from sandbox.launching import Workshop
 from sandbox.plan import InvalidPlan
 from sandbox.scratch import CannotMakeScratch
 from sandbox.sync import StepError
+from sandbox.workshop import Workshop
 
 
 def show(workshop: Workshop, agent_id: str, answer: Answer) -> None:

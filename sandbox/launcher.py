@@ -26,7 +26,6 @@ from typing import Final
 
 from sandbox import cgroups, pages, syscalls
 from sandbox.guard import Guard
-from sandbox.launching import Workshop
 from sandbox.loop import READ, Loop
 from sandbox.netpool import Pool
 from sandbox.restore import Notifier, restore
@@ -38,6 +37,7 @@ from sandbox.starters import READY, Starters
 from sandbox.sweeper import Sweeper
 from sandbox.userns import Holders
 from sandbox.watching import Watching
+from sandbox.workshop import Workshop
 
 PROXY_PORT: Final = 3128
 NETWORKS_READY: Final = 4

@@ -24,12 +24,13 @@ from sandbox.attach import reap
 from sandbox.cgroups import CannotConfine
 from sandbox.controls import BY_NAME
 from sandbox.entering import Taking
-from sandbox.launching import Workshop, host_owner
+from sandbox.launching import host_owner
 from sandbox.loop import READ
 from sandbox.mounted import GRANTS, Mounted, drop, mount_id, save
 from sandbox.plan import BINDS_MAX, Bind, check_bind
 from sandbox.running import Agent, State
 from sandbox.sync import StepError, ToldError, step
+from sandbox.workshop import Workshop
 
 CHILD_SECONDS_MAX: Final = 8.0
 FREEZE_SECONDS_MAX: Final = 5.0

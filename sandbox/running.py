@@ -285,12 +285,7 @@ class Agent:
         self.mounted.clear()
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
-        if self.image is not None and not self.started_at:
-            self.image.forget()  # nothing ran, so there is no layer to keep
-        for image in (self.image, self.home):
-            if image is not None and self.put_away is not None:
-                self.put_away(image)
-        self.image = self.home = None
+        self.put_images_away()
         if self.watching is not None:
             self.watching.end_agent(self.agent_id)
         oom = self._remove_group(ending)
@@ -298,6 +293,15 @@ class Agent:
         self.state = State.GONE
         while self.gone:
             self.gone.pop(0)(self)
+
+    def put_images_away(self) -> None:
+        """Let go of its images; where nothing ran there is no layer to keep."""
+        if self.image is not None and not self.started_at:
+            self.image.forget()
+        for image in (self.image, self.home):
+            if image is not None and self.put_away is not None:
+                self.put_away(image)
+        self.image = self.home = None
 
     def _remove_group(self, ending: Ending) -> bool:
         group, self.group = self.group, None

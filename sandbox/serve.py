@@ -40,17 +40,21 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandbox import attach, examine, kept_layers, launching, livebinds, mounted, sockets, stopping, streams, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.channel import Answer, Channel, Connection
-from sandbox.launching import Follow, Workshop
 from sandbox.limits_watch import Kind, Watch
 from sandbox.notices import Kept
 from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, decode, unpack_filters
+from sandbox.posture import posture
 from sandbox.running import Agent, State, agent_error, read_status
 from sandbox.sync import StepError
+from sandbox.workshop import Workshop
+
+if TYPE_CHECKING:
+    from sandbox.following import Follow
 
 VERSION: Final = 1
 FILTER_BYTES_MAX: Final = 256 << 10
@@ -230,10 +234,10 @@ class Server:
                 answer(error)
                 return
             self._notify(agent, "built")
-            agent.posture = posture = launching.posture(self.workshop, agent)
+            agent.posture = posture(agent, self.workshop.layout)
             agent.timings_us["launch"] = (time.perf_counter_ns() - began) // 1000
             fds = (agent.pidfd, agent.listener)
-            answer(pid=agent.pid, cgroup=agent.group_name, posture=posture, timings_us=agent.timings_us, fds=fds)
+            answer(pid=agent.pid, cgroup=agent.group_name, posture=agent.posture, timings_us=agent.timings_us, fds=fds)
 
         agent, follow = launching.begin(self.workshop, plan, wire=message["plan"], meta=meta, fds=fds, built=built)
         agent.timings_us["decode"] = decode_us

@@ -13,10 +13,10 @@ from typing import Final
 
 from sandbox.cgroups import CannotConfine
 from sandbox.channel import Answer
-from sandbox.launching import Workshop
 from sandbox.loop import Loop
 from sandbox.running import PIDS_SHOWN_MAX, Agent, State, agent_error
 from sandbox.sync import StepError
+from sandbox.workshop import Workshop
 
 KILL_DEADLINE_MS: Final = 10_000
 KILL_DEADLINE_MS_MAX: Final = 600_000

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SEND_BUFFER_BYTES: Final = 4 << 20
-REPLY_SECONDS_MAX: Final = 30.0  # above every deadline of the launcher (sandbox/launching.py, attach.py)
+REPLY_SECONDS_MAX: Final = 30.0  # above every deadline of the launcher (sandbox/following.py, attach.py)
 STDIN_SECONDS_MAX: Final = 366 * 86400.0
 Message: TypeAlias = dict[str, object]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import examine, launching
+from sandbox import examine, following
 from sandbox.plan import AGENT_ID_FIRST, IdRange, SandboxPlan, pack_filters
 from sandbox.sync import StepError
 
@@ -79,9 +79,9 @@ def test_what_is_not_confined_as_planned_never_runs(
     monkeypatch.setattr(examine, "at_launch", lambda _agent: SEEN | changes)
     if told:
         with pytest.raises(StepError, match=f"not in force as planned: {told}"):
-            launching._verify(agent, {"securebits": securebits})
+            following._verify(agent, {"securebits": securebits})
     else:
-        launching._verify(agent, {"securebits": securebits})
+        following._verify(agent, {"securebits": securebits})
         assert agent.seen["securebits"] == "0xef"
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from sandbox.launching import Workshop
+    from sandbox.workshop import Workshop
 
 MANY = 20_000
 EVENT = {"kind": "exec", "path": "x" * 900}
