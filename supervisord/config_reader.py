@@ -1,16 +1,12 @@
 """stockade.toml read: every key known, every value checked, every problem with its line (only load_config does I/O)."""
 
-import ipaddress
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
-from gateway_client.egress.mcpcall import SERVER_NAME
-from gateway_client.gateways.guardrails.builtin import BY_NAME, SETS
-from gateway_client.gateways.guardrails.pattern import BadPattern, read_pieces
 from sandbox.images.limits import ImageLimits
 from supervisord.budgets import BOUNDS, NO_BUDGET, TIMES, LabelBudget, Period, parse_budget
 from supervisord.config import (
@@ -20,16 +16,8 @@ from supervisord.config import (
     AgentsConfig,
     Config,
     ControlConfig,
-    GatewayConfig,
     GatewayKind,
-    Guardrail,
-    GuardrailAction,
-    GuardrailDirection,
     LogConfig,
-    McpServer,
-    ModelKind,
-    ModelRoute,
-    Network,
     OnStop,
     RequestsConfig,
     Role,
@@ -39,7 +27,9 @@ from supervisord.config import (
     UsersConfig,
 )
 from supervisord.documents import PROBLEMS_MAX, InvalidDocument, Position, Problem
+from supervisord.endpoints import is_endpoint, is_loopback, read_url
 from supervisord.errors import InvalidInput, StockadeError
+from supervisord.gateway_reader import read_gateway
 from supervisord.ids import instance_name, label, shown
 from supervisord.sizes import format_size, parse_duration, parse_size
 from supervisord.tables import Findings, Table
@@ -47,23 +37,14 @@ from supervisord.tables import Findings, Table
 M = TypeVar("M", int, float)
 
 CONFIG_BYTES_MAX: Final = 256 * 1024
-MODELS_MAX: Final = 256
-HOSTS_MAX: Final = 4096
-GUARDRAILS_MAX: Final = 64
-PATTERNS_MAX: Final = 64
-MCP_SERVERS_MAX: Final = 64
 SINKS_MAX: Final = 8
 _SINK_FILES: Final = ("header_file", "ca_file", "cert_file", "key_file")
 LABEL_BUDGETS_MAX: Final = 256
-USD_PER_MTOK_MAX: Final = 1_000_000
-PORT_MAX: Final = 65535
 
 # sockaddr_un has 108 bytes for a path (unix(7)); the private sockets below run_dir have names of up to 45.
 RUN_DIR_BYTES_MAX: Final = 60
 
 _ACCOUNT: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII)
-_MODEL_GLOB: Final = re.compile(r"[A-Za-z0-9._:/@+*-]{1,200}", re.ASCII)
-_HOST: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})*", re.ASCII)
 _SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}", re.ASCII)
 _SYSLOG: Final = re.compile(
     r"unix:/[!-~]{1,100}|(udp|tcp):[A-Za-z0-9._-]{1,253}:[0-9]{1,5}|(udp|tcp):\[[0-9a-f:.]+\]:[0-9]{1,5}", re.ASCII
@@ -71,17 +52,6 @@ _SYSLOG: Final = re.compile(
 _IDENTITY: Final = re.compile(
     r"cn:[^\x00-\x1f\x7f]{1,200}|spiffe://[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,16}"
 )
-_GUARDRAIL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
-_PATTERN_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
-_MODEL_KEYS: Final = {
-    "url": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
-    "model": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
-    "key_file": (ModelKind.OPENAI, ModelKind.ANTHROPIC),
-    "responses": (ModelKind.OPENAI,),
-    "script": (ModelKind.SCRIPTED,),
-    "path": (ModelKind.LOCAL,),
-    "context_tokens": (ModelKind.LOCAL,),
-}
 
 
 def load_config(path: Path) -> Config:
@@ -171,7 +141,7 @@ def _config(root: Table, source: str) -> Config:
         state_dir=state_dir or default.state_dir,
         run_dir=run_dir or default.run_dir,
         policy_dirs=_policy_dirs(root, default.policy_dirs),
-        gateway=_gateway(root.table("gateway")),
+        gateway=read_gateway(root.table("gateway")),
         log=_log(root.table("log")),
         control=_control(root.table("control")),
         requests=_requests(root.table("requests")),
@@ -200,192 +170,6 @@ def _policy_dirs(root: Table, default: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(root.absolute(f"policy_dirs[{index}]", item) for index, item in enumerate(value))
 
 
-def _gateway(table: Table) -> GatewayConfig:
-    kind = table.one_of("kind", GatewayKind.EMBEDDED)
-    gateway = GatewayConfig(
-        kind=kind,
-        url=_url(table, "url", GatewayConfig().url),
-        credential_file=table.path("credential_file", None),
-        forward_proxy=_url(table, "forward_proxy", ""),
-        models=tuple(_model(entry) for entry in table.tables("models", MODELS_MAX)),
-        guardrails=tuple(_guardrail(entry) for entry in table.tables("guardrails", GUARDRAILS_MAX)),
-        mcp=tuple(_mcp(entry) for entry in table.tables("mcp", MCP_SERVERS_MAX)),
-        hosts=_hosts(table.table("hosts")),
-        probe_seconds=table.number("probe_seconds", None, 0.1, 3600) or GatewayConfig().probe_seconds,
-        allow_networks=_networks(table),
-        ca_file=table.path("ca_file", None),
-    )
-    if kind is not GatewayKind.EMBEDDED:
-        if not gateway.url:
-            table.problem("url", f"is empty, and kind {kind.value} needs it", "say where the gateway listens")
-        for key in ("models", "guardrails", "mcp", "hosts", "allow_networks"):
-            if table.values.get(key):
-                table.problem(key, f"is for the embedded gateway, and kind is {kind.value}", "remove it")
-    table.end()
-    return gateway
-
-
-def _url(table: Table, key: str, default: str) -> str:
-    text = table.text(key, default)
-    if not text:
-        return text
-    try:
-        parts = urlsplit(text)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        parts, fits = urlsplit(""), False
-    plain = re.fullmatch(r"[!-~]+", text) is not None and not {"\\", "#", "?", "@"} & set(text)
-    if not fits or not plain or parts.username is not None:
-        table.problem(key, f"{shown(text)} is not http(s)://HOST[:PORT][/PATH]", "no user, query or fragment in it")
-    return text
-
-
-def _model(table: Table) -> ModelRoute:
-    kind = table.one_of("kind", ModelKind.SCRIPTED)
-    route = ModelRoute(
-        name=table.matching("name", "", _MODEL_GLOB, "a model's name or a glob such as gpt-*"),
-        kind=kind,
-        url=_url(table, "url", ""),
-        model=table.matching("model", "", _MODEL_GLOB, "a model's name"),
-        key_file=table.path("key_file", None),
-        script=table.path("script", None),
-        listed=_listed(table),
-        responses=table.flag("responses", default=True),
-        path=table.path("path", None),
-        context_tokens=table.whole("context_tokens", 4096, 256, 10_000_000),
-        input_usd_per_mtok=table.number("input_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
-        output_usd_per_mtok=table.number("output_usd_per_mtok", None, 0, USD_PER_MTOK_MAX),
-    )
-    if not route.name:
-        table.problem("name", "is missing", 'add name = "MODEL-GLOB"')
-    if not route.url and kind in (ModelKind.OPENAI, ModelKind.ANTHROPIC):
-        table.problem("url", f"is missing, and kind {kind.value} needs it", "add the provider's base URL")
-    for key, owners in _MODEL_KEYS.items():
-        if key in table.values and kind not in owners:
-            listed = " and ".join(owner.value for owner in owners)
-            table.problem(key, f"is for kind {listed}, and kind is {kind.value}", "remove it")
-    if (route.input_usd_per_mtok is None) != (route.output_usd_per_mtok is None):
-        table.problem("input_usd_per_mtok", "and output_usd_per_mtok go together", "give both or neither")
-    table.end()
-    return route
-
-
-def _listed(table: Table) -> tuple[str, ...]:
-    value = table.get("listed")
-    if value is None:
-        return ()
-    names = value if isinstance(value, list) and len(value) <= MODELS_MAX else [None]
-    if not all(isinstance(name, str) and _MODEL_GLOB.fullmatch(name) and "*" not in name for name in names):
-        table.problem("listed", "is not a list of models' names", 'write listed = ["gpt-x"]')
-        return ()
-    return tuple(str(name) for name in names)
-
-
-def _mcp(table: Table) -> McpServer:
-    server = McpServer(
-        name=table.matching("name", "", SERVER_NAME, "a name of letters, digits and ._-"),
-        url=_url(table, "url", ""),
-        credential_file=table.path("credential_file", None),
-    )
-    for key in ("name", "url"):
-        if not getattr(server, key):
-            table.problem(key, "is missing", f'add {key} = "…"')
-    table.end()
-    return server
-
-
-def _guardrail(table: Table) -> Guardrail:
-    own_table = table.table("own")
-    own = {name: own_table.text(name, "") for name in list(own_table.values)[:PATTERNS_MAX]}
-    for name, text in own.items():
-        if _PATTERN_NAME.fullmatch(name) is None or name in (*SETS, *BY_NAME):
-            own_table.problem(name, "is no name for a pattern, or one that exists", "write small letters, digits and _")
-        try:
-            read_pieces(text)
-        except BadPattern as error:
-            own_table.problem(name, str(error), "docs/POLICY.md has the language of patterns")
-    patterns = _texts(table, "patterns", _PATTERN_NAME, ())
-    for name in patterns:
-        if name not in SETS and name not in BY_NAME:
-            table.problem("patterns", f"has {name}, which is none", f"known are {', '.join((*SETS, *BY_NAME))}")
-    if not patterns and not own:
-        table.problem("patterns", "and own are empty: nothing would be looked for", 'add patterns = ["secrets"]')
-    guardrail = Guardrail(
-        name=table.matching("name", "", _GUARDRAIL_NAME, "a name of letters, digits, - and _"),
-        action=table.one_of("action", GuardrailAction.BLOCK),
-        direction=table.one_of("direction", GuardrailDirection.BOTH),
-        patterns=patterns,
-        own=own,
-        models=_texts(table, "models", _MODEL_GLOB, ("*",)),
-    )
-    if not guardrail.name:
-        table.problem("name", "is missing", 'add name = "no-secrets"')
-    table.end()
-    return guardrail
-
-
-def _texts(table: Table, key: str, form: re.Pattern[str], default: tuple[str, ...]) -> tuple[str, ...]:
-    value = table.get(key)
-    if value is None:
-        return default
-    items = value if isinstance(value, list) and len(value) <= PATTERNS_MAX else [None]
-    if not all(isinstance(item, str) and form.fullmatch(item) for item in items):
-        table.problem(key, f"is not a list of up to {PATTERNS_MAX} names", f'write {key} = ["…"]')
-        return default
-    return tuple(str(item) for item in items)
-
-
-def _hosts(table: Table) -> Mapping[str, str]:
-    if len(table.values) > HOSTS_MAX:
-        table.findings.add(table.name, f"has more than {HOSTS_MAX} names", "remove some")
-    hosts: dict[str, str] = {}
-    for name in table.values:
-        address = table.text(name, "")
-        if _HOST.fullmatch(name) is None:
-            table.problem(name, "is not a host's name in lower case", 'quote one with dots: "a.example.com" = "…"')
-        elif not is_endpoint(address, port_required=False):
-            table.problem(name, f"{shown(address)} is neither IP nor IP:PORT", "write for example 10.0.0.5:8080")
-        hosts[name] = address
-    return hosts
-
-
-def is_endpoint(text: str, *, port_required: bool) -> bool:
-    """Tells whether the text is `IP:PORT`, `[IP6]:PORT` or, where the port may be left out, a bare address."""
-    if not port_required and _is_address(text):
-        return True
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return False
-    digits = port.isascii() and port.isdigit() and len(port) <= len(str(PORT_MAX))
-    return bool(colon) and _is_address(host) and digits and 1 <= int(port) <= PORT_MAX
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _networks(table: Table) -> tuple[Network, ...]:
-    value = table.get("allow_networks")
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        table.problem("allow_networks", "is not a list of networks", 'write ["10.1.0.0/16"]')
-        return ()
-    networks: list[Network] = []
-    for index, item in enumerate(value):
-        try:
-            networks.append(ipaddress.ip_network(str(item)))
-        except ValueError:
-            table.problem(f"allow_networks[{index}]", f"{shown(str(item))} is not a network", "write say 10.1.0.0/16")
-    return tuple(networks)
-
-
 def _log(table: Table) -> LogConfig:
     default = LogConfig()
     log = LogConfig(
@@ -411,7 +195,7 @@ def _sink(table: Table) -> SinkConfig:
         kind=kind,
         path=table.path("path", None),
         address=table.text("address", ""),
-        url=_url(table, "url", ""),
+        url=read_url(table, "url", ""),
         header_file=table.path("header_file", None),
         tls=table.flag("tls", default=False),
         ca_file=table.path("ca_file", None),
@@ -480,20 +264,16 @@ def _control(table: Table) -> ControlConfig:
 
 def _requests(table: Table) -> RequestsConfig:
     requests = RequestsConfig(
-        webhook_url=_url(table, "webhook_url", ""), webhook_secret_file=table.path("webhook_secret_file", None)
+        webhook_url=read_url(table, "webhook_url", ""), webhook_secret_file=table.path("webhook_secret_file", None)
     )
     if requests.webhook_url:
         parts = urlsplit(requests.webhook_url)
-        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             table.problem("webhook_url", "is http: beyond this host", "use https: what agents ask would be readable")
         if requests.webhook_secret_file is None:
             table.problem("webhook_secret_file", "is missing, and webhook_url needs it", "name a file with the key")
     table.end()
     return requests
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _users(table: Table) -> UsersConfig:

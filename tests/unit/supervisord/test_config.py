@@ -35,12 +35,12 @@ from supervisord.config import (
 from supervisord.config_reader import (
     CONFIG_BYTES_MAX,
     RUN_DIR_BYTES_MAX,
-    is_endpoint,
     load_config,
     missing_files,
     parse_config,
 )
 from supervisord.documents import InvalidDocument
+from supervisord.endpoints import is_endpoint
 from supervisord.errors import InvalidInput
 from supervisord.tables import key_positions
 
