@@ -1,4 +1,4 @@
-"""What the log says of an exchange: its outcome and what guardrails found in it. Pure.
+"""What the log says of an exchange: its request, its outcome and what guardrails found in it. Pure.
 
 Model calls also carry the names of OpenTelemetry's semantic conventions for generative AI (v1.37.0, `gen_ai.*`,
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), so that the log can be read by what reads spans. A
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from gateway_client.egress import messages
 from gateway_client.egress.request import Dialect
 from supervisord.actions.types import Action
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gateway_client.egress.messages import Outcome
     from gateway_client.egress.request import EgressRequest
     from supervisord.actions.types import JSON
     from supervisord.gateway_process import GuardrailVerdict
@@ -30,8 +30,34 @@ _OPERATIONS: Final = {
 }
 
 
+def request_action(agent_id: str, x: int, request: EgressRequest, verdict: messages.Allow | messages.Refuse) -> Action:
+    """Give the entry of a request that was judged."""
+    details: dict[str, JSON] = {"form": request.form.value, "x": x}
+    if request.model:
+        details["model"] = request.model
+        details["stream"] = request.stream
+    if request.dropped:
+        details["dropped"] = list(request.dropped)
+    if isinstance(verdict, messages.Allow):
+        details["grant_id"] = verdict.grant_id
+        said, reason = "allowed", ""
+    else:
+        details["status"] = verdict.status
+        said, reason = "denied", f"{verdict.reason_code}: {verdict.detail}"
+    details["scope"] = verdict.scope
+    return Action(agent_id, f"agent:{agent_id}", "egress.request", request.object, said, reason, details)
+
+
+def rejected_action(rejected: messages.Rejected) -> Action:
+    """Give the entry of what was no request at all."""
+    details: dict[str, JSON] = {"status": rejected.status, "count": rejected.count}
+    reason = f"{rejected.reason_code}: {rejected.detail}"
+    actor = f"agent:{rejected.agent_id}"
+    return Action(rejected.agent_id, actor, "egress.request", "malformed request", "denied", reason, details)
+
+
 def outcome_details(
-    request: EgressRequest, outcome: Outcome, *, grant_id: str, gateway: str, guardrails: Sequence[JSON]
+    request: EgressRequest, outcome: messages.Outcome, *, grant_id: str, gateway: str, guardrails: Sequence[JSON]
 ) -> dict[str, JSON]:
     """Give the facts of an outcome; what the gateway's guardrails found was told by the gateway itself."""
     details: dict[str, JSON] = {

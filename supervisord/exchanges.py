@@ -17,18 +17,21 @@ import structlog
 from gateway_client.egress import messages
 from gateway_client.egress.decide import AgentView, Reason, decide, mcp_globs
 from gateway_client.egress.request import EgressRequest, Form
-from gateway_client.egress.scope import format_scope
 from supervisord.actions.types import Action
 from supervisord.budgets import (
     COST_MICROUSD_MAX,
     LLM_TOKENS_MAX,
     MICROUSD_PER_USD,
-    MODEL_CALL,
-    OTHER_CALL,
     Amounts,
 )
 from supervisord.errors import StockadeError
-from supervisord.exchange_actions import guardrail_action, guardrail_facts, outcome_details
+from supervisord.exchange_actions import (
+    guardrail_action,
+    guardrail_facts,
+    outcome_details,
+    rejected_action,
+    request_action,
+)
 from supervisord.ids import AgentId, GrantId
 from supervisord.ledgers import Ledgers
 from supervisord.lifecycle import State
@@ -37,7 +40,7 @@ from supervisord.loans import Loans
 from supervisord.pace import Pace
 from supervisord.policy import OnDeny
 from supervisord.replies import fitting
-from supervisord.scopes import Ended
+from supervisord.settling import Settling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from supervisord.gateway_health import GatewayHealth
     from supervisord.gateway_process import GuardrailVerdict
     from supervisord.requests import Requests
-    from supervisord.scopes import Grant, GrantBook
+    from supervisord.scopes import GrantBook
     from supervisord.store import Store
 
 log = structlog.get_logger()
@@ -137,12 +140,20 @@ class Exchanges:
         self._actions = actions
         self._plane = plane
         self._requests = requests
-        self._store = store
         self._route = route
         self._on_deny = on_deny
         self._now = now
         self.ledgers = Ledgers(store, labels=label_budgets)
         self._loans = Loans(self.ledgers, plane.lend)
+        self._settling = Settling(
+            book=book,
+            ledgers=self.ledgers,
+            loans=self._loans,
+            store=store,
+            cut=self.cut_grant,
+            note=self.note,
+            in_background=self._in_background,
+        )
         self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
@@ -200,20 +211,7 @@ class Exchanges:
             del self._open_of[opened.agent_id]
 
     def rejected(self, rejected: messages.Rejected) -> None:
-        details: dict[str, JSON] = {"status": rejected.status, "count": rejected.count}
-        self._in_background(
-            self.note(
-                Action(
-                    rejected.agent_id,
-                    f"agent:{rejected.agent_id}",
-                    "egress.request",
-                    "malformed request",
-                    "denied",
-                    f"{rejected.reason_code}: {rejected.detail}",
-                    details,
-                )
-            )
-        )
+        self._in_background(self.note(rejected_action(rejected)))
 
     def not_connected(self, cause: str) -> None:
         if self.gateway is not None:
@@ -292,7 +290,8 @@ class Exchanges:
         finally:
             if opened.phase is Phase.ASKED:
                 self._remove(key)
-                self._give_back(opened, used=False)  # where it was not yet: whatever went wrong, nothing went out
+                # Where it was not yet: whatever went wrong, nothing went out.
+                self._settling.give_back(opened, used=False)
             count = self._asking[ask.agent_id] - 1
             if count:
                 self._asking[ask.agent_id] = count
@@ -322,12 +321,12 @@ class Exchanges:
                 )
             case messages.Allow() if verdict.grant_id:
                 lent = self.ledgers.bytes_left(agent.agent_id) is not None
-                verdict = self._take(agent, replace(verdict, lent=lent), opened)
+                verdict = self._settling.take(replace(verdict, lent=lent), opened)
         try:
-            await self._keep_uses(opened)
+            await self._settling.keep(opened)
             await self._record(agent, ask, verdict)
         except StockadeError as error:
-            self._give_back(opened, used=False)
+            self._settling.give_back(opened, used=False)
             log.error("a request was refused since it cannot be recorded", cause=str(error))
             return messages.Refuse(503, Reason.LOG_UNAVAILABLE, "the action cannot be recorded, so it is not done")
         return await self._begin(agent, opened, verdict) if isinstance(verdict, messages.Allow) else verdict
@@ -345,43 +344,10 @@ class Exchanges:
             return messages.Refuse(503, Reason.AGENT_NOT_RUNNING, "the connection has ended")
         again = self._still(agent, opened)
         if again is not None:
-            self._give_back(opened, used=False)
+            self._settling.give_back(opened, used=False)
             return again
         opened.phase = Phase.ALLOWED
         return verdict
-
-    def _take(self, agent: Agent, verdict: messages.Allow, opened: Open) -> messages.Allow | messages.Refuse:
-        """Set aside a use of the grant and its part of the budget, before anything else can."""
-        amounts = Amounts(llm_tokens=verdict.reserve_tokens, requests=1)
-        bounds = MODEL_CALL if verdict.upstream is messages.Upstream.API else OTHER_CALL
-        metered = False
-        try:
-            if verdict.counted:
-                metered = self.ledgers.reserve(agent.agent_id, amounts, bounds)
-            if verdict.counted:
-                self._book.use(GrantId(verdict.grant_id))
-        except StockadeError as error:
-            if metered:
-                self.ledgers.settle(agent.agent_id, amounts, Amounts())
-            exhausted = Reason.BUDGET_EXHAUSTED if "budget" in error.message else Reason.GRANT_USED_UP
-            status = 429 if exhausted is Reason.BUDGET_EXHAUSTED else 403
-            return messages.Refuse(status, exhausted, error.message, scope=verdict.scope if status == 403 else "")  # noqa: PLR2004
-        opened.grant_id, opened.metered, opened.counted = verdict.grant_id, metered, verdict.counted
-        opened.lent = verdict.lent
-        if metered:
-            opened.reserved = amounts
-        return verdict
-
-    async def _keep_uses(self, opened: Open) -> None:
-        """Write down what was taken of budget and counted uses, so that a restart gives none of it again."""
-        if opened.metered:
-            await self.ledgers.cover(AgentId(opened.agent_id))
-        if opened.lent:
-            await self._loans.lend(opened.worker_id, AgentId(opened.agent_id))
-        if opened.grant_id:
-            grant = self._book.get(GrantId(opened.grant_id))
-            if grant.max_uses is not None:
-                await self._store.update_uses({grant.grant_id: grant.uses + grant.reserved})
 
     def _still(self, agent: Agent, opened: Open) -> messages.Refuse | None:
         """Look once more after the wait for the disk: a revocation or a kill may have come in between."""
@@ -391,86 +357,12 @@ class Exchanges:
             return messages.Refuse(403, Reason.GRANT_EXPIRED, "the grant was taken back just now")
         return None
 
-    def _give_back(
-        self,
-        opened: Open,
-        *,
-        used: bool,
-        actual: Amounts | None = None,
-        bytes_used: int = 0,
-        spent: bool = False,
-    ) -> None:
-        if not opened.grant_id or opened.settled:
-            return
-        opened.settled = True
-        cost = actual.cost_microusd if actual else 0
-        self._settle(opened, used=used, bytes_used=bytes_used, cost_microusd=cost, spent=spent)
-        if opened.metered:
-            self.ledgers.settle(AgentId(opened.agent_id), opened.reserved, actual or Amounts())
-
-    def _settle(self, opened: Open, *, used: bool, bytes_used: int, cost_microusd: int, spent: bool) -> None:
-        """Count what an exchange took of its grant; one whose bytes have run out carries none any more."""
-        grant_id = GrantId(opened.grant_id)
-        before = self._book.get(grant_id) if self._book.knows(grant_id) else None
-        grant = self._book.settle(
-            grant_id,
-            used=used,
-            counted=opened.counted,
-            bytes_used=bytes_used,
-            cost_microusd=cost_microusd,
-            spent=spent,
-        )
-        if before is None or grant is None:
-            return
-        if grant.ended is Ended.SPENT and before.ended is None:
-            if grant.bytes_left == 0:
-                self.cut_grant(grant_id)
-            self._in_background(self._keep_amounts(grant, ended=True))
-        elif (grant.max_bytes is not None and bytes_used) or (grant.max_cost_microusd is not None and cost_microusd):
-            self._in_background(self._keep_amounts(grant))
-
-    async def _keep_amounts(self, grant: Grant, *, ended: bool = False) -> None:
-        try:
-            # As it is by now: it may have been taken back since.
-            await self._store.save_grant(self._book.get(grant.grant_id) if self._book.knows(grant.grant_id) else grant)
-        except StockadeError as error:
-            log.error("what a grant was used for is not on the disk", grant=grant.grant_id, cause=error.message)
-        if ended:
-            details: dict[str, JSON] = {"grant_id": grant.grant_id, "uses": grant.uses}
-            if grant.max_bytes is not None:
-                details["bytes"] = grant.bytes_used
-            if grant.max_cost_microusd is not None:
-                details["cost_usd"] = grant.cost_microusd / MICROUSD_PER_USD
-            scope = format_scope(grant.scope)
-            await self.note(Action(grant.agent_id, "daemon", "grant.spend", scope, "done", "used up", details))
-
     async def _record(self, agent: Agent, ask: messages.Ask, verdict: messages.Allow | messages.Refuse) -> None:
-        request = ask.request
-        details: dict[str, JSON] = {"form": request.form.value, "x": ask.x}
-        if request.model:
-            details["model"] = request.model
-            details["stream"] = request.stream
-        if request.dropped:
-            details["dropped"] = list(request.dropped)
-        if isinstance(verdict, messages.Allow):
-            details["grant_id"] = verdict.grant_id
-            details["scope"] = verdict.scope
-            action = Action(
-                agent.agent_id, f"agent:{agent.agent_id}", "egress.request", request.object, "allowed", "", details
-            )
-            if self._first_call(agent, request):
-                await self._actions.record(action)
-            else:
-                await self._actions.append(action)
-            return
-        details["status"] = verdict.status
-        details["scope"] = verdict.scope
-        reason = f"{verdict.reason_code}: {verdict.detail}"
-        await self._actions.append(
-            Action(
-                agent.agent_id, f"agent:{agent.agent_id}", "egress.request", request.object, "denied", reason, details
-            )
-        )
+        action = request_action(agent.agent_id, ask.x, ask.request, verdict)
+        if isinstance(verdict, messages.Allow) and self._first_call(agent, ask.request):
+            await self._actions.record(action)
+        else:
+            await self._actions.append(action)
 
     def _first_call(self, agent: Agent, request: EgressRequest) -> bool:
         """Tell whether this is the agent's first call to that authority, which is always durable (DESIGN section 7)."""
@@ -529,7 +421,7 @@ class Exchanges:
         # A worker that died says nothing of bytes: all that were left may have passed.
         spent = outcome.grant_spent or (begun and outcome.error == WORKER_DIED)
         moved = max(outcome.bytes_up, 0) + max(outcome.bytes_down, 0) if begun else 0
-        self._give_back(opened, used=used, actual=actual, bytes_used=moved, spent=spent)
+        self._settling.give_back(opened, used=used, actual=actual, bytes_used=moved, spent=spent)
         await self.note(
             Action(
                 opened.agent_id,
