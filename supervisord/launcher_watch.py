@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from supervisord.endings import Endings
     from supervisord.filegrants import FileGrants
     from supervisord.launcher_link import LauncherLink, Message
-    from supervisord.launching import Launching
+    from supervisord.provisions import Provisions
     from supervisord.scopes import GrantBook
     from supervisord.slots import Slots
     from supervisord.store import Store
@@ -54,7 +54,7 @@ class LauncherWatch:
         store: Store,
         slots: Slots,
         filters: Iterable[tuple[str, tuple[bytes, ...]]],
-        launching: Launching,
+        provisions: Provisions,
         files: FileGrants,
         acts: Acts,
         endings: Endings,
@@ -70,7 +70,7 @@ class LauncherWatch:
         self._store = store
         self._slots = slots
         self._filters = tuple(filters)
-        self._launching = launching
+        self._provisions = provisions
         self._files = files
         self._acts = acts
         self._endings = endings
@@ -106,7 +106,7 @@ class LauncherWatch:
         kept = await Kept.read(self._store, unwritten=self._endings.unwritten())
         self._recovery = Recovery(
             agents=self._agents,
-            launching=self._launching,
+            provisions=self._provisions,
             launcher=self._link,
             actions=self._actions,
             slots=self._slots,

@@ -9,42 +9,36 @@ from __future__ import annotations
 import asyncio
 import posixpath
 from dataclasses import replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import structlog
 
 from gateway_client.egress.scope import format_scope
-from supervisord.actions.types import Action
 from supervisord.agents import Agent, Description, LaunchGrant
 from supervisord.authorities import read_ca_file
-from supervisord.budgets import Budget
 from supervisord.channel import close_all
 from supervisord.definitions import check_registered
 from supervisord.errors import CannotLaunch, Conflict, InvalidInput, StockadeError
 from supervisord.grantable import check_launched_with
 from supervisord.hostfiles import file_uid, open_files
-from supervisord.ids import AgentId, AgentName, GrantId, agent_name, new_agent_id, new_grant_id
+from supervisord.ids import AgentId, AgentName, agent_name, new_agent_id, new_grant_id
+from supervisord.launch_actions import confirmed, intent_action, outcome_action
 from supervisord.lifecycle import Event, State
 from supervisord.plan import LaunchOrder, Root, build, check_order, wanted_files
 from supervisord.policy import Home, Policy, Worker
-from supervisord.scopes import check_scopes_reachable, read_scope, transparent_ports
+from supervisord.scopes import check_scopes_reachable
 from supervisord.sharing import check_no_sockets, check_not_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
-    from gateway_client.egress import messages
     from sandbox.plan import SandboxPlan
     from supervisord.actions.log import ActionLog
-    from supervisord.actions.types import JSON, Entry
+    from supervisord.actions.types import Action, Entry
     from supervisord.agents import Agents
     from supervisord.authorities import Authorities
-    from supervisord.budgets import Amounts
     from supervisord.callers import Caller
     from supervisord.config import Config
-    from supervisord.egress_plane import EgressPlane
-    from supervisord.exchanges import Exchanges
     from supervisord.holds import Holds
     from supervisord.homes import Homes
     from supervisord.images import Images
@@ -53,15 +47,14 @@ if TYPE_CHECKING:
     from supervisord.layers import Layers
     from supervisord.plan import OpenedFile
     from supervisord.policies import PolicyShelf
-    from supervisord.scopes import Grant, GrantBook
+    from supervisord.provisions import Provisions
+    from supervisord.scopes import GrantBook
     from supervisord.slots import Slots
 
 log = structlog.get_logger()
 
 NAME_CHARACTERS_MAX: Final = 40
-OBJECT_CHARACTERS_MAX: Final = 512
 T = TypeVar("T")
-VERSION: Final = version("stockade")
 
 Variant: TypeAlias = tuple[str, bool, bool]
 
@@ -83,8 +76,7 @@ class Launching:
         book: GrantBook,
         actions: ActionLog,
         launcher: LauncherLink,
-        plane: EgressPlane,
-        exchanges: Exchanges,
+        provisions: Provisions,
         slots: Slots,
         holds: Holds,
         layers: Layers,
@@ -103,8 +95,7 @@ class Launching:
         self._book = book
         self._actions = actions
         self._launcher = launcher
-        self._plane = plane
-        self._exchanges = exchanges
+        self._provisions = provisions
         self._slots = slots
         self._holds = holds
         self._layers = layers
@@ -183,7 +174,7 @@ class Launching:
             sockets = None
             if files and not policy.allow_sockets:
                 sockets = self._keep(asyncio.to_thread(check_no_sockets, [file.wanted for file in files], list(opened)))
-            await self._perform(agent, policy, plan, files=files, fds=fds, caller=caller, sockets=sockets)
+            await self._perform(agent, plan, files=files, fds=fds, caller=caller, sockets=sockets)
         finally:
             close_all(fds)
         return agent, False
@@ -319,7 +310,6 @@ class Launching:
     async def _perform(
         self,
         agent: Agent,
-        policy: Policy,
         plan: SandboxPlan,
         *,
         files: Sequence[OpenedFile],
@@ -335,15 +325,15 @@ class Launching:
                     self._layers.add(agent, file, fd=fds[file.index])
             # The launcher first: both are waited for before anything runs, and it takes longer than the log.
             building = asyncio.ensure_future(self._build(agent, plan, fds))
-            intent = asyncio.ensure_future(self._admit(agent, _intent(agent, policy, plan, caller)))
+            intent = asyncio.ensure_future(self._admit(agent, intent_action(agent, plan, actor=caller.actor)))
             _, reply = await _both(intent, building)
             self._built(agent, reply)
             if sockets is not None:
                 agent.posture["unix_sockets"] = "none at launch" if await sockets else "too many files to look at all"
             ahead = agent.what.transparent or agent.what.dedicated_worker
             if ahead:
-                self.open_gate(agent)
-                await self.open_transparent(agent)
+                self._provisions.open_gate(agent)
+                await self._provisions.open_transparent(agent)
             _check_wanted(agent)
             # Again, and in one go with the order: whoever was told that it is held finds that it does not run.
             what = agent.what
@@ -353,7 +343,7 @@ class Launching:
             )
             if not ahead:
                 await asyncio.sleep(0)  # the order is on its way
-                self.open_gate(agent)  # an agent that is quicker waits in the listener's queue
+                self._provisions.open_gate(agent)  # an agent that is quicker waits in the listener's queue
             await going
         except BaseException as error:
             if going is not None:
@@ -367,7 +357,7 @@ class Launching:
         await recorded[0]
 
     async def _admit(self, agent: Agent, intent: Action) -> Entry:
-        self.give_scopes(agent)
+        self._provisions.give_scopes(agent)
         return await self._actions.record(intent)
 
     async def _build(self, agent: Agent, plan: SandboxPlan, fds: list[int]) -> Reply:
@@ -377,7 +367,9 @@ class Launching:
     def _runs(self, agent: Agent, caller: Caller, recorded: list[asyncio.Task[None]]) -> None:
         """The program runs, or has run: said in state and log before its end can be, however soon that comes."""
         self._agents.apply(agent, Event.EXEC_OK)
-        recorded.append(self._keep(self._actions.note(_outcome(agent, "agent.exec", "done", "", caller))))
+        recorded.append(
+            self._keep(self._actions.note(outcome_action(agent, "agent.exec", "done", reason="", actor=caller.actor)))
+        )
 
     def _keep(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -394,80 +386,15 @@ class Launching:
         if isinstance(timings, dict):
             log.debug("built", agent=agent.agent_id, timings_us=timings)
 
-    def give_scopes(self, agent: Agent, *, kept: Sequence[Grant] = (), spent: Amounts | None = None) -> None:
-        """Give what the agent may do: grants of policy and launch, budget.
-
-        `kept` is what the store has of its grants, and goes before the launch: one that was taken back stays so.
-        """
-        known = {grant.grant_id for grant in kept}
-        for grant in agent.what.grants:
-            if grant.grant_id not in known:
-                self._book.add(
-                    agent.agent_id,
-                    read_scope(grant.scope),
-                    by=grant.by,
-                    reason="launch",
-                    grant_id=GrantId(grant.grant_id),
-                )
-        for each in kept:
-            self._book.restore(each)
-        self._exchanges.ledgers.open(
-            agent.agent_id, Budget.from_json(agent.what.budget), labels=agent.what.labels, spent=spent
-        )
-
-    def open_gate(self, agent: Agent, *, frozen: bool = False) -> None:
-        """Serve the agent's listener: after everything that says what may pass."""
-        if agent.listener is not None:
-            self._plane.listen(
-                agent.agent_id,
-                name=agent.name,
-                labels=agent.what.labels,
-                listener=agent.listener,
-                dedicated=agent.what.dedicated_worker,
-                frozen=frozen,
-                authority=self._authority(agent),
-            )
-
-    async def open_transparent(self, agent: Agent) -> None:
-        """Serve look-ups and direct connections of an agent whose network is transparent; raises StockadeError."""
-        if not agent.what.transparent or self._plane.has_gate(agent.agent_id):
-            return
-        ports = transparent_ports(grant.scope for grant in self._book.for_agent(agent.agent_id))
-        reply = await self._launcher.call("gate", agent_id=agent.agent_id, ports=list(ports))
-        made = reply.body.get("ports")
-        doors = map(int, made) if isinstance(made, list) else (0, *ports)  # a launcher of an older version does not say
-        if not self._plane.open_gate(agent.agent_id, dict(zip(doors, reply.fds, strict=True))):
-            close_all(reply.fds)
-
-    def _authority(self, agent: Agent) -> messages.Authority | None:
-        """What its TLS is answered with; an agent of an older version has none."""
-        name = agent.what.authority
-        return self._authorities.again(name, since_ns=agent.what.launched_at_ns) if name else None
-
     async def _undo(self, agent: Agent, error: BaseException, caller: Caller) -> None:
         """Leave nothing of a launch; where that cannot be proven the agent stays, KILLING, and is tried again."""
         agent.failure = error.message if isinstance(error, StockadeError) else str(error)
         if await self._killswitch.undo(agent):
-            self.forget(agent)
+            self._provisions.forget(agent)
             self._layers.forget(agent.agent_id)
-        await self._actions.note(_outcome(agent, "agent.fail", "failed", agent.failure, caller))
-
-    def forget(self, agent: Agent) -> None:
-        """Give back what the daemon holds for an agent that is no more: gate, grants, descriptors, uid range."""
-        self._plane.unlisten(agent.agent_id)
-        self._book.end_agent(agent.agent_id)
-        self._exchanges.forget(agent.agent_id)
-        close_all([fd for fd in (agent.pidfd, agent.listener) if fd is not None])
-        agent.pidfd = agent.listener = None
-        # Once: a kill that overtakes a launch comes here twice, and the slot may be another's by then.
-        if agent.slot_held:
-            agent.slot_held = False
-            self._slots.release(agent.what.slot)
-
-
-def _outcome(agent: Agent, verb: str, verdict: str, reason: str, caller: Caller) -> Action:
-    details: dict[str, JSON] = {"name": agent.name, "posture": cast("JSON", agent.posture)}
-    return Action(agent.agent_id, caller.actor, verb, _object(agent), verdict, reason, details)
+        await self._actions.note(
+            outcome_action(agent, "agent.fail", "failed", reason=agent.failure, actor=caller.actor)
+        )
 
 
 def _check_wanted(agent: Agent) -> None:
@@ -484,46 +411,6 @@ async def _both(intent: asyncio.Future[Entry], building: asyncio.Future[Reply]) 
                 close_all(results[1].fds)
             raise result
     return intent.result(), building.result()
-
-
-def confirmed(agent: Agent, built: Mapping[str, object]) -> dict[str, object]:
-    """The posture: what the launcher says of what it built, and by whose order."""
-    ordered = {"policy": agent.what.policy, "policy_digest": agent.what.policy_digest, "stockade": VERSION}
-    return {**built, **ordered, **_defined(agent)}
-
-
-def _defined(agent: Agent) -> dict[str, str]:
-    """By which definition of the registry it was launched; nothing where by none."""
-    if not agent.what.definition:
-        return {}
-    return {"definition": agent.what.definition, "definition_digest": agent.what.definition_digest}
-
-
-def _intent(agent: Agent, policy: Policy, plan: SandboxPlan, caller: Caller) -> Action:
-    what = agent.what
-    details: dict[str, JSON] = {
-        "name": what.name,
-        "policy": policy.name,
-        "policy_digest": policy.digest,
-        "scopes": [grant.scope for grant in what.grants],
-        "labels": dict(what.labels),
-        "owner": what.owner,
-        "purpose": what.purpose,
-        "workspace": what.workspace,
-        "workspace_mode": what.workspace_mode,
-        "memory_bytes": what.memory_bytes,
-        "cpus": what.cpus,
-        "pids": what.pids,
-        "budget": {**what.budget, "on_exhausted": what.on_exhausted},
-        "uid_slot": what.slot,
-        **_defined(agent),
-        **plan.rootfs.facts(),
-    }
-    return Action(what.agent_id, caller.actor, "agent.launch", _object(agent), "allowed", "", details)
-
-
-def _object(agent: Agent) -> str:
-    return " ".join(agent.what.command)[:OBJECT_CHARACTERS_MAX]
 
 
 def _made_up_name(order: LaunchOrder, agent_id: str) -> str:

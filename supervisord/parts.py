@@ -34,6 +34,7 @@ from supervisord.leases import Leases
 from supervisord.outlets import dialer_configuration, worker_configuration
 from supervisord.policies import SHIPPED_DIR
 from supervisord.policy import OnDeny
+from supervisord.provisions import Provisions
 from supervisord.receipts import Signing
 from supervisord.requests import Requests
 from supervisord.retention import Retention
@@ -209,6 +210,14 @@ class Parts:
             new_id=lambda: new_receipt_id(os.urandom),
             now_ns=time.time_ns,
         )
+        self.provisions = Provisions(
+            book=self.book,
+            launcher=self.launcher,
+            plane=self.plane,
+            exchanges=self.exchanges,
+            slots=self.slots,
+            authorities=self.authorities,
+        )
         self.launching = Launching(
             config=config,
             agents=self.agents,
@@ -216,8 +225,7 @@ class Parts:
             book=self.book,
             actions=self.actions,
             launcher=self.launcher,
-            plane=self.plane,
-            exchanges=self.exchanges,
+            provisions=self.provisions,
             slots=self.slots,
             holds=self.holds,
             layers=self.layers,
@@ -288,7 +296,7 @@ class Parts:
             store=self.store,
             slots=self.slots,
             filters=self.filters.values(),
-            launching=self.launching,
+            provisions=self.provisions,
             files=self.files,
             acts=self.acts,
             endings=self.endings,
@@ -307,7 +315,7 @@ class Parts:
         return parts
 
     def _gone(self, agent: Agent) -> None:
-        self.launching.forget(agent)
+        self.provisions.forget(agent)
         self.acts.end_streams(agent)
         self.retention.agent_ended()
         self.files.forget(agent)

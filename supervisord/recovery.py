@@ -16,7 +16,7 @@ from supervisord.actions.types import JSON, Action, CannotReadLog
 from supervisord.agents import Agent, Description, Exit, Spend
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.launching import confirmed
+from supervisord.launch_actions import confirmed
 from supervisord.lifecycle import ENDED, Event, State
 from supervisord.limit_actions import oom_action
 from supervisord.processes import spawn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from supervisord.config import Config
     from supervisord.ids import AgentId
     from supervisord.launcher_link import LauncherLink
-    from supervisord.launching import Launching
+    from supervisord.provisions import Provisions
     from supervisord.scopes import Grant
     from supervisord.slots import Slots
     from supervisord.store import Store
@@ -124,7 +124,7 @@ class Recovery:
         self,
         *,
         agents: Agents,
-        launching: Launching,
+        provisions: Provisions,
         launcher: LauncherLink,
         actions: ActionLog,
         slots: Slots,
@@ -134,7 +134,7 @@ class Recovery:
         adopted: list[str],
     ) -> None:
         self._agents = agents
-        self._launching = launching
+        self._provisions = provisions
         self._launcher = launcher
         self._actions = actions
         self._slots = slots
@@ -188,7 +188,7 @@ class Recovery:
             agent.what = replace(agent.what, slot=self._slots.of_range(ids))
         if not agent.posture:  # its daemon died between the exec and the keeping of it
             agent.posture = confirmed(agent, posture)
-        self._launching.give_scopes(
+        self._provisions.give_scopes(
             agent, kept=self._kept.grants.get(agent_id, ()), spent=self._kept.spent.get(agent.agent_id)
         )
         self.adopted.append(agent_id)
@@ -200,9 +200,9 @@ class Recovery:
             agent_id = self.adopted.pop(0)
             agent = self._agents.get(agent_id)
             if agent is not None and agent.live:
-                self._launching.open_gate(agent, frozen=agent.state is State.FROZEN)
+                self._provisions.open_gate(agent, frozen=agent.state is State.FROZEN)
                 try:
-                    await self._launching.open_transparent(agent)
+                    await self._provisions.open_transparent(agent)
                 except StockadeError as error:
                     log.error("an agent reaches its proxy alone", agent=agent_id, cause=error.message)
 

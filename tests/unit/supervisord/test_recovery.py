@@ -15,7 +15,7 @@ from supervisord.recovery import Kept, Recovery
 def test_gates_of_agents_open_also_where_their_launcher_went_as_it_was_greeted() -> None:
     opened: list[str] = []
 
-    class Launching:
+    class Provisions:
         def open_gate(self, agent: Any, *, frozen: bool) -> None:
             assert not frozen
             opened.append(agent.agent_id)
@@ -25,7 +25,7 @@ def test_gates_of_agents_open_also_where_their_launcher_went_as_it_was_greeted()
 
     known: Any = SimpleNamespace(agent_id="ag_1", live=True, state=State.RUNNING, listener=None)
     agents: Any = SimpleNamespace(get={"ag_1": known}.get)
-    parts: Any = {"launching": Launching(), "launcher": None, "actions": None, "slots": None, "hold": None}
+    parts: Any = {"provisions": Provisions(), "launcher": None, "actions": None, "slots": None, "hold": None}
     adopted: list[str] = []
 
     def greeted() -> Recovery:
