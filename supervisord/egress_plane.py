@@ -1,4 +1,4 @@
-"""The processes of the egress path as the daemon holds them: workers, the dialer, the embedded gateway.
+"""The processes of the egress path as the daemon holds them: workers, and the dialer beside them.
 
 They are started here, told what to serve, and started again when they die; while one is gone its agents have no egress.
 What is *decided* about a request is not here (exchanges.py).
@@ -18,6 +18,7 @@ import structlog
 
 from gateway_client.egress import messages
 from supervisord.channel import Channel, close_all
+from supervisord.dialer_process import CHANNEL_FD, RESTART_SECONDS, DialerProcess
 from supervisord.errors import StockadeError, Unavailable
 from supervisord.processes import Child, end_leftover, python, spawn, start_again
 
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 READY_SECONDS_MAX: Final = 20.0
-RESTART_SECONDS: Final = 0.2
 CUT_SECONDS_MAX: Final = 2.0
-CHANNEL_FD: Final = 3
 DIALER_FD: Final = 4
 
 
@@ -96,7 +95,6 @@ class EgressPlane:
         self.judge: Judge
         self._users = users
         self._configure = configure
-        self._dialer_configure = dialer
         self._shared = workers
         self._records = records
         self._ca = () if ca_file is None else ("--ca-file", str(ca_file))
@@ -106,39 +104,38 @@ class EgressPlane:
         self._at: dict[str, Worker] = {}
         self._missing: set[str] = set()  # places whose worker died and has no successor yet
         self._served: dict[str, Served] = {}
-        self._dialer: Channel | None = None
-        self._dialer_child: Child | None = None
-        self._dialer_ready = asyncio.Event()
-        self._cuts: dict[str, asyncio.Future[messages.CutDone]] = {}
-        self._tokens = itertools.count(1)
-        self._exchange_cuts: dict[int, asyncio.Future[None]] = {}
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._dialer = DialerProcess(
+            user=users.dialer,
+            configure=dialer,
+            record=records / "egress-dialer.json",
+            introduce=self._introduce,
+            died=self._dialer_died,
+            not_connected=lambda cause: self.judge.not_connected(cause),  # noqa: PLW0108 - the judge is set later
+            in_background=self._in_background,
+        )
 
     async def start(self) -> None:
         """Start everything and wait until it is confined and ready; raises Unavailable."""
         for record in self._records.glob("egress-*.json"):
             if end_leftover(record):
                 log.warning("ended a process of a former daemon", record=record.name)
-        self._start_dialer()
+        self._dialer.start()
         for _ in range(self._shared):
             self._start_worker(dedicated=False)
-        await self._wait_ready("dialer", self._dialer_ready)
+        await self._wait_ready("dialer", self._dialer.ready)
         for worker in list(self._workers.values()):
             await self._wait_ready("egress worker", worker.ready)
 
     async def stop(self) -> None:
         """End all processes; agents then have no egress until a daemon starts again."""
         self._stopping = True
-        children = [worker.child for worker in self._workers.values()]
-        if self._dialer_child is not None:
-            children.append(self._dialer_child)
-        await asyncio.gather(*(child.end() for child in children))
+        await asyncio.gather(*(worker.child.end() for worker in self._workers.values()), self._dialer.end())
         for worker in self._workers.values():
             worker.channel.close()
             worker.dialer_end.close()
-        if self._dialer is not None:
-            self._dialer.close()
+        self._dialer.close()
         for record in self._records.glob("egress-*.json"):
             record.unlink(missing_ok=True)
 
@@ -147,7 +144,7 @@ class EgressPlane:
         ready = sum(worker.ready.is_set() for worker in self._workers.values())
         wanted = len(self._workers) + len(self._missing)
         return {
-            "dialer": (self._dialer_ready.is_set(), "" if self._dialer_ready.is_set() else "is being started"),
+            "dialer": (self._dialer.ready.is_set(), "" if self._dialer.ready.is_set() else "is being started"),
             "egress": (
                 bool(ready) and ready == wanted,
                 f"{ready} of {wanted} workers are ready",
@@ -172,7 +169,7 @@ class EgressPlane:
         served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen, authority)
         self._served[agent_id] = served
         self._give(worker, served)
-        self._tell_dialer(messages.Listener(agent_id), (served.listener,))
+        self._dialer.tell(messages.Listener(agent_id), (served.listener,))
 
     def has_gate(self, agent_id: str) -> bool:
         """Tell whether the sockets of an agent's transparent network are served."""
@@ -190,7 +187,7 @@ class EgressPlane:
             if worker is not None:
                 self._tell(worker, messages.Gate(agent_id, port), (fd,))
             if port:
-                self._tell_dialer(messages.Listener(agent_id), (fd,))
+                self._dialer.tell(messages.Listener(agent_id), (fd,))
         return True
 
     def unlisten(self, agent_id: str) -> None:
@@ -203,7 +200,7 @@ class EgressPlane:
             self._tell(worker, messages.Unlisten(agent_id))
             if worker.dedicated:
                 self._end_worker(worker)
-        self._tell_dialer(messages.Forget(agent_id))
+        self._dialer.tell(messages.Forget(agent_id))
         close_all([served.listener, *served.gate.values()])
 
     async def cut(self, agent_id: str) -> messages.CutDone | None:
@@ -217,11 +214,7 @@ class EgressPlane:
             return None
         for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
             shut_listener(fd)
-        future = self._cuts.get(agent_id)
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            self._cuts[agent_id] = future
-            self._tell_dialer(messages.CutUpstreams(agent_id))
+        future = self._dialer.cut(agent_id)
         worker = self._at.get(served.place)
         if worker is not None:
             self._tell(worker, messages.Cut(agent_id=agent_id))
@@ -231,7 +224,7 @@ class EgressPlane:
         except TimeoutError:
             return None
         finally:
-            self._cuts.pop(agent_id, None)
+            self._dialer.forget_cut(agent_id)
 
     def cut_exchanges(self, worker_id: str, xs: Sequence[int]) -> list[asyncio.Future[None]]:
         """Reset these exchanges of a worker: dialer and worker are both told before this returns, and neither is asked.
@@ -243,10 +236,9 @@ class EgressPlane:
         worker = self._workers.get(worker_id)
         for start in range(0, len(xs), messages.xs_per_cut_max):
             part = tuple(xs[start : start + messages.xs_per_cut_max])
-            token = next(self._tokens)
-            if self._tell_dialer(messages.CutExchanges(worker_id, part, token)):
-                self._exchange_cuts[token] = asyncio.get_running_loop().create_future()
-                told.append(self._exchange_cuts[token])
+            future = self._dialer.cut_exchanges(worker_id, part)
+            if future is not None:
+                told.append(future)
             if worker is not None:
                 self._tell(worker, messages.Cut(xs=part))
         return told
@@ -286,7 +278,7 @@ class EgressPlane:
 
         False where there is no dialer to tell just now: nobody will answer the worker then.
         """
-        return self._tell_dialer(order)
+        return self._dialer.tell(order)
 
     # --- workers
 
@@ -332,7 +324,7 @@ class EgressPlane:
         worker = Worker(worker_id, place, dedicated, child, channel, dialer_end)
         self._workers[worker_id] = self._at[place] = worker
         self._tell(worker, self._configure)
-        self._tell_dialer(messages.AttachWorker(worker_id), (dialer_end.fileno(),))
+        self._dialer.tell(messages.AttachWorker(worker_id), (dialer_end.fileno(),))
         return worker
 
     def _end_worker(self, worker: Worker) -> None:
@@ -438,85 +430,18 @@ class EgressPlane:
 
     # --- dialer
 
-    def _start_dialer(self) -> None:
-        self._dialer_ready.clear()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._dialer_child = spawn(
-                    "dialer",
-                    python("gateway_client.egress.dialer", "--user", self._users.dialer),
-                    fds={CHANNEL_FD: theirs.fileno()},
-                    on_exit=lambda _code: self._dialer_exited(),
-                    new_session=True,
-                    record=self._records / "egress-dialer.json",
-                )
-            except Unavailable:
-                ours.close()
-                raise
-        self._dialer = Channel(
-            ours,
-            name="dialer",
-            on_packet=self._from_dialer,
-            on_close=self._dialer_silent,
-            packet_bytes_max=messages.frame_bytes_max,
-        )
-        self._tell_dialer(self._dialer_configure)
+    def _introduce(self) -> None:
+        """Tell a dialer that has just been started of every worker and listener."""
         for worker in self._workers.values():
-            self._tell_dialer(messages.AttachWorker(worker.worker_id), (worker.dialer_end.fileno(),))
+            self._dialer.tell(messages.AttachWorker(worker.worker_id), (worker.dialer_end.fileno(),))
         for served in self._served.values():
             for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
-                self._tell_dialer(messages.Listener(served.agent_id), (fd,))
+                self._dialer.tell(messages.Listener(served.agent_id), (fd,))
 
-    def _dialer_silent(self) -> None:
-        if self._dialer_child is not None:
-            self._dialer_child.signal(signal.SIGKILL)
-
-    def _dialer_exited(self) -> None:
-        self._dialer_ready.clear()
-        if self._dialer is not None:
-            self._dialer.close()
-        for future in self._exchange_cuts.values():
-            if not future.done():
-                future.set_result(None)
-        self._exchange_cuts.clear()
-        if self._stopping:
-            return
-        log.error("dialer died")
-        # Whoever cuts must not wait for one that is gone, and nothing it had duplicates of may stay open.
+    def _dialer_died(self) -> None:
+        """Cut everything: nobody may wait for one that is gone, and nothing it had duplicates of may stay open."""
         for served in self._served.values():
             self._to_worker_of(served.agent_id, messages.Cut(agent_id=served.agent_id))
-
-        async def start() -> None:
-            self._start_dialer()
-
-        self._in_background(
-            start_again("dialer", start, wanted=lambda: not self._stopping, pause_seconds=RESTART_SECONDS)
-        )
-
-    def _from_dialer(self, data: bytes, fds: list[int]) -> None:
-        close_all(fds)
-        try:
-            message = messages.decode(data, messages.FROM_DIALER_TO_DAEMON)
-        except messages.BadFrame as error:
-            log.error("dialer sent what is no message", cause=str(error))
-            self._dialer_silent()
-            return
-        match message:
-            case messages.DialerReady():
-                self._dialer_ready.set()
-            case messages.Dialed():
-                if not message.ok:
-                    log.warning("cannot reach the gateway", cause=message.error, worker=message.worker_id)
-                    self.judge.not_connected(message.error)
-            case messages.ExchangesCut():
-                waiting = self._exchange_cuts.pop(message.token, None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(None)
-            case messages.CutDone():
-                future = self._cuts.get(message.agent_id)
-                if future is not None and not future.done():
-                    future.set_result(message)
 
     # --- telling
 
@@ -535,18 +460,6 @@ class EgressPlane:
                 return
             log.error("cannot tell an egress worker, which is ended", worker=worker.worker_id, cause=str(error))
             worker.child.signal(signal.SIGKILL)
-
-    def _tell_dialer(self, message: object, fds: Sequence[int] = ()) -> bool:
-        """Send it; a dialer that cannot be told is ended, and with it everything it has open."""
-        if self._dialer is None or self._dialer.closed:
-            return False
-        try:
-            self._dialer.send(messages.encode(message), fds)
-        except (StockadeError, messages.BadFrame) as error:
-            log.error("cannot tell the dialer, which is ended", cause=str(error))
-            self._dialer_silent()
-            return False
-        return True
 
     async def _wait_ready(self, what: str, event: asyncio.Event) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from gateway_client.egress import messages
+from supervisord.config import UsersConfig
 from supervisord.egress_plane import EgressPlane, Served, Worker
 
 AGENT, ENDED = "ag_" + "a" * 26, "ag_" + "b" * 26
@@ -25,7 +26,7 @@ class Judge:
 @pytest.fixture
 def plane() -> EgressPlane:
     made = EgressPlane(
-        users=cast("Any", None), configure=cast("Any", None), dialer=cast("Any", None), workers=0, records=Path()
+        users=UsersConfig(), configure=cast("Any", None), dialer=cast("Any", None), workers=0, records=Path()
     )
     for worker_id in (MINE, NEIGHBOUR):
         place = worker_id.partition(".")[0]
