@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from sandbox import confine, sync, syscalls
+from sandbox.decoding import InvalidPlan
 from sandbox.init import forget_launcher
 from sandbox.loop import READ, AnyLoop
-from sandbox.plan import InvalidPlan, SandboxPlan, Tty, check_environment, check_strings, check_target, check_terminal
+from sandbox.plan import SandboxPlan, Tty, check_environment, check_strings, check_target, check_terminal
 from sandbox.running import Agent, State
 from sandbox.stdio import Feed, Pump, RotatingFile
 from sandbox.sync import StepError, ToldError, receive, send, step

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from sandbox import capabilities, landlock, syscalls
+from sandbox.filters import agent_filters
 from sandbox.keeper import has_room, keep_memory
-from sandbox.plan import SandboxPlan, Tty, agent_filters
+from sandbox.plan import SandboxPlan, Tty
 from sandbox.sync import StepError, step
 
 SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

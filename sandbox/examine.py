@@ -15,7 +15,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox.plan import INIT_INSIDE, SandboxPlan, agent_filters
+from sandbox.filters import agent_filters
+from sandbox.plan import INIT_INSIDE, SandboxPlan
 
 if TYPE_CHECKING:
     from sandbox.running import Agent

@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from sandbox import canaries, confine, etc, javatrust, mounts, syscalls
-from sandbox.plan import INIT_INSIDE, SandboxPlan, init_filter
+from sandbox.filters import init_filter
+from sandbox.plan import INIT_INSIDE, SandboxPlan
 from sandbox.sync import StepError, close_all, receive, receive_bytes, send, send_bytes, step
 
 FLAGS: Final = (

@@ -7,7 +7,7 @@ import errno
 import os
 
 from sandbox.channel import Answer
-from sandbox.plan import InvalidPlan
+from sandbox.decoding import InvalidPlan
 from sandbox.scratch import CannotMakeScratch
 from sandbox.sync import StepError
 from sandbox.workshop import Workshop

@@ -8,16 +8,12 @@ the descriptors that came with the message, never a path, because a path checked
 the field. `describe()` gives the lines that `--dry-run` prints.
 """
 
-import dataclasses
-import json
-import struct
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal
 
 from sandbox.controls import NEGOTIABLE
+from sandbox.decoding import InvalidPlan, decode, plain_values
 
 # Host ids that agents may have: clear of every id systemd hands out (UIDS-GIDS.md) and of every person and service.
 AGENT_ID_FIRST: Final = 1879048192
@@ -59,10 +55,6 @@ WEAKENINGS: Final = frozenset(
         "user_namespace",  # ids of the host: uid 0 is uid 0
     }
 )
-
-
-class InvalidPlan(ValueError):  # noqa: N818 - reads as what the plan is
-    """The plan cannot be performed as written; the text names the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +297,7 @@ class SandboxPlan:
     VERSION: ClassVar[int] = 1
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": self.VERSION, **_plain_values(self)}
+        return {"version": self.VERSION, **plain_values(self)}
 
     @classmethod
     def from_json(cls, value: object) -> "SandboxPlan":
@@ -459,137 +451,3 @@ def check_terminal(tty: Tty) -> None:
 def _check_name(where: str, text: str, *, most: int) -> None:
     if not 0 < len(text) <= most or not all(c.isascii() and (c.isalnum() or c in "-_") for c in text):
         raise InvalidPlan(f"{where}: {text!r} must be 1..{most} letters, digits, '-' or '_'")
-
-
-# --- filters -------------------------------------------------------------------------------------------------------
-
-_PACK_MAGIC: Final = b"SKF1"
-FILTERS_MAX: Final = 4
-
-
-def pack_filters(programs: Sequence[bytes]) -> bytes:
-    """Put BPF programs into one blob, in the order in which they are to be installed."""
-    if not 0 < len(programs) <= FILTERS_MAX:
-        raise InvalidPlan(f"filter: 1..{FILTERS_MAX} programs, not {len(programs)}")
-    lengths = b"".join(struct.pack("<I", len(program)) for program in programs)
-    return _PACK_MAGIC + struct.pack("<I", len(programs)) + lengths + b"".join(programs)
-
-
-def unpack_filters(blob: bytes) -> tuple[bytes, ...]:
-    """Undo `pack_filters`; raises `InvalidPlan` on anything else."""
-    if blob[:4] != _PACK_MAGIC or len(blob) < 8:  # noqa: PLR2004 - magic and count
-        raise InvalidPlan("filter: not made by pack_filters")
-    (count,) = struct.unpack_from("<I", blob, 4)
-    if not 0 < count <= FILTERS_MAX or len(blob) < 8 + 4 * count:
-        raise InvalidPlan("filter: header is cut short or has a wrong count")
-    lengths = struct.unpack_from(f"<{count}I", blob, 8)
-    start = 8 + 4 * count
-    if start + sum(lengths) != len(blob) or any(length == 0 or length % 8 for length in lengths):
-        raise InvalidPlan("filter: lengths do not fit the content")
-    programs = []
-    for length in lengths:
-        programs.append(blob[start : start + length])
-        start += length
-    return tuple(programs)
-
-
-def agent_filters(blob: bytes) -> tuple[bytes, ...]:
-    """Give the programs of an agent's own processes: all but the first."""
-    return unpack_filters(blob)[1:]
-
-
-def init_filter(blob: bytes) -> bytes:
-    """Give the program of pid 1, which is the first: it waits and ends, and needs little for that."""
-    return unpack_filters(blob)[0]
-
-
-# --- JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _plain_values(value: Any) -> Any:
-    """Do what `dataclasses.asdict` does, without its copies: what is in a plan cannot change."""
-    if type(value) is tuple:
-        return [_plain_values(item) for item in value]
-    slots = getattr(type(value), "__slots__", None)
-    return value if slots is None else {name: _plain_values(getattr(value, name)) for name in slots}
-
-
-T = TypeVar("T")
-Decoder = Callable[[object, str], Any]
-_decoders: dict[type, dict[str, Decoder]] = {}
-
-
-def decode(kind: type[T], value: object, where: str) -> T:
-    """Make a dataclass of a JSON object, strictly: no unknown key, no missing one, no conversion."""
-    if kind not in _decoders:
-        names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        hints = typing.get_type_hints(kind)
-        _decoders[kind] = {name: _decoder(hints[name]) for name in names}
-    if not isinstance(value, dict):
-        raise InvalidPlan(f"{where}: must be an object")
-    decoders = _decoders[kind]
-    fields = {}
-    for name, item in value.items():
-        decoder = decoders.get(name)
-        if decoder is None:
-            raise InvalidPlan(f"{where}: unknown key {name!r}")
-        fields[name] = decoder(item, f"{where}.{name}")
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise InvalidPlan(f"{where}: {error}") from error
-
-
-def _decoder(hint: Any) -> Decoder:  # noqa: PLR0911 - one return a kind of hint
-    """Return what decodes a value of this type; made once for each field, because every launch decodes thrice."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (_decoder(a) for a in arguments if a is not type(None))
-        return lambda value, where: None if value is None else inner(value, where)
-    if origin is Literal:
-        return lambda value, where: _literal(arguments, value, where)
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            each = _decoder(arguments[0])
-            return lambda value, where: tuple(
-                [each(item, f"{where}[{i}]") for i, item in enumerate(_list(value, where))]
-            )
-        inners = [_decoder(argument) for argument in arguments]
-        return lambda value, where: _fixed(inners, value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        kind = hint
-        return lambda value, where: decode(kind, value, where)
-    if hint is float:
-        return lambda value, where: float(value) if type(value) is int else _plain(float, value, where)
-    return lambda value, where: _plain(hint, value, where)
-
-
-def _plain(kind: type, value: object, where: str) -> object:
-    # type(), not isinstance: True is an int for Python, not for a plan.
-    if type(value) is not kind:
-        raise InvalidPlan(f"{where}: must be of type {kind.__name__}, not {type(value).__name__}")
-    return value
-
-
-def _literal(allowed: tuple[Any, ...], value: object, where: str) -> object:
-    if value not in allowed:
-        raise InvalidPlan(f"{where}: must be one of {', '.join(map(str, allowed))}")
-    return value
-
-
-def _list(value: object, where: str) -> Sequence[object]:
-    if not isinstance(value, list | tuple):
-        raise InvalidPlan(f"{where}: must be a list")
-    return value
-
-
-def _fixed(inners: Sequence[Decoder], value: object, where: str) -> tuple[Any, ...]:
-    items = _list(value, where)
-    if len(items) != len(inners):
-        raise InvalidPlan(f"{where}: must have {len(inners)} entries")
-    return tuple([inner(item, where) for inner, item in zip(inners, items, strict=True)])
-
-
-def dumps(value: object) -> bytes:
-    """Write a message for the launcher's channel: compact JSON in UTF-8."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogateescape")

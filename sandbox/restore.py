@@ -17,7 +17,8 @@ from typing import Final
 
 from sandbox import cgroups, examine, init, mounted, sockets, syscalls
 from sandbox.cgroups import CannotConfine
-from sandbox.plan import InvalidPlan, SandboxPlan
+from sandbox.decoding import InvalidPlan
+from sandbox.plan import SandboxPlan
 from sandbox.running import Agent, State
 from sandbox.scratch import Image, again
 from sandbox.serve import Server

@@ -45,9 +45,11 @@ from typing import TYPE_CHECKING, Any, Final
 from sandbox import attach, examine, kept_layers, launching, livebinds, mounted, sockets, stopping, streams, sync
 from sandbox.attach import ExecOrder, Stream
 from sandbox.channel import Answer, Channel, Connection
+from sandbox.decoding import InvalidPlan, decode
+from sandbox.filters import unpack_filters
 from sandbox.limits_watch import Kind, Watch
 from sandbox.notices import Kept
-from sandbox.plan import Bind, InvalidPlan, SandboxPlan, Tty, decode, unpack_filters
+from sandbox.plan import Bind, SandboxPlan, Tty
 from sandbox.posture import posture
 from sandbox.running import Agent, State, agent_error, read_status
 from sandbox.sync import StepError

@@ -14,8 +14,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from sandbox.plan import dumps
-
 MESSAGE_BYTES_MAX: Final = 1 << 20
 FDS_MAX: Final = 250  # SCM_MAX_FD is 253
 SEND_BUFFER_BYTES: Final = 4 << 20
@@ -136,3 +134,8 @@ def close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def dumps(value: object) -> bytes:
+    """Write a message: compact JSON in UTF-8."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogateescape")

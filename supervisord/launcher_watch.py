@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from sandbox.plan import pack_filters
+from sandbox.filters import pack_filters
 from supervisord.actions.types import Action, CannotReadLog
 from supervisord.channel import close_all
 from supervisord.errors import StockadeError

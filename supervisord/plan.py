@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from gateway_client.egress.scope import FsScope, Scope, format_scope
 from sandbox import plan as sandbox_plan
+from sandbox.decoding import InvalidPlan
 from sandbox.plan import (
     AGENT_INSIDE,
     IDS_PER_AGENT,
@@ -15,7 +16,6 @@ from sandbox.plan import (
     ROOT_INSIDE,
     EtcFile,
     IdRange,
-    InvalidPlan,
     SandboxPlan,
     Scratch,
     Tty,

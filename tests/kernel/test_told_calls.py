@@ -439,7 +439,7 @@ def test_without_anybody_who_could_answer_an_exec_fails() -> None:
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from sandbox import syscalls
-from sandbox.plan import agent_filters
+from sandbox.filters import agent_filters
 from tests.support.launcher import default_filter
 programs = agent_filters(default_filter(telling=True))
 syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)

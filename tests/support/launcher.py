@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sandbox import seccomp, sync, syscalls
 from sandbox.cgroups import detect, reconcile
-from sandbox.plan import AGENT_ID_FIRST, IDS_PER_AGENT, IdRange, Limits, SandboxPlan, Scratch, pack_filters
+from sandbox.filters import pack_filters
+from sandbox.plan import AGENT_ID_FIRST, IDS_PER_AGENT, IdRange, Limits, SandboxPlan, Scratch
 from tests.support.gates import Gates, watched
 
 if TYPE_CHECKING:

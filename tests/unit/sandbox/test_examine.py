@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sandbox import examine, following
-from sandbox.plan import AGENT_ID_FIRST, IdRange, SandboxPlan, pack_filters
+from sandbox.filters import pack_filters
+from sandbox.plan import AGENT_ID_FIRST, IdRange, SandboxPlan
 from sandbox.sync import StepError
 
 PLAN = SandboxPlan("ag_x", "t", "host", ("/bin/true",), (), IdRange(AGENT_ID_FIRST))

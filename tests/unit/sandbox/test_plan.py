@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import etc
+from sandbox.decoding import InvalidPlan
+from sandbox.filters import pack_filters, unpack_filters
 from sandbox.plan import (
     AGENT_ID_FIRST,
     AGENT_ID_LAST,
@@ -17,15 +19,12 @@ from sandbox.plan import (
     Bind,
     EtcFile,
     IdRange,
-    InvalidPlan,
     Limits,
     Rootfs,
     SandboxPlan,
     Tty,
-    dumps,
-    pack_filters,
-    unpack_filters,
 )
+from sandbox.sync import dumps
 
 PLAN = SandboxPlan(
     agent_id="ag_x",
