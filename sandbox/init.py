@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from sandbox import canaries, confine, etc, javatrust, mounts, syscalls
+from sandbox import binds, canaries, confine, etc, javatrust, mounts, syscalls
 from sandbox.filters import init_filter
 from sandbox.plan import INIT_INSIDE, SandboxPlan
 from sandbox.sync import StepError, close_all, receive, receive_bytes, send, send_bytes, step
@@ -211,7 +211,7 @@ def _build(control: socket.socket, told: socket.socket, agent: int, store: javat
         for name in ("image", "home")
     }
     mounts.make_own(plan, store, image=staged["image"], home=staged["home"], mark=clock.mark)
-    mounts.attach_binds(plan, [fds[index] for index in given["binds"]], order.stage)
+    binds.attach_binds(plan, [fds[index] for index in given["binds"]], order.stage)
     mounts.hide(plan.hide)
     clock.mark("binds")
     with step("enter root"):

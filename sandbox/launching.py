@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-from sandbox import init, mounted, mounts, sync, syscalls
+from sandbox import binds, init, mounted, sync, syscalls
 from sandbox.attach import own_pipe
 from sandbox.following import Built, Follow
 from sandbox.netpool import CannotMakeNetwork
@@ -155,11 +155,11 @@ def _gather(
     rootfs = None
     if plan.rootfs.fd is not None:
         with step("show root file system"):
-            rootfs = add(mounts.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
-    binds = _binds(workshop, agent, fds, (host_uid, host_gid), add)
+            rootfs = add(binds.clone_tree(fds[plan.rootfs.fd], "/", syscalls.AT_RECURSIVE))
+    shown = _binds(workshop, agent, fds, (host_uid, host_gid), add)
     undo.callback(mounted.forget, agent)
     with step("note binds"):
-        mounted.launched(agent, [given[index] for index in binds])
+        mounted.launched(agent, [given[index] for index in shown])
     with step("make directory of the agent"):
         os.mkdir(agent.directory, 0o700)
         undo.callback(remove_directory, agent.directory)
@@ -181,7 +181,7 @@ def _gather(
         "rootfs": rootfs,
         "image": image,
         "home": home,
-        "binds": binds,
+        "binds": shown,
         "exit": add(agent.exit_fd, own=False),
         "stdio": stdio,
         "keep": keep,
@@ -201,7 +201,7 @@ def _binds(
 ) -> list[int]:
     """Clone what the plan binds, each owner on disk mapped to the agent by one user namespace."""
     namespaces: dict[tuple[int, int], int] = {}
-    binds = []
+    shown = []
     try:
         for bind in agent.plan.binds:
             with step(f"bind {bind.target}"):
@@ -210,15 +210,15 @@ def _binds(
                     namespaces[owner] = workshop.holders.for_mount(
                         disk_uid=owner[0], disk_gid=owner[1], host_uid=host[0], host_gid=host[1]
                     )
-                tree, unmapped = mounts.clone_bind(
+                tree, unmapped = binds.clone_bind(
                     bind, fds[bind.fd], namespaces[owner], safe="mount_flags" not in agent.plan.weaken
                 )
             if unmapped:
                 agent.lacking["idmap"] = "; ".join(filter(None, (agent.lacking.get("idmap"), unmapped)))
-            binds.append(add(tree))
+            shown.append(add(tree))
     finally:
         sync.close_all(list(namespaces.values()))
-    return binds
+    return shown
 
 
 def _stdio(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sandbox import entering, landlock, mounts, sync, syscalls
+from sandbox import binds, entering, landlock, sync, syscalls
 from sandbox.attach import reap
 from sandbox.cgroups import CannotConfine
 from sandbox.controls import BY_NAME
@@ -128,7 +128,7 @@ def _clone(workshop: Workshop, agent: Agent, bind: Bind, fd: int) -> tuple[int, 
             disk_uid=bind.owner_uid, disk_gid=bind.owner_gid, host_uid=uid, host_gid=gid
         )
         try:
-            tree, unmapped = mounts.clone_bind(bind, fd, userns, safe="mount_flags" not in agent.plan.weaken)
+            tree, unmapped = binds.clone_bind(bind, fd, userns, safe="mount_flags" not in agent.plan.weaken)
         finally:
             os.close(userns)
         return tree, [f"idmap: {unmapped}"] if unmapped else []
