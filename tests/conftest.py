@@ -33,6 +33,7 @@ DEEP: Final = frozenset(
         "test_exec_trees.py",
         "test_floods.py",
         "test_gateway_down.py",
+        "test_image_layers.py",
         "test_images.py",
         "test_kill_hard.py",
         "test_kill_only.py",
