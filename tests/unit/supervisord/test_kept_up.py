@@ -27,5 +27,5 @@ async def test_trouble_ends_a_round_and_not_the_watch(monkeypatch: pytest.Monkey
         await asyncio.sleep(0)
     assert rounds == [0, 1, 2]
     watching.cancel()
-    assert await asyncio.gather(watching, return_exceptions=True) != [None]
+    await asyncio.wait({watching})
     assert watching.cancelled(), "its twin: the end of the daemon ends it"
