@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from supervisord.config import Config
     from supervisord.endings import Endings
     from supervisord.filegrants import FileGrants
+    from supervisord.ids import GrantId
     from supervisord.launcher_link import LauncherLink, Message
     from supervisord.provisions import Provisions
     from supervisord.scopes import GrantBook
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LAUNCHER_PAUSE_SECONDS: Final = 0.2
+SETTLE_PAUSE_SECONDS: Final = 1.0
 
 
 class LauncherWatch:
@@ -235,11 +237,22 @@ class LauncherWatch:
                 log.error("no launcher", cause=error.message)
                 continue
             self._settle_lost()
-            await self._files.reconcile(self._listed, known=known)
-            await self._recovery.open_gates()
-            await self._thaw_unordered()
+            await self._settle(known)
             await self._actions.note(Action("", "daemon", "launcher.restart", self._config.instance, "done"))
             return
+
+    async def _settle(self, known: set[GrantId]) -> None:
+        """Have what this launcher holds be as it is granted; again, where a step fails, for as long as it is there."""
+        while self._link.connected:
+            try:
+                await self._files.reconcile(self._listed, known=known)
+                await self._recovery.open_gates()
+                await self._thaw_unordered()
+            except StockadeError as error:
+                log.error("what a new launcher holds is not taken up yet", cause=error.message)
+                await asyncio.sleep(SETTLE_PAUSE_SECONDS)
+            else:
+                return
 
     async def _thaw_unordered(self) -> None:
         """Let go on what a launcher stopped for a moment, to take files away, and died in that moment."""

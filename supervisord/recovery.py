@@ -195,12 +195,17 @@ class Recovery:
         return agent
 
     async def open_gates(self) -> None:
-        """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force."""
+        """Let the agents that were taken up reach their gate: the last step, when all that binds them is in force.
+
+        Raises Unavailable where no worker runs just now.
+        """
         while self.adopted:
-            agent_id = self.adopted.pop(0)
+            agent_id = self.adopted[0]
             agent = self._agents.get(agent_id)
             if agent is not None and agent.live:
                 self._provisions.open_gate(agent, frozen=agent.state is State.FROZEN)
+            del self.adopted[0]  # not before: where that fails it is tried again
+            if agent is not None and agent.live:
                 try:
                     await self._provisions.open_transparent(agent)
                 except StockadeError as error:

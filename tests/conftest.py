@@ -34,7 +34,6 @@ DEEP: Final = frozenset(
         "test_floods.py",
         "test_gateway_down.py",
         "test_image_layers.py",
-        "test_image_layers.py",
         "test_images.py",
         "test_kill_hard.py",
         "test_kill_only.py",
