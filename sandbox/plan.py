@@ -187,6 +187,20 @@ class Network:
         return f"{self.device} {self.agent_address}, one route: {route}, proxy at port {self.proxy_port}"
 
 
+# Least and most of each limit: below it nothing can start, above it no kernel has a number.
+LIMIT_RANGES: Final = {
+    "memory_bytes": (8 << 20, 1 << 50),
+    "swap_bytes": (0, 1 << 50),
+    "io_read_bytes_per_second": (4096, NO_RATE),
+    "io_write_bytes_per_second": (4096, NO_RATE),
+    "cpus": (0.01, 4096),
+    "pids": (2, 4 << 20),
+    "open_files": (16, 1 << 20),
+    "disk_bytes": (1 << 16, 1 << 50),
+    "output_bytes": (4096, 1 << 40),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the agent may use; all of its processes together, but for `open_files`, which is for each of them."""
@@ -206,17 +220,7 @@ class Limits:
         return min(self.io_read_bytes_per_second, self.io_write_bytes_per_second) < NO_RATE
 
     def validate(self) -> None:
-        for name, least, most in (
-            ("memory_bytes", 8 << 20, 1 << 50),
-            ("swap_bytes", 0, 1 << 50),
-            ("io_read_bytes_per_second", 4096, NO_RATE),
-            ("io_write_bytes_per_second", 4096, NO_RATE),
-            ("cpus", 0.01, 4096),
-            ("pids", 2, 4 << 20),
-            ("open_files", 16, 1 << 20),
-            ("disk_bytes", 1 << 16, 1 << 50),
-            ("output_bytes", 4096, 1 << 40),
-        ):
+        for name, (least, most) in LIMIT_RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise InvalidPlan(f"limits.{name}: {getattr(self, name)} is outside of {least}..{most}")
 

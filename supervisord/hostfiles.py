@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from supervisord.callers import Role
 from supervisord.errors import InvalidInput, NotFound, PermissionDenied
-from supervisord.plan import OpenedFile, WantedFile
+from supervisord.plan import WORKSPACE, OpenedFile, WantedFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +79,10 @@ def _check(file: WantedFile, facts: os.stat_result, caller_uid: int | None) -> N
         raise InvalidInput(
             f"cannot show {file.path} to an agent: it is neither a directory nor a regular file",
             remedy="name a directory or a file",
+        )
+    if file.target == WORKSPACE and not file.layer and not stat.S_ISDIR(facts.st_mode):
+        raise InvalidInput(
+            f"cannot show {file.path} as the workspace: it is a file", remedy="name the directory it is in"
         )
     if file.layer and not stat.S_ISDIR(facts.st_mode):
         raise InvalidInput(

@@ -77,6 +77,9 @@ class Root:
     path: str = ""
 
 
+WORKSPACE: Final = PurePosixPath("/workspace")
+
+
 @dataclass(frozen=True, slots=True)
 class WantedFile:
     """A host path that the sandbox shows, before it is opened; `why` is for messages."""
@@ -107,7 +110,7 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
         files.append(
             WantedFile(
                 order.workspace.path,
-                PurePosixPath("/workspace"),
+                WORKSPACE,
                 order.workspace.writable,
                 "workspace",
                 by_policy=False,
@@ -127,7 +130,7 @@ def wanted_files(order: LaunchOrder, policy: Policy) -> tuple[WantedFile, ...]:
 
 GRANTS: Final = PurePosixPath("/grants")
 # Where an agent has files of its own: what it may move about is no place for a bind into a running sandbox.
-_AGENTS_OWN: Final = (PurePosixPath("/home/agent"), PurePosixPath("/workspace"), GRANTS)
+_AGENTS_OWN: Final = (PurePosixPath("/home/agent"), WORKSPACE, GRANTS)
 _LINKS: Final = frozenset({"lib32", "libx32"})
 
 
@@ -173,7 +176,7 @@ def place_of(scope: FsScope) -> PurePosixPath:
 
 
 def effective_limits(policy: Policy, wanted: LimitsWanted) -> Limits:
-    """The limits in force; raises PermissionDenied where the launch asks for more than the policy gives."""
+    """The limits in force; raises PermissionDenied for more than the policy gives, InvalidInput for too little."""
     chosen: dict[str, int | float] = {}
     for name in Limits.__slots__:
         ours, theirs = getattr(policy.limits, name), getattr(wanted, name)
@@ -182,6 +185,9 @@ def effective_limits(policy: Policy, wanted: LimitsWanted) -> Limits:
                 f"cannot launch with {name} {theirs}: policy {policy.name} gives {ours} at most",
                 remedy="ask for less, or choose a policy with a higher limit (`stockadectl policy list`)",
             )
+        least = sandbox_plan.LIMIT_RANGES[name][0]
+        if theirs is not None and not theirs >= least:  # so that what is no number is refused too
+            raise InvalidInput(f"cannot launch with {name} {theirs}: {least} is the least", remedy="ask for more")
         chosen[name] = ours if theirs is None else theirs
     return Limits(**chosen)  # type: ignore[arg-type]
 

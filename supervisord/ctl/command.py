@@ -81,7 +81,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if found.help or (not found.rest and not found.version):
         sys.stdout.write(overview())
         raise SystemExit(OK if found.help else USAGE)
-    rest = ["version"] if found.version else found.rest
+    if found.version and not found.rest:
+        sys.stdout.write(f"{PROGRAM} {own_version()}\n")
+        raise SystemExit(OK)
+    rest = found.rest or ["version"]
     name = ALIASES.get(rest[0], rest[0])
     verb = VERBS.get(name)
     if verb is None:
@@ -92,9 +95,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = argparse.Namespace(socket=found.socket, output=found.output or "table")
     if command is not None and not verb.command:
         raise Usage(f"`{name}` takes no command after --", f"{PROGRAM} {name} --help")
-    options = parser.parse_args(rest[1:], options)
+    options, unknown = parser.parse_known_args(rest[1:], options)
+    if unknown:
+        hint = "; the command goes after --" if verb.command and command is None else ""
+        raise Usage(f"unrecognized arguments: {' '.join(map(repr, unknown))}{hint}", f"{PROGRAM} {name} --help")
     options.verb, options.command = name, command or []
     return options
+
+
+def own_version() -> str:
+    """The version of this program, which needs no daemon."""
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - only for those who ask
+
+    try:
+        return version("stockade")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _nearest(word: str) -> str:
@@ -121,13 +137,17 @@ def perform(options: argparse.Namespace) -> int:
     verb = VERBS[options.verb]
     act = getattr(importlib.import_module(f"supervisord.ctl.{verb.module}"), verb.function)
     try:
-        target = f"unix:{os.path.abspath(options.socket)}" if options.socket else None  # noqa: PTH100 - no links followed
+        path = options.socket.removeprefix("unix:") if options.socket else ""
+        target = f"unix:{os.path.abspath(path)}" if path else None  # noqa: PTH100 - no links followed
         with Stockade(target) as stockade:
             code: int = act(stockade, options)
             return code
     except StockadeError as error:
         said = error.message if error.message.startswith("cannot ") else f"cannot {_deed(options)}: {error.message}"
-        complain(f"{PROGRAM}: {said}")
+        first, *more = said.split("\n")  # a file may have several mistakes
+        complain(f"{PROGRAM}: {first}")
+        for line in more:
+            complain(f"  {line.strip()}")
         if error.remedy:
             complain(error.remedy)
         special = verb.failure_code(error) if verb.failure_code is not None else None
@@ -168,3 +188,6 @@ def run(argv: Sequence[str]) -> int:
         # Whoever read our output has gone; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:  # our output goes to a disk that is full
+        complain(f"{PROGRAM}: cannot go on: {error.strerror or error}")
+        return FAILED

@@ -61,6 +61,10 @@ def run(stockade: Stockade, options: Namespace) -> int:
             # A program in a pipe dies of this; so does the agent, which would otherwise write on for nobody.
             agent.kill("the reader of its output has gone")
             return PIPE_CLOSED
+        except OSError as error:
+            agent.kill("its output cannot be written")
+            complain(f"stockadectl: cannot write what {agent.name} prints: {error.strerror}")
+            return STOCKADE_FAILED
     code = status.shell_code
     if code is None:
         complain(f"stockadectl: cannot run {agent.name}: {agent.refresh().info.failure or 'it ended without a status'}")
@@ -117,7 +121,10 @@ def logs(stockade: Stockade, options: Namespace) -> int:
     for output in stockade.agent(options.subject).logs(follow=options.follow):
         if options.output == "json":
             data = output.data.decode("utf-8", "replace")
-            print_json({"stream": output.stream, "offset": output.offset, "data": data})
+            document: dict[str, object] = {"stream": output.stream, "offset": output.offset, "data": data}
+            if data.encode() != output.data:  # no text, or cut within a character
+                document["bytes"] = output.data
+            print_json(document)
         else:
             shown = escape_lines(output.data).encode() if escaped else output.data
             write_all(STDERR if output.stream == "stderr" else STDOUT, shown)

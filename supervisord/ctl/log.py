@@ -44,6 +44,8 @@ def log(stockade: Stockade, options: Namespace) -> int:
 
 def _verify(stockade: Stockade, options: Namespace) -> int:
     files = options.subject
+    if not files and (options.since or options.public_key):
+        raise Usage("--since and --public-key are for files: say which with DIR", f"{PROGRAM} log --help")
     found: dict[str, Any] = _verify_files(Path(files), options) if files else plain(stockade.verify_log())
     gone = int(found["redacted"])
     if not gone:
@@ -66,6 +68,8 @@ def _verify_files(directory: Path, options: Namespace) -> dict[str, Any]:
 
     verifier = _public_key(options)
     kept = _kept(Path(options.since), verifier) if options.since else []
+    if not (directory / "segments").is_dir() and (directory / "log" / "segments").is_dir():
+        directory /= "log"  # a whole state_dir
     try:
         report = verify(directory, verifier, kept=kept)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 from stockade.client.values import Grant
@@ -190,8 +191,10 @@ def show_actions(entries: Iterable[Action], *, as_json: bool) -> None:
         for entry in entries:
             print_json(entry)
         return
+    rest = iter(entries)
+    first = list(islice(rest, 1))  # before the head, so that no answer has none
     say(_line(("SEQ", "TIME", "VERDICT", "VERB", "OBJECT", "ACTOR", "AGENT", "REASON")))
-    for entry in entries:
+    for entry in chain(first, rest):
         cells = (
             str(entry.seq),
             moment(entry.time) or "-",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as distribution_version
 from typing import TYPE_CHECKING
 
 from stockade.client import convert, methods
+from stockade.client.errors import StockadeError
 from stockade.v1 import policies_pb2, system_pb2
 
 from supervisord.ctl.agents import read_file
-from supervisord.ctl.command import FAILED, OK, PROGRAM, Usage, run
+from supervisord.ctl.command import FAILED, OK, PROGRAM, Usage, own_version, run
 from supervisord.ctl.output import complain, escape_lines, plain, print_facts, print_json, print_table, say, text
 from supervisord.ctl.verbs import ALIASES, VERBS
 
@@ -119,13 +118,15 @@ def doctor(stockade: Stockade, options: Namespace) -> int:
 
 def version(stockade: Stockade, options: Namespace) -> int:
     """Prints this program's version in any case; the daemon's where one answers."""
-    try:
-        own = distribution_version("stockade")
-    except PackageNotFoundError:
-        own = "unknown"
+    own = own_version()
     if options.output == "table":
         say(f"{PROGRAM} {own}")
-    daemon = convert.version(stockade.call(methods.VERSION, system_pb2.VersionRequest()))
+    try:
+        daemon = convert.version(stockade.call(methods.VERSION, system_pb2.VersionRequest()))
+    except StockadeError:
+        if options.output == "json":
+            print_json({"client": own, "daemon": None})
+        raise
     if options.output == "json":
         print_json({"client": own, "daemon": daemon})
     else:
@@ -142,6 +143,7 @@ def shell(_stockade: Stockade, options: Namespace) -> int:
     readline.parse_and_bind("tab: complete")
     if options.socket:
         os.environ["STOCKADE_SOCKET"] = options.socket
+    given = ["-o", options.output]  # before a line's own options, which so come to count
     code = OK
     while True:
         try:
@@ -166,4 +168,4 @@ def shell(_stockade: Stockade, options: Namespace) -> int:
             case ["shell", *_]:
                 complain(f"{PROGRAM}: this is the shell already")
             case _:
-                code = run(argv)
+                code = run([*given, *argv])

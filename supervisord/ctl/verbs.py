@@ -54,6 +54,12 @@ def _word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
+def _deeds(parser: ArgumentParser, *deeds: str, default: str | None = None) -> None:
+    """What is to be done, as the first word; a message that it is missing names them all."""
+    many: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
+    parser.add_argument("deed", choices=deeds, metavar="|".join(deeds), **many)
+
+
 def _nothing(_: ArgumentParser) -> None:
     return
 
@@ -67,8 +73,8 @@ def _launch(parser: ArgumentParser) -> None:
     add("--scope", action="append", dest="scopes", metavar="S", default=SUPPRESS, help="may be given many times")
     add("--label", action="append", dest="labels", metavar="K=V", type=_word(words.pair), default=SUPPRESS)
     add("--memory", dest="memory_bytes", metavar="512MiB", type=_word(words.size), default=SUPPRESS)
-    add("--cpus", type=float, default=SUPPRESS)
-    add("--pids", type=int, default=SUPPRESS)
+    add("--cpus", type=_word(words.number), default=SUPPRESS)
+    add("--pids", type=_word(words.whole), default=SUPPRESS)
     add("--budget", action="append", metavar="tokens=N", type=_word(words.amount), default=SUPPRESS)
     add("--env", action="append", metavar="K=V", help="K alone: from here", default=SUPPRESS)
     add("--owner", default=SUPPRESS)
@@ -151,7 +157,13 @@ def _exec(parser: ArgumentParser) -> None:
 
 def _top(parser: ArgumentParser) -> None:
     parser.add_argument("-d", dest="delay", metavar="2s", type=_word(words.duration), default=2.0)
-    parser.add_argument("-n", dest="count", type=int, help="this many times; 0: until interrupted, as on a terminal")
+    parser.add_argument(
+        "-n",
+        dest="count",
+        metavar="N",
+        type=_word(words.whole),
+        help="this many times; 0: until interrupted, as on a terminal",
+    )
 
 
 def _hold(parser: ArgumentParser) -> None:
@@ -171,9 +183,9 @@ def _release(parser: ArgumentParser) -> None:
 
 def _terms(parser: ArgumentParser) -> None:
     parser.add_argument("--ttl", metavar="10m", type=_word(words.duration))
-    parser.add_argument("--max-uses", type=int)
+    parser.add_argument("--max-uses", metavar="N", type=_word(words.whole))
     parser.add_argument("--max-bytes", metavar="10MiB", type=_word(words.size), help="both ways, heads too")
-    parser.add_argument("--max-cost", metavar="USD", type=float, help="of calls of models, in US dollars")
+    parser.add_argument("--max-cost", metavar="USD", type=_word(words.number), help="of calls of models, in US dollars")
     parser.add_argument("--reason", default="")
     parser.add_argument("--ticket", default="", help="where the reason is on file")
 
@@ -195,7 +207,7 @@ def _grants(parser: ArgumentParser) -> None:
 
 
 def _requests(parser: ArgumentParser) -> None:
-    parser.add_argument("deed", choices=("list", "watch", "approve", "deny"), nargs="?", default="list")
+    _deeds(parser, "list", "watch", "approve", "deny", default="list")
     parser.add_argument("subject", metavar="ID", nargs="?", default="", help="as `requests list` shows it")
     parser.add_argument("--decided", action="store_true", help="list: also those that were answered")
     parser.add_argument("--scope", default="", help="approve: this one, within what is asked")
@@ -233,28 +245,33 @@ def _actions(parser: ArgumentParser) -> None:
     verdicts = ("allowed", "denied", "done", "failed", "notice", "redacted")
     parser.add_argument("--verdict", choices=verdicts, default="")
     parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
-    parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=int, default=0)
+    parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=_word(words.whole), default=0)
 
 
 def _log(parser: ArgumentParser) -> None:
-    deeds = ("verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key", "redact")
+    _deeds(parser, "verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key", "redact")
     add = parser.add_argument
-    add("deed", choices=deeds)
     add("subject", metavar="DIR|SEQ|FILE", nargs="?", default="", help="verify: files; prove, redact: an entry")
     add("--public-key", metavar="FILE", default="", help="verify DIR, check-proof: the log's first key")
     add("--since", metavar="CHECKPOINT", default="", help="a checkpoint that was kept, or a witness's directory")
-    add("--from", dest="from_size", metavar="SIZE", type=int, help="prove: that the log continues that of SIZE entries")
+    add(
+        "--from",
+        dest="from_size",
+        metavar="SIZE",
+        type=_word(words.whole),
+        help="prove: that the log continues that of SIZE entries",
+    )
     add("--reason", default="", help="rotate-key, redact")
 
 
 def _policy(parser: ArgumentParser) -> None:
-    parser.add_argument("deed", choices=("list", "check", "show", "explain"))
+    _deeds(parser, "list", "check", "show", "explain")
     parser.add_argument("subject", metavar="FILE|POLICY|NAME", nargs="?", default="")
     parser.add_argument("scope", metavar="SCOPE", nargs="?", default="", help="explain: which scope")
 
 
 def _registry(parser: ArgumentParser) -> None:
-    parser.add_argument("deed", choices=("add", "list", "show", "deprecate", "review", "running"))
+    _deeds(parser, "add", "list", "show", "deprecate", "review", "running")
     parser.add_argument("subject", metavar="NAME[@VERSION]", nargs="?", default="")
     parser.add_argument("-f", dest="file", metavar="agent.yaml", default="", help="add: a file of kind Agent")
     parser.add_argument("--reason", default="", help="deprecate: why it should not be launched any more")

@@ -92,7 +92,10 @@ class Agents(agents_pb2_grpc.AgentServiceServicer):
             refuse(
                 context, code_pb2.NOT_FOUND, f"cannot find {request.agent}: no such agent", "NOT_FOUND", "see status"
             )
-        return agents_pb2.GetAgentResponse(agent=self.agent())
+        dead = self.killed.is_set()
+        return agents_pb2.GetAgentResponse(
+            agent=self.agent(agents_pb2.AGENT_STATE_KILLED if dead else agents_pb2.AGENT_STATE_RUNNING)
+        )
 
     def ListAgents(self, request: agents_pb2.ListAgentsRequest, _context: Context) -> agents_pb2.ListAgentsResponse:
         if not request.page_token:
@@ -259,8 +262,10 @@ class Actions(actions_pb2_grpc.ActionServiceServicer):
         )  # fmt: skip
 
     def QueryActions(
-        self, request: actions_pb2.QueryActionsRequest, _context: Context
+        self, request: actions_pb2.QueryActionsRequest, context: Context
     ) -> actions_pb2.QueryActionsResponse:
+        if request.agent == "nobody":
+            refuse(context, code_pb2.NOT_FOUND, "cannot find agent 'nobody': there is none", "NOT_FOUND", "see status")
         kept = actions_pb2.QueryActionsRequest()
         kept.CopyFrom(request)
         self.queries.append(kept)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from stockade.client import convert, methods
+from stockade.client import convert, methods, words
 from stockade.client.errors import Failed, StockadeError, from_rpc
 from stockade.client.session import INPUT_BYTES_MAX
 from stockade.client.sync import (
@@ -60,7 +60,7 @@ class AsyncStockade:
         timeout_seconds: float = CALL_SECONDS_MAX,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.target = target or default_target()
+        self.target = words.target(target) if target else default_target()
         self._timeout = timeout_seconds
         self._channel: Any = (
             grpc.aio.insecure_channel(self.target, CHANNEL_OPTIONS)
@@ -437,6 +437,8 @@ class AsyncAgent:
     async def kill(self, reason: str = "") -> Receipt:
         """The receipt of its death; the same one again where it is dead already."""
         receipts = await self._stockade.kill_all(Selector(agents=(self.agent_id,)), reason)
+        with contextlib.suppress(StockadeError):  # a daemon that can only kill has no more to say
+            await self.refresh()
         return receipts[0]
 
     async def freeze(self, reason: str = "") -> Self:

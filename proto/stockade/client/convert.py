@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 
-from stockade.client import values
+from stockade.client import values, words
+from stockade.client.errors import InvalidArgument
 from stockade.v1 import (
     actions_pb2,
     agents_pb2,
@@ -21,7 +23,7 @@ from stockade.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
@@ -48,8 +50,8 @@ def time_of(message: Message, name: str) -> datetime | None:
     return datetime.fromtimestamp(stamp.seconds, UTC) + timedelta(microseconds=stamp.nanos // NANOS_PER_MICRO)
 
 
-def set_seconds(field: Duration, seconds: float | timedelta) -> None:
-    field.FromTimedelta(seconds if isinstance(seconds, timedelta) else timedelta(seconds=seconds))
+def set_seconds(field: Duration, seconds: float | timedelta | str) -> None:
+    field.FromTimedelta(words.time_span(seconds))
 
 
 def agent(message: agents_pb2.Agent) -> values.AgentInfo:
@@ -429,7 +431,35 @@ def selector(value: values.Selector) -> agents_pb2.Selector:
 
 
 def arguments(command: Iterable[str | bytes]) -> list[bytes]:
+    if isinstance(command, str | bytes):
+        raise TypeError(f"a command is a list of words, not {command!r}: say ['sh', '-c', …]")
     return [os.fsencode(argument) for argument in command]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _checked(make: Callable[P, R]) -> Callable[P, R]:
+    """`make`, with what protobuf or we find in a value of the caller's as the error that the daemon has for such."""
+
+    @functools.wraps(make)
+    def made(*given: P.args, **options: P.kwargs) -> R:
+        try:
+            return make(*given, **options)
+        except ValueError as error:
+            raise InvalidArgument(
+                f"cannot make the call: {error}", remedy="correct the value", reason="INVALID_INPUT"
+            ) from error
+
+    return made
+
+
+def _known(options: Mapping[str, object], kind: type) -> None:
+    """Raises TypeError for an option that nobody would look at: a launch without it would be another one."""
+    for name in options:
+        if name not in kind.__annotations__:
+            raise TypeError(f"there is no option {name!r}: there are {', '.join(kind.__annotations__)}")
 
 
 class LaunchOptions(TypedDict, total=False):
@@ -437,7 +467,7 @@ class LaunchOptions(TypedDict, total=False):
 
     name: str
     policy: str
-    workspace: values.Workspace | str  # a directory of the host; read-only where only its path is given
+    workspace: values.Workspace | str  # a directory of the host, read-only but for DIR:rw and DIR:overlay
     scopes: Sequence[str]
     labels: Mapping[str, str]
     memory_bytes: int
@@ -449,7 +479,7 @@ class LaunchOptions(TypedDict, total=False):
     stdin: bool  # it will be written by attach(); else stdin is empty
     owner: str
     purpose: str
-    lease: float | timedelta  # not renewed for so long, it is frozen, and killed after as long again
+    lease: float | timedelta | str  # not renewed for so long, it is frozen, and killed after as long again
     definition: bytes  # the text of a file of kind Agent; everything above goes before what it says
     definition_path: str
     registered: str  # a definition of the registry, NAME or NAME@VERSION; what is above may narrow it
@@ -462,8 +492,12 @@ def directory_of(path: str) -> str:
     return os.path.dirname(os.path.abspath(path)) if path and path != "-" else ""  # noqa: PTH100, PTH120 - resolve() would follow them
 
 
+@_checked
 def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptions]) -> agents_pb2.LaunchRequest:
     """The message for a launch; relative host paths become absolute here, where the current directory is known."""
+    _known(options, LaunchOptions)
+    if isinstance(options.get("scopes"), str):
+        raise TypeError("scopes is a list of scopes, not one")
     spec = agents_pb2.LaunchSpec(
         command=arguments(command),
         name=options.get("name"),
@@ -479,7 +513,7 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
     if "workspace" in options:
         wanted = options["workspace"]
         if isinstance(wanted, str):
-            wanted = values.Workspace(wanted)
+            wanted = words.workspace(wanted)
         spec.workspace.path = os.path.abspath(wanted.path)  # noqa: PTH100 - resolve() would follow links, too early
         spec.workspace.mode = _MODES[wanted.mode]
     if "memory_bytes" in options:
@@ -504,12 +538,14 @@ def launch_request(command: Sequence[str | bytes], **options: Unpack[LaunchOptio
     )
 
 
+@_checked
 def grant_request(
     agent: str, scope: str, *, grant_id: str = "", **terms: Unpack[values.Terms]
 ) -> grants_pb2.GrantRequest:
     return _bounded(grants_pb2.GrantRequest(agent=agent, scope=scope, grant_id=grant_id), terms)
 
 
+@_checked
 def approve_request(
     request_id: str, *, scope: str = "", digest: str = "", **terms: Unpack[values.Terms]
 ) -> requests_pb2.ApproveRequest:
@@ -520,6 +556,7 @@ Bounded = TypeVar("Bounded", grants_pb2.GrantRequest, requests_pb2.ApproveReques
 
 
 def _bounded(message: Bounded, terms: values.Terms) -> Bounded:
+    _known(terms, values.Terms)
     if (ttl := terms.get("ttl")) is not None:
         set_seconds(message.ttl, ttl)
     if (max_uses := terms.get("max_uses")) is not None:

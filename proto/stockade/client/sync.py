@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 import grpc
 
-from stockade.client import convert, methods
+from stockade.client import convert, methods, words
 from stockade.client.errors import Failed, StockadeError, from_rpc
 from stockade.client.session import Session
 from stockade.client.values import Completed, Selector
@@ -55,7 +55,7 @@ CHANNEL_OPTIONS: Final = (
 
 
 def default_target() -> str:
-    return "unix:" + os.environ.get("STOCKADE_SOCKET", DEFAULT_SOCKET)
+    return "unix:" + (os.environ.get("STOCKADE_SOCKET", "").removeprefix("unix:") or DEFAULT_SOCKET)
 
 
 def launch_seconds(timeout_seconds: float) -> float:
@@ -73,7 +73,7 @@ class Stockade:
         timeout_seconds: float = CALL_SECONDS_MAX,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.target = target or default_target()
+        self.target = words.target(target) if target else default_target()
         self._timeout = timeout_seconds
         self._channel = (
             grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
@@ -419,6 +419,8 @@ class Agent:
     def kill(self, reason: str = "") -> Receipt:
         """The receipt of its death; the same one again where it is dead already."""
         receipts = self._stockade.kill_all(Selector(agents=(self.agent_id,)), reason)
+        with contextlib.suppress(StockadeError):  # a daemon that can only kill has no more to say
+            self.refresh()
         return receipts[0]
 
     def freeze(self, reason: str = "") -> Self:

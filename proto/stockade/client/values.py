@@ -247,9 +247,9 @@ class Request:
 
 
 class Terms(TypedDict, total=False):
-    """The bounds of a grant, and why it is given. `ttl` in seconds; what is left out is without that bound."""
+    """The bounds of a grant, and why it is given. `ttl` in seconds or as `10m`; what is left out does not bound it."""
 
-    ttl: float | timedelta | None
+    ttl: float | timedelta | str | None
     max_uses: int | None
     max_bytes: int | None
     max_cost_usd: float | None

@@ -59,6 +59,49 @@ def test_an_agents_life(api: Api) -> None:
     assert list(api.agents.selectors[-1].agents) == [AGENT_ID]
 
 
+@pytest.mark.parametrize(
+    ("deed", "kind"),
+    [
+        (lambda s: s.launch(["true"], polcy="narrow"), TypeError),  # it would have run with the default
+        (lambda s: s.launch("true --now"), TypeError),
+        (lambda s: s.launch(["true"], scopes="llm:*"), TypeError),
+        (lambda s: s.grant("reader", "llm:*", max_use=1), TypeError),
+        (lambda s: s.launch(["true"], pids=-1), InvalidArgument),
+        (lambda s: s.launch(["true"], workspace=":rw"), InvalidArgument),
+        (lambda s: s.launch(["true"], name="\ud800"), InvalidArgument),
+        (lambda s: s.grant("reader", "llm:*", max_uses=-1), InvalidArgument),
+        (lambda s: s.grant("reader", "llm:*", ttl="soon"), InvalidArgument),
+        (lambda s: s.grant("reader", "llm:*", ttl=1e300), InvalidArgument),
+    ],
+)
+def test_what_cannot_be_meant_is_not_sent(api: Api, deed: object, kind: type[Exception]) -> None:
+    assert callable(deed)
+    with Stockade(api.target) as stockade, pytest.raises(kind):
+        deed(stockade)
+    assert (api.agents.launches, api.grants.requests) == ([], [])
+
+
+def test_words_are_taken_as_on_the_command_line(api: Api) -> None:
+    with Stockade(str(api.socket)) as stockade:  # a path without unix:
+        for workspace in ("/srv/logs", "/srv/logs:ro", "/srv/logs:rw", Workspace("/srv/logs:rw")):
+            stockade.launch(["true"], workspace=workspace, lease="30s")
+        stockade.grant("reader", "llm:*", ttl="10m")
+    sent = [launch.spec.workspace for launch in api.agents.launches]
+    assert [(each.path, each.mode) for each in sent] == [
+        ("/srv/logs", 1), ("/srv/logs", 1), ("/srv/logs", 2), ("/srv/logs:rw", 1),
+    ]  # fmt: skip
+    assert api.agents.launches[0].spec.lease.seconds == 30
+    assert api.grants.requests[0].ttl.seconds == 600
+
+
+def test_a_killed_agent_knows_that_it_is(api: Api) -> None:
+    with Stockade(api.target) as stockade:
+        agent = stockade.agent("reader")
+        assert not agent.state.ended
+        agent.kill()
+        assert agent.state.ended
+
+
 def test_lists_come_whole_and_selectors_go_whole(api: Api) -> None:
     with Stockade(api.target) as stockade:
         assert [agent.state for agent in stockade.agents(include_ended=True)] == [State.RUNNING, State.EXITED]

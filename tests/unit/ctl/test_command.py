@@ -267,6 +267,23 @@ def test_failures(api: Api, capsys: Captured, argv: list[str], code: int, said: 
         ["policy", "show"],
         ["requests", "approve"],
         ["-o", "xml", "status"],
+        ["run", "true"],
+        ["run", "--pids", "-3", "--", "x"],
+        ["run", "--cpus", "nan", "--", "x"],
+        ["run", "--memory", "999999999999999TiB", "--", "x"],
+        ["run", "--budget", "tokens=inf", "--", "x"],
+        ["grant", "reader", "llm:*", "--max-uses", "-1"],
+        ["grant", "reader", "llm:*", "--max-uses", "9" * 30],
+        ["grant", "reader", "llm:*", "--max-cost", "nan"],
+        ["grant", "reader", "llm:*", "--ttl", "999999999d999999999d"],
+        ["actions", "--after", "-1"],
+        ["actions", "--since", "999999999d"],
+        ["actions", "--since", "9999-12-31T23:59:59-23:00"],
+        ["log", "prove", "--from", "-1"],
+        ["log", "verify", "--since", "checkpoint"],
+        ["log", "verify", "--public-key", "key"],
+        ["log"],
+        ["policy"],
     ],
 )
 def test_wrong_command_lines_say_so_and_do_nothing(api: Api, capsys: Captured, argv: list[str]) -> None:
@@ -276,6 +293,31 @@ def test_wrong_command_lines_say_so_and_do_nothing(api: Api, capsys: Captured, a
     assert "--help`" in said.err.splitlines()[1]
     assert said.out == ""
     assert api.agents.launches == []
+
+
+def test_a_command_without_its_dashes_is_told_where_it_goes(api: Api, capsys: Captured) -> None:
+    assert run(["run", "true"]) == 2
+    assert "'true'; the command goes after --" in capsys.readouterr().err
+    assert run(["status", "--bogus"]) == 2
+    assert "after --\n" not in capsys.readouterr().err
+
+
+def test_a_socket_may_be_written_as_clients_have_it(
+    api: Api, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["--socket", f"unix:{api.socket}", "status"]) == 0
+    monkeypatch.setenv("STOCKADE_SOCKET", f"unix:{api.socket}")
+    assert run(["status"]) == 0
+    monkeypatch.setenv("STOCKADE_SOCKET", "")  # as if it were not set
+    assert run(["status"]) == 69
+    assert "/run/stockade/control.sock" in capsys.readouterr().err
+
+
+def test_no_table_stands_above_an_error(api: Api, capsys: Captured) -> None:
+    assert run(["actions", "nobody"]) == 3
+    assert capsys.readouterr().out == ""
+    assert run(["actions", "reader"]) == 0
+    assert capsys.readouterr().out.startswith("SEQ ")
 
 
 def test_no_daemon(tmp_path: Path, capsys: Captured) -> None:
@@ -320,6 +362,10 @@ def test_every_verb_has_help(capsys: Captured) -> None:
 
 def test_version_says_its_own_even_without_a_daemon(api: Api, capsys: Captured, tmp_path: Path) -> None:
     assert answer(capsys, "version")["daemon"]["instance"] == "test"
-    assert run(["--socket", str(tmp_path / "none.sock"), "--version"]) == 69
+    none = str(tmp_path / "none.sock")
+    assert run(["--socket", none, "--version"]) == 0
     assert capsys.readouterr().out.startswith("stockadectl ")
+    assert run(["--socket", none, "version"]) == 69
+    assert capsys.readouterr().out.startswith("stockadectl ")
+    assert answer(capsys, "version", "--socket", none, code=69)["daemon"] is None
     assert os.environ["STOCKADE_SOCKET"] == str(api.socket)

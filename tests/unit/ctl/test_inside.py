@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import json
 import os
 import pty
 import select
@@ -13,7 +15,10 @@ import sys
 import termios
 import textwrap
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +158,51 @@ def test_logs_go_where_they_came_from_and_are_harmless_on_a_terminal(api: Api) -
     finally:
         os.close(ours)
         os.close(theirs)
+    del api
+
+
+def test_output_of_a_log_is_exact_in_json_too(api: Api) -> None:
+    first, second = (json.loads(line) for line in done("-o", "json", "logs", "reader").stdout.splitlines())
+    assert base64.b64decode(first["bytes"]) == b"out\x1b[31m\xff\n"
+    assert (second["data"], "bytes" in second) == ("err\n", False)
+    del api
+
+
+@pytest.mark.parametrize("words", [("status",), ("--help",), ("kill", "reader"), ("logs", "reader")])
+def test_a_full_disk_below_our_output_is_said_and_a_failure(api: Api, words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, check=False, timeout=SECONDS_MAX)
+    assert ended.returncode == 1
+    assert b"Traceback" not in ended.stderr
+    del api
+
+
+def test_an_agent_whose_output_cannot_be_written_is_killed(api: Api) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            command("run", "--", "print"), stdout=full, stderr=subprocess.PIPE, check=False, timeout=SECONDS_MAX
+        )
+    assert (ended.returncode, b"No space left" in ended.stderr) == (125, True)
+    assert api.agents.killed.is_set()
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_descriptor_that_was_closed_is_nobody_elses(api: Api, closed: int) -> None:
+    script = f'exec "$0" "$@" {closed}>&-'
+    ended = subprocess.run(
+        ["sh", "-c", script, *command("run", "--", "print")], capture_output=True, check=False, timeout=SECONDS_MAX
+    )
+    assert ended.returncode == 0
+    assert (ended.stdout, ended.stderr) == (
+        b"" if closed == 1 else b"\x00\xffout\x1b[31m\n",
+        b"" if closed == 2 else b"err\xfe",
+    )
+    assert not api.agents.killed.is_set()
+
+
+def test_the_shell_keeps_to_the_form_it_was_started_with(api: Api) -> None:
+    assert done("-o", "json", "shell", stdin=b"status\n").stdout.startswith(b"[")
+    assert done("shell", stdin=b"status\n").stdout.startswith(b"NAME")
     del api
 
 

@@ -87,3 +87,20 @@ def test_a_caller_hands_out_what_is_his(tmp_path: Path) -> None:
         for fd in fds:
             os.close(fd)
     assert descriptors() == before
+
+
+def test_a_workspace_is_a_directory_while_a_scope_may_be_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, target, good in (
+        (tmp_path / "file", "/workspace", False),
+        (tmp_path / "file", "/x", True),
+        (tmp_path, "/workspace", True),
+    ):
+        file = WantedFile(PurePosixPath(path), PurePosixPath(target), writable=False, why="test", by_policy=False)
+        before = descriptors()
+        if good:
+            os.close(open_files((file,), caller_uid=0)[1][0])
+        else:
+            with pytest.raises(InvalidInput, match="as the workspace: it is a file"):
+                open_files((file,), caller_uid=0)
+        assert descriptors() == before

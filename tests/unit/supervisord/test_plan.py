@@ -56,12 +56,27 @@ def opened(path: str, target: str, *, writable: bool, uid: int = 1000) -> Opened
 
 def test_a_launch_narrows_and_never_widens() -> None:
     assert effective_limits(POLICY, LimitsWanted()) == POLICY.limits
-    narrow = effective_limits(POLICY, LimitsWanted(memory_bytes=1 << 20, cpus=0.5, pids=256))
-    assert (narrow.memory_bytes, narrow.cpus, narrow.pids) == (1 << 20, 0.5, 256)
+    narrow = effective_limits(POLICY, LimitsWanted(memory_bytes=8 << 20, cpus=0.5, pids=256))
+    assert (narrow.memory_bytes, narrow.cpus, narrow.pids) == (8 << 20, 0.5, 256)
     assert narrow.open_files == POLICY.limits.open_files
     for wanted in (LimitsWanted(memory_bytes=(1 << 30) + 1), LimitsWanted(cpus=1.01), LimitsWanted(pids=257)):
         with pytest.raises(PermissionDenied, match="policy default gives"):
             effective_limits(POLICY, wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "least"),
+    [
+        (LimitsWanted(memory_bytes=(8 << 20) - 1), LimitsWanted(memory_bytes=8 << 20)),
+        (LimitsWanted(cpus=-1.0), LimitsWanted(cpus=0.01)),
+        (LimitsWanted(cpus=float("nan")), LimitsWanted(cpus=1.0)),
+        (LimitsWanted(pids=1), LimitsWanted(pids=2)),
+    ],
+)
+def test_a_limit_with_which_nothing_can_start_is_a_wrong_word(wanted: LimitsWanted, least: LimitsWanted) -> None:
+    with pytest.raises(InvalidInput, match="is the least"):
+        effective_limits(POLICY, wanted)
+    effective_limits(POLICY, least)
 
 
 @given(
@@ -72,7 +87,7 @@ def test_a_launch_narrows_and_never_widens() -> None:
 def test_no_limit_is_ever_above_the_policys(memory: int | None, cpus: float | None, pids: int | None) -> None:
     try:
         limits = effective_limits(POLICY, LimitsWanted(memory_bytes=memory, cpus=cpus, pids=pids))
-    except PermissionDenied:
+    except (PermissionDenied, InvalidInput):
         return
     for name in Limits.__slots__:
         assert getattr(limits, name) <= getattr(POLICY.limits, name)
