@@ -23,10 +23,12 @@ from sandbox import doctor
 from supervisord.actions.owed import Owed
 from supervisord.actions.types import CannotOpenLog, CannotRecord, DamagedLog
 from supervisord.api import control_listener
-from supervisord.config_reader import load_config
+from supervisord.config_reader import load_config, missing_files
 from supervisord.daemon import Daemon
 from supervisord.errors import StockadeError
 from supervisord.killonly import MEND, KillOnly
+from supervisord.outlets import dialer_configuration, worker_configuration
+from supervisord.policies import PolicyShelf
 from supervisord.store import CannotStore
 
 if TYPE_CHECKING:
@@ -61,14 +63,14 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="stockaded", description="Stockade's daemon: launches and governs AI agents.")
-    parser.add_argument("--config", type=Path, required=True, help="stockade.toml")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="stockade.toml")
     parser.add_argument("--check", action="store_true", help="judge configuration and host, and start nothing")
     parser.add_argument("--verbose", action="store_true", help="also log what is of use when debugging")
     return parser.parse_args()
 
 
 def _check(config: Config) -> int:
-    """Print what the host has and lacks; 1 where a required control is missing."""
+    """Print what the host has and lacks; 1 where a required control is missing, or what the file names is no good."""
     missing = 0
     for finding in doctor.probe(doctor.Host(state_dir=config.state_dir)):
         mark = "ok     " if finding.present else ("MISSING" if finding.required else "absent ")
@@ -77,8 +79,30 @@ def _check(config: Config) -> int:
         if not finding.present and finding.remedy:
             sys.stdout.write(f"        needed: {finding.absence}; protects {finding.protects}\n")
             sys.stdout.write(f"        {finding.remedy}\n")
-    sys.stdout.write(f"configuration {config.source}: ok\n")
-    return EXIT_FAILED if missing else 0
+    wrong = _wrong(config)
+    sys.stdout.flush()
+    for line in wrong:
+        sys.stderr.write(f"stockaded: {line}\n")
+    if not wrong:
+        sys.stdout.write(f"configuration {config.source}: ok\n")
+    return EXIT_FAILED if missing or wrong else 0
+
+
+def _wrong(config: Config) -> list[str]:
+    """What is wrong with what the file names: directories, key files, policies."""
+    found = list(missing_files(config))
+    for key, directory in (("state_dir", config.state_dir), ("run_dir", config.run_dir)):
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        if not there.is_dir():
+            found.append(f"cannot use {key} {directory}: {there} is not a directory")
+    try:
+        if not found:
+            worker_configuration(config)
+            dialer_configuration(config)
+        shelf = PolicyShelf(config.policy_dirs, gateway=config.gateway)
+    except StockadeError as error:
+        return [*found, f"{error.message}; {error.remedy}"]
+    return [*found, *(f"{broken.source}: {broken.error.message}" for broken in shelf.broken())]
 
 
 async def _run(config: Config) -> None:

@@ -78,6 +78,7 @@ class Daemon:
         `listener` is the control socket, where there is one.
         """
         config = self.config
+        self._tell_broken()
         self._gateway = GatewayProcess(config, self._guardrail) if config.gateway.kind is GatewayKind.EMBEDDED else None
         if self._gateway is not None:
             await self._gateway.start()
@@ -201,8 +202,13 @@ class Daemon:
     async def reload(self) -> None:
         """Read the policies anew (SIGHUP); running agents keep what they were launched with."""
         await asyncio.to_thread(self._policies.load)
+        self._tell_broken()
         digests = {policy.name: policy.digest for policy in self._policies.list()}
         await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", "", dict(digests)))
+
+    def _tell_broken(self) -> None:
+        for broken in self._policies.broken():
+            log.warning("a policy cannot be used", file=broken.source, cause=broken.error.message)
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

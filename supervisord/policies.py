@@ -69,9 +69,10 @@ class PolicyShelf:
         if name in self._broken:
             raise self._broken[name].error
         if name not in self._policies:
+            broken = "".join(f"; not usable: {each.source}" for each in self._broken.values())
             raise NotFound(
                 f"cannot find policy {shown(name)}: there is none",
-                remedy=f"choose one of {', '.join(sorted(self._policies))}",
+                remedy=f"choose one of {', '.join(sorted(self._policies))}{broken}",
             )
         return self._policies[name]
 

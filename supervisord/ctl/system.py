@@ -40,8 +40,12 @@ def _list(stockade: Stockade, options: Namespace) -> int:
     if options.output == "json":
         print_json(found)
     else:
-        rows = [(p.name, text(p.version), p.risk, p.extends, ", ".join(p.scopes), p.filename) for p in found]
-        print_table(("NAME", "VERSION", "RISK", "EXTENDS", "SCOPES", "FILE"), rows)
+        good = [p for p in found if not p.problem]
+        rows = [(p.name, text(p.version), p.risk, p.extends, ", ".join(p.scopes), p.filename, p.digest) for p in good]
+        print_table(("NAME", "VERSION", "RISK", "EXTENDS", "SCOPES", "FILE", "DIGEST"), rows)
+        for broken in found:
+            if broken.problem:
+                complain(f"{PROGRAM}: {broken.filename} is no usable policy: {' '.join(broken.problem.split())}")
     return OK
 
 

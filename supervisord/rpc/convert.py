@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from supervisord.holds import Hold
     from supervisord.killswitch import Receipt
     from supervisord.layers import Change, Outcome
+    from supervisord.policies import Broken
 
 PAGE_SIZE_DEFAULT: Final = 500
 PAGE_SIZE_MAX: Final = 5000
@@ -483,6 +484,10 @@ def policy(value: Policy) -> policies_pb2.Policy:
         filename=value.source,
         scopes=[format_scope(scope) for scope in value.scopes],
     )
+
+
+def broken_policy(value: Broken) -> policies_pb2.Policy:
+    return policies_pb2.Policy(name=value.name, filename=value.source, problem=value.error.message)
 
 
 def explanation(value: Explanation) -> policies_pb2.ExplainResponse:

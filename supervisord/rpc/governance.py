@@ -290,12 +290,10 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
     async def ListPolicies(
         self, request: policies_pb2.ListPoliciesRequest, _context: Context
     ) -> policies_pb2.ListPoliciesResponse:
-        shown, token = convert.page(
-            self._policies.list(), size=request.page_size, token=request.page_token, key=lambda each: each.name
-        )
-        return policies_pb2.ListPoliciesResponse(
-            policies=[convert.policy(each) for each in shown], next_page_token=token
-        )
+        found = [*map(convert.policy, self._policies.list()), *map(convert.broken_policy, self._policies.broken())]
+        found.sort(key=lambda each: each.name)
+        shown, token = convert.page(found, size=request.page_size, token=request.page_token, key=lambda each: each.name)
+        return policies_pb2.ListPoliciesResponse(policies=shown, next_page_token=token)
 
     async def GetPolicy(
         self, request: policies_pb2.GetPolicyRequest, _context: Context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -185,6 +186,69 @@ def test_a_wrong_policy(stockade: Instance, tmp_path: Path, text: str, line: int
     assert found.code == 1
     assert found.json()["ok"] is False
     assert {"filename", "line", "key", "message", "remedy"} <= found.json()["problems"][0].keys()
+
+
+def test_a_file_that_is_no_usable_policy_is_listed_and_told_of(stockade: Instance) -> None:
+    """It used to vanish: `policy list` showed the others, and a launch said that there is none."""
+    wider = stockade.directory / "policies" / "wider.yaml"
+    misnamed = stockade.directory / "policies" / "misnamed.yaml"
+    check = [str(bin_dir() / "stockaded"), "--config", str(stockade.config), "--check"]
+    assert [entry["problem"] for entry in stockade.json("policy", "list")] == [""] * 6
+    wider.write_text("kind: Policy\nname: wider\nextends: default\nlimits: {memory: 4GiB}\n")
+    misnamed.write_text("kind: Policy\nname: other\nextends: default\n")
+    daemon = stockade.process
+    assert daemon is not None
+    try:
+        daemon.send_signal(signal.SIGHUP)
+        stockade.wait(lambda: str(misnamed) in stockade.ctl("policy", "list").err)
+        done = stockade.ctl("policy", "list")
+        assert done.code == 0
+        assert f"{misnamed} is no usable policy" in done.err
+        assert "limits.memory: wider than in default" in done.err
+        assert "other" not in done.out
+        listed = {entry["name"]: entry["problem"] for entry in stockade.json("policy", "list")}
+        assert "wider than in default" in listed["wider"]
+        assert "the file is misnamed.yaml" in listed["misnamed"]
+        assert listed["default"] == ""
+        for name, word in (("wider", "wider than"), ("other", str(misnamed))):
+            refused = stockade.ctl("launch", "--policy", name, "--", "true")
+            assert refused.code in {2, 3}
+            assert word in refused.err
+        assert "a policy cannot be used" in stockade.daemon_log()
+        judged = subprocess.run(check, capture_output=True, text=True, check=False, timeout=60)
+        assert judged.returncode == 1
+        assert str(misnamed) in judged.stderr
+    finally:
+        wider.unlink()
+        misnamed.unlink()
+        daemon.send_signal(signal.SIGHUP)
+        stockade.wait(lambda: stockade.ctl("policy", "list").err == "")
+    assert subprocess.run(check, capture_output=True, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (
+            '[gateway]\nkind = "openai"\nurl = "http://127.0.0.1:4000"\ncredential_file = "/nonexistent/key"\n',
+            "credential",
+        ),
+        ('[gateway]\nkind = "embedded"\ncredential_file = "/nonexistent/key"\n', ""),  # not for embedded
+        ('run_dir = "/etc/passwd/run"\n', "run_dir"),
+    ],
+)
+def test_the_check_judges_what_the_file_names(tmp_path: Path, text: str, word: str) -> None:
+    config = tmp_path / "stockade.toml"
+    config.write_text(f'state_dir = "{tmp_path}/state"\n{text}')
+    done = subprocess.run(
+        [bin_dir() / "stockaded", "--config", config, "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, word in done.stderr, "Traceback" in done.stderr) == (1 if word else 0, True, False)
+    assert list(tmp_path.iterdir()) == [config]
 
 
 def test_a_right_policy_is_good(stockade: Instance, tmp_path: Path) -> None:

@@ -377,6 +377,7 @@ def policy(message: policies_pb2.Policy) -> values.Policy:
         extends=message.extends,
         filename=message.filename,
         scopes=tuple(message.scopes),
+        problem=message.problem,
     )
 
 

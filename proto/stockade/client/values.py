@@ -308,6 +308,7 @@ class Policy:
     extends: str
     filename: str
     scopes: tuple[str, ...]
+    problem: str = ""  # why its file is no usable policy
 
 
 @dataclass(frozen=True, slots=True)

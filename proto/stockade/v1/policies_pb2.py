@@ -24,33 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astockade/v1/policies.proto\x12\x0bstockade.v1\"x\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04risk\x18\x04 \x01(\t\x12\x0f\n\x07\x65xtends\x18\x05 \x01(\t\x12\x10\n\x08\x66ilename\x18\x06 \x01(\t\x12\x0e\n\x06scopes\x18\x07 \x03(\t\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.stockade.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x11GetPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.stockade.v1.Policy\x12\x14\n\x0c\x63ontent_yaml\x18\x02 \x01(\x0c\"7\n\x12\x43heckPolicyRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\"m\n\rPolicyProblem\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06\x63olumn\x18\x03 \x01(\r\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0e\n\x06remedy\x18\x06 \x01(\t\"\x83\x01\n\x13\x43heckPolicyResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12,\n\x08problems\x18\x02 \x03(\x0b\x32\x1a.stockade.v1.PolicyProblem\x12#\n\x06policy\x18\x03 \x01(\x0b\x32\x13.stockade.v1.Policy\x12\r\n\x05notes\x18\x04 \x03(\t\"-\n\x0e\x45xplainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\"c\n\x0f\x45xplainResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08grant_id\x18\x03 \x01(\t\x12\r\n\x05steps\x18\x04 \x03(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t2\xc8\x02\n\rPolicyService\x12S\n\x0cListPolicies\x12 .stockade.v1.ListPoliciesRequest\x1a!.stockade.v1.ListPoliciesResponse\x12J\n\tGetPolicy\x12\x1d.stockade.v1.GetPolicyRequest\x1a\x1e.stockade.v1.GetPolicyResponse\x12P\n\x0b\x43heckPolicy\x12\x1f.stockade.v1.CheckPolicyRequest\x1a .stockade.v1.CheckPolicyResponse\x12\x44\n\x07\x45xplain\x12\x1b.stockade.v1.ExplainRequest\x1a\x1c.stockade.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astockade/v1/policies.proto\x12\x0bstockade.v1\"\x89\x01\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04risk\x18\x04 \x01(\t\x12\x0f\n\x07\x65xtends\x18\x05 \x01(\t\x12\x10\n\x08\x66ilename\x18\x06 \x01(\t\x12\x0e\n\x06scopes\x18\x07 \x03(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.stockade.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x11GetPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.stockade.v1.Policy\x12\x14\n\x0c\x63ontent_yaml\x18\x02 \x01(\x0c\"7\n\x12\x43heckPolicyRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\"m\n\rPolicyProblem\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06\x63olumn\x18\x03 \x01(\r\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0e\n\x06remedy\x18\x06 \x01(\t\"\x83\x01\n\x13\x43heckPolicyResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12,\n\x08problems\x18\x02 \x03(\x0b\x32\x1a.stockade.v1.PolicyProblem\x12#\n\x06policy\x18\x03 \x01(\x0b\x32\x13.stockade.v1.Policy\x12\r\n\x05notes\x18\x04 \x03(\t\"-\n\x0e\x45xplainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\"c\n\x0f\x45xplainResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08grant_id\x18\x03 \x01(\t\x12\r\n\x05steps\x18\x04 \x03(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t2\xc8\x02\n\rPolicyService\x12S\n\x0cListPolicies\x12 .stockade.v1.ListPoliciesRequest\x1a!.stockade.v1.ListPoliciesResponse\x12J\n\tGetPolicy\x12\x1d.stockade.v1.GetPolicyRequest\x1a\x1e.stockade.v1.GetPolicyResponse\x12P\n\x0b\x43heckPolicy\x12\x1f.stockade.v1.CheckPolicyRequest\x1a .stockade.v1.CheckPolicyResponse\x12\x44\n\x07\x45xplain\x12\x1b.stockade.v1.ExplainRequest\x1a\x1c.stockade.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stockade.v1.policies_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICY']._serialized_start=43
-  _globals['_POLICY']._serialized_end=163
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=165
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=225
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=227
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=313
-  _globals['_GETPOLICYREQUEST']._serialized_start=315
-  _globals['_GETPOLICYREQUEST']._serialized_end=347
-  _globals['_GETPOLICYRESPONSE']._serialized_start=349
-  _globals['_GETPOLICYRESPONSE']._serialized_end=427
-  _globals['_CHECKPOLICYREQUEST']._serialized_start=429
-  _globals['_CHECKPOLICYREQUEST']._serialized_end=484
-  _globals['_POLICYPROBLEM']._serialized_start=486
-  _globals['_POLICYPROBLEM']._serialized_end=595
-  _globals['_CHECKPOLICYRESPONSE']._serialized_start=598
-  _globals['_CHECKPOLICYRESPONSE']._serialized_end=729
-  _globals['_EXPLAINREQUEST']._serialized_start=731
-  _globals['_EXPLAINREQUEST']._serialized_end=776
-  _globals['_EXPLAINRESPONSE']._serialized_start=778
-  _globals['_EXPLAINRESPONSE']._serialized_end=877
-  _globals['_POLICYSERVICE']._serialized_start=880
-  _globals['_POLICYSERVICE']._serialized_end=1208
+  _globals['_POLICY']._serialized_start=44
+  _globals['_POLICY']._serialized_end=181
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=183
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=243
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=245
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=331
+  _globals['_GETPOLICYREQUEST']._serialized_start=333
+  _globals['_GETPOLICYREQUEST']._serialized_end=365
+  _globals['_GETPOLICYRESPONSE']._serialized_start=367
+  _globals['_GETPOLICYRESPONSE']._serialized_end=445
+  _globals['_CHECKPOLICYREQUEST']._serialized_start=447
+  _globals['_CHECKPOLICYREQUEST']._serialized_end=502
+  _globals['_POLICYPROBLEM']._serialized_start=504
+  _globals['_POLICYPROBLEM']._serialized_end=613
+  _globals['_CHECKPOLICYRESPONSE']._serialized_start=616
+  _globals['_CHECKPOLICYRESPONSE']._serialized_end=747
+  _globals['_EXPLAINREQUEST']._serialized_start=749
+  _globals['_EXPLAINREQUEST']._serialized_end=794
+  _globals['_EXPLAINRESPONSE']._serialized_start=796
+  _globals['_EXPLAINRESPONSE']._serialized_end=895
+  _globals['_POLICYSERVICE']._serialized_start=898
+  _globals['_POLICYSERVICE']._serialized_end=1226
 # @@protoc_insertion_point(module_scope)

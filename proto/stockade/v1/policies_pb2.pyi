@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Policy(_message.Message):
-    __slots__ = ("name", "version", "digest", "risk", "extends", "filename", "scopes")
+    __slots__ = ("name", "version", "digest", "risk", "extends", "filename", "scopes", "problem")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Policy(_message.Message):
     EXTENDS_FIELD_NUMBER: _ClassVar[int]
     FILENAME_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -23,7 +24,8 @@ class Policy(_message.Message):
     extends: str
     filename: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., risk: _Optional[str] = ..., extends: _Optional[str] = ..., filename: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ...) -> None: ...
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., risk: _Optional[str] = ..., extends: _Optional[str] = ..., filename: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ListPoliciesRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
