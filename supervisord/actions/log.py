@@ -206,12 +206,13 @@ class ActionLog:
         after_seq: int = 0,
         newest_first: bool = False,
         limit: int = 1000,
+        agent_ids: frozenset[str] | None = None,
     ) -> list[Entry]:
         """Entries that match, by seq; at most `limit` (at most 10,000). `verb` may be a prefix that ends in a dot.
 
         Sees everything that was recorded before the call. Raises CannotReadLog.
         """
-        query = Query(agent_id, verb, verdict, since_ns, until_ns, after_seq, newest_first, limit)
+        query = Query(agent_id, verb, verdict, since_ns, until_ns, after_seq, newest_first, limit, agent_ids)
         return await asyncio.wrap_future(self._index.run(lambda: self._index.entries(query)))
 
     async def subscribe(self, after_seq: int = 0) -> AsyncIterator[Entry]:

@@ -5,6 +5,7 @@ tampered index can hide entries from a query, never change one. `verify` does no
 """
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -59,7 +60,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for; None is anything. A verb that ends in a dot is a prefix."""
+    """What to look for; None is anything. A verb that ends in a dot is a prefix; one without a dot is that too."""
 
     agent_id: str | None = None
     verb: str | None = None
@@ -69,20 +70,26 @@ class Query:
     after_seq: int = 0
     newest_first: bool = False
     limit: int = 1000
+    agent_ids: frozenset[str] | None = None  # any of these
 
-    def sql(self) -> tuple[str, list[bytes | int]]:
-        where, values = ["seq > ?", "segment > 0"], list[bytes | int]([self.after_seq])
+    def sql(self) -> tuple[str, list[bytes | int | str]]:
+        where, values = ["seq > ?", "segment > 0"], list[bytes | int | str]([self.after_seq])
         for column, text in (("agent_id", self.agent_id), ("verdict", self.verdict)):
             if text is not None:
                 where.append(f"{column} = ?")
                 values.append(encoding.to_bytes(text))
-        if self.verb is not None and self.verb.endswith("."):
-            where.append("verb >= ? AND verb < ?")
-            prefix = encoding.to_bytes(self.verb)
-            values += (prefix, prefix[:-1] + b"/")  # "/" follows "." in ASCII
-        elif self.verb is not None:
-            where.append("verb = ?")
-            values.append(encoding.to_bytes(self.verb))
+        if self.verb is not None:
+            word = encoding.to_bytes(self.verb.removesuffix("."))
+            ways = ["verb = ?"] if not self.verb.endswith(".") else []
+            values += (word for _ in ways)
+            if b"." not in word or not ways:
+                ways.append("verb >= ? AND verb < ?")
+                values += (word + b".", word + b"/")  # "/" follows "." in ASCII
+            where.append(f"({' OR '.join(ways)})")
+        if self.agent_ids is not None:
+            # One value, however many: a statement has room for some thousand.
+            where.append("agent_id IN (SELECT CAST(value AS BLOB) FROM json_each(?))")
+            values.append(json.dumps(sorted(self.agent_ids)))
         for condition, number in (("time_ns >= ?", self.since_ns), ("time_ns < ?", self.until_ns)):
             if number is not None:
                 where.append(condition)
@@ -92,6 +99,13 @@ class Query:
         # Only fixed words and question marks are put together here.
         sql = f"SELECT seq, segment, offset FROM entries WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"  # noqa: S608
         return sql, values
+
+
+def verb_fits(verb: str, wanted: str) -> bool:
+    """What `Query` does, for one verb; an empty word is anything."""
+    if wanted.endswith("."):
+        return verb.startswith(wanted)
+    return wanted in ("", verb) or ("." not in wanted and verb.startswith(f"{wanted}."))
 
 
 class Index:
@@ -334,7 +348,7 @@ class Index:
             raise sqlite3.DatabaseError("another version")
         return database
 
-    def _sql(self, sql: str, values: Sequence[bytes | int] = ()) -> list[tuple[int, int, int]]:
+    def _sql(self, sql: str, values: Sequence[bytes | int | str] = ()) -> list[tuple[int, int, int]]:
         if self._database is None:
             raise CannotReadLog("cannot query the action log: its index is not open")
         return self._database.execute(sql, values).fetchall()

@@ -172,12 +172,17 @@ def _watch(stockade: Stockade, options: Namespace) -> None:
 
 
 def actions(stockade: Stockade, options: Namespace) -> int:
+    if options.follow and options.until:
+        raise Usage("-f has no end, and --until is one: give one of them", "stockadectl actions --help")
     since = parse_moment(options.since, datetime.now(UTC)) if options.since else None
+    until = parse_moment(options.until, datetime.now(UTC)) if options.until else None
     entries = stockade.actions(
         options.subject,
         verb=options.wanted_verb,
         verdict=options.verdict,
         since=since,
+        until=until,
+        labels=dict(options.labels),
         after_seq=options.after_seq,
         follow=options.follow,
     )

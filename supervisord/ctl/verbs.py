@@ -241,10 +241,22 @@ def _discard(parser: ArgumentParser) -> None:
 def _actions(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME", nargs="?", default="")
     parser.add_argument("-f", "--follow", action="store_true")
-    parser.add_argument("--verb", dest="wanted_verb", metavar="V", default="")
+    parser.add_argument(
+        "--verb", dest="wanted_verb", metavar="V", default="", help="grant.create; grant: all that begin with it"
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        dest="labels",
+        metavar="K=V",
+        type=_word(words.pair),
+        default=[],
+        help="of agents that were launched with it",
+    )
     verdicts = ("allowed", "denied", "done", "failed", "notice", "redacted")
     parser.add_argument("--verdict", choices=verdicts, default="")
     parser.add_argument("--since", metavar="T", help="10m (ago) or 2026-01-31T12:00:00Z")
+    parser.add_argument("--until", metavar="T", help="the same; not with -f")
     parser.add_argument("--after", dest="after_seq", metavar="SEQ", type=_word(words.whole), default=0)
 
 

@@ -18,6 +18,8 @@ from stockade.v1 import (
 )
 
 from supervisord.actions.checkpoint import size_of
+from supervisord.actions.labelled import Labelled, launched_with
+from supervisord.actions.query import verb_fits
 from supervisord.callers import current_caller
 from supervisord.documents import InvalidDocument
 from supervisord.errors import InvalidInput, NotFound, StockadeError
@@ -153,6 +155,7 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         self._agents = agents
         self._actions = actions
         self._sinks = sinks
+        self._labelled = Labelled(actions)
 
     async def QueryActions(
         self, request: actions_pb2.QueryActionsRequest, _context: Context
@@ -166,6 +169,7 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
             until_ns=convert.nanoseconds("until", request.until) if request.HasField("until") else None,
             after_seq=max(convert.number("after_seq", request.after_seq), convert.token_number(request.page_token)),
             limit=size + 1,
+            agent_ids=frozenset(await self._labelled.agents(request.labels)) if request.labels else None,
         )
         token = str(found[size - 1].seq) if len(found) > size else ""
         return actions_pb2.QueryActionsResponse(
@@ -179,7 +183,13 @@ class ActionService(actions_pb2_grpc.ActionServiceServicer):
         after = convert.number("after_seq", request.after_seq)
         if not request.HasField("after_seq"):
             after = self._actions.size
+        labels = frozenset(request.labels.items())
+        labelled = await self._labelled.agents(request.labels) if labels else set()
         async for entry in self._actions.subscribe(after):
+            if labels and launched_with(entry.action, labels):
+                labelled.add(entry.action.agent_id)
+            if labels and entry.action.agent_id not in labelled:
+                continue
             if _wanted(entry, agent_id, request.verb, request.verdict):
                 yield actions_pb2.TailActionsResponse(action=convert.action(entry))
 
@@ -350,5 +360,4 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
 
 def _wanted(entry: Entry, agent_id: str | None, verb: str, verdict: str) -> bool:
     action = entry.action
-    verb_fits = action.verb.startswith(verb) if verb.endswith(".") else verb in ("", action.verb)
-    return agent_id in (None, action.agent_id) and verb_fits and verdict in ("", action.verdict)
+    return agent_id in (None, action.agent_id) and verb_fits(action.verb, verb) and verdict in ("", action.verdict)

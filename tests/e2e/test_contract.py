@@ -110,6 +110,39 @@ def test_actions_are_found_by_verb_verdict_time_and_agent(stockade: Instance) ->
     assert stockade.actions("--after", str(last)) == []
 
 
+def test_actions_are_found_by_label_also_as_they_come(stockade: Instance) -> None:
+    red = stockade.launch("--name", "red", "--label", "team=red", "--label", "tier=two", "--", "sleep", "1000")
+    blue = stockade.launch("--name", "blue", "--label", "team=blue", "--", "sleep", "1000")
+    found = stockade.actions("--label", "team=red")
+    assert {entry["agent_id"] for entry in found} == {red["agent_id"]}
+    assert {entry["verb"] for entry in found} >= {"agent.launch", "agent.exec"}
+    assert stockade.actions("--label", "team=red", "--label", "tier=one") == []
+    assert {entry["verb"] for entry in stockade.actions("--label", "team=red", "--verb", "agent")} >= {"agent.launch"}
+    assert stockade.actions("--label", "team=red", "--verb", "grant.revoke") == []
+    assert stockade.actions("--label", "team=red", "--until", found[0]["time"]) == []
+    command = [
+        str(bin_dir() / "stockadectl"),
+        "-o",
+        "json",
+        "actions",
+        "-f",
+        "--label",
+        "team=red",
+        "--verb",
+        "agent.kill",
+    ]
+    with subprocess.Popen(command, env=stockade.environment, stdout=subprocess.PIPE) as following:
+        assert following.stdout is not None
+        stockade.ctl("kill", "blue")
+        late = stockade.launch("--name", "late", "--label", "team=red", "--", "sleep", "1000")
+        for name in ("red", "late"):
+            stockade.ctl("kill", name)
+        told = [json.loads(following.stdout.readline())["agent_id"] for _ in range(2)]
+        following.terminate()
+    assert told == [red["agent_id"], late["agent_id"]]
+    assert blue["agent_id"] not in told
+
+
 def test_tables_are_for_people_and_json_comes_at_either_end(stockade: Instance) -> None:
     stockade.launch("--name", "shown", "--", "sleep", "1000")
     table = stockade.ctl("status").out.splitlines()

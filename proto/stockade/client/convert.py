@@ -580,9 +580,10 @@ def query_request(
     after_seq: int,
     page_token: str,
     until: datetime | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> actions_pb2.QueryActionsRequest:
     message = actions_pb2.QueryActionsRequest(
-        agent=agent, verb=verb, verdict=verdict, after_seq=after_seq, page_token=page_token
+        agent=agent, verb=verb, verdict=verdict, after_seq=after_seq, page_token=page_token, labels=labels
     )
     if since is not None:
         message.since.FromDatetime(since.astimezone(UTC))

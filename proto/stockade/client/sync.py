@@ -266,10 +266,21 @@ class Stockade:
         until: datetime | None = None,
         after_seq: int = 0,
         follow: bool = False,
+        labels: Mapping[str, str] | None = None,
     ) -> Iterator[Action]:
-        """The log's entries in order; with `follow`, then each new one as it is written, without end."""
+        """The log's entries in order; with `follow`, then each new one as it is written, without end.
+
+        `labels` are those that an entry's agent was launched with.
+        """
         request = convert.query_request(
-            agent=agent, verb=verb, verdict=verdict, since=since, until=until, after_seq=after_seq, page_token=""
+            agent=agent,
+            verb=verb,
+            verdict=verdict,
+            since=since,
+            until=until,
+            after_seq=after_seq,
+            page_token="",
+            labels=labels,
         )
         seen = after_seq
         while True:
@@ -281,7 +292,9 @@ class Stockade:
             if not request.page_token:
                 break
         if follow:
-            tail = actions_pb2.TailActionsRequest(after_seq=seen, agent=agent, verb=verb, verdict=verdict)
+            tail = actions_pb2.TailActionsRequest(
+                after_seq=seen, agent=agent, verb=verb, verdict=verdict, labels=labels
+            )
             for entry in self.stream(methods.TAIL_ACTIONS, tail):
                 yield convert.action(entry.action)
 

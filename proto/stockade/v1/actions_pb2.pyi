@@ -33,7 +33,14 @@ class Action(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., time_unix_nanos: _Optional[int] = ..., agent_id: _Optional[str] = ..., actor: _Optional[str] = ..., verb: _Optional[str] = ..., object: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[str] = ..., details_json: _Optional[bytes] = ...) -> None: ...
 
 class QueryActionsRequest(_message.Message):
-    __slots__ = ("agent", "verb", "verdict", "since", "after_seq", "page_size", "page_token", "until")
+    __slots__ = ("agent", "verb", "verdict", "since", "after_seq", "page_size", "page_token", "until", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERB_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +49,7 @@ class QueryActionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     UNTIL_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     verb: str
     verdict: str
@@ -50,7 +58,8 @@ class QueryActionsRequest(_message.Message):
     page_size: int
     page_token: str
     until: _timestamp_pb2.Timestamp
-    def __init__(self, agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., after_seq: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., after_seq: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class QueryActionsResponse(_message.Message):
     __slots__ = ("actions", "next_page_token")
@@ -61,16 +70,25 @@ class QueryActionsResponse(_message.Message):
     def __init__(self, actions: _Optional[_Iterable[_Union[Action, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class TailActionsRequest(_message.Message):
-    __slots__ = ("after_seq", "agent", "verb", "verdict")
+    __slots__ = ("after_seq", "agent", "verb", "verdict", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     AFTER_SEQ_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERB_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     after_seq: int
     agent: str
     verb: str
     verdict: str
-    def __init__(self, after_seq: _Optional[int] = ..., agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, after_seq: _Optional[int] = ..., agent: _Optional[str] = ..., verb: _Optional[str] = ..., verdict: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class TailActionsResponse(_message.Message):
     __slots__ = ("action",)

@@ -11,7 +11,9 @@ import pytest
 
 from supervisord.actions import merkle
 from supervisord.actions.checkpoint import Verifier, open_checkpoint
+from supervisord.actions.labelled import Labelled, launched_with
 from supervisord.actions.log import ActionLog
+from supervisord.actions.query import verb_fits
 from supervisord.actions.types import Action, CannotOpenLog, CannotRecord, Entry
 from supervisord.actions.verify import verify
 from tests.unit.actions.conftest import act
@@ -32,7 +34,11 @@ async def test_what_is_recorded_is_found_and_verified(open_log: Open, tmp_path: 
     assert await log.query() == [first, second, third]
     assert await log.query(agent_id="ag_b") == [third]
     assert await log.query(verb="egress.") == [second, third]
+    assert await log.query(verb="egress") == [second, third]
+    assert await log.query(verb="egres") == await log.query(verb="egress.req") == []
     assert await log.query(verb="agent.launch", verdict="allowed") == [first]
+    assert await log.query(agent_ids=frozenset({"ag_b", "ag_none"})) == [third]
+    assert await log.query(agent_ids=frozenset()) == []
     assert await log.query(verdict="denied", after_seq=3) == []
     assert await log.query(since_ns=second.time_ns, until_ns=third.time_ns) == [second]
     assert await log.query(newest_first=True, limit=2) == [third, second]
@@ -41,6 +47,34 @@ async def test_what_is_recorded_is_found_and_verified(open_log: Open, tmp_path: 
     offline = verify(tmp_path / "log", tmp_path / "key.pub")
     assert online == offline
     assert (offline.ok, offline.size, offline.sealed, offline.problem) == (True, 3, 3, "")
+
+
+async def test_entries_are_found_by_what_their_agent_was_launched_with(open_log: Open) -> None:
+    log = open_log()
+    labelled = Labelled(log)
+
+    async def launched(agent: str, **labels: str) -> Entry:
+        return await log.record(replace(act(1, verb="agent.launch", agent=agent), details={"labels": dict(labels)}))
+
+    red = await launched("ag_red", team="red", tier="two")
+    await launched("ag_blue", team="blue")
+    await log.record(replace(act(2, agent="ag_liar"), details={"labels": {"team": "red"}}))  # no launch
+    assert await labelled.agents({"team": "red"}) == {"ag_red"}
+    assert await labelled.agents({"team": "red", "tier": "one"}) == set()
+    await launched("ag_late", team="red")
+    assert await labelled.agents({"team": "red"}) == {"ag_red", "ag_late"}
+    assert await labelled.agents({"team": "red", "tier": "two"}) == {"ag_red"}
+    assert launched_with(red.action, frozenset({("team", "red")}))
+    assert not launched_with(red.action, frozenset({("team", "blue")}))
+    await log.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [("", True), ("egress.request", True), ("egress.", True), ("egress", True), ("egres", False), ("egress.re", False)],
+)
+def test_a_verb_fits_as_a_query_has_it(wanted: str, *, fits: bool) -> None:
+    assert verb_fits("egress.request", wanted) is fits
 
 
 async def test_the_key_is_private_and_its_public_half_beside_it(open_log: Open, tmp_path: Path) -> None:
