@@ -133,6 +133,7 @@ _OPERATOR_METHODS: Final = {
 _ADMIN_METHODS: Final = {
     "ActionService": ("RotateKey", "RedactAction"),
     "RegistryService": ("RegisterDefinition", "DeprecateDefinition"),
+    "SystemService": ("Backup",),  # all that there is, what readers may not see too
 }
 _HEALTH: Final = "/grpc.health.v1.Health/"
 

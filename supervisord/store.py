@@ -128,7 +128,7 @@ class Store:
             executor.shutdown(wait=False)
             raise CannotStore(
                 f"cannot open the state database {path}: {error}",
-                remedy="check the disk; where the file is damaged, bring back a backup or move it away",
+                remedy="check the disk; where the file is damaged, bring back a backup (OPERATING) or move it away",
             ) from error
         store = cls(path, database, executor, boot)
         await store.prune()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from supervisord.actions import files, keys, merkle
+from supervisord.actions import files, keys, merkle, segments
 from supervisord.actions.check import RETIRE_VERB
 from supervisord.actions.checkpoint import Signer, size_of
 from supervisord.actions.files import load_signer, read_checkpoint, remove_segments, segment_paths
@@ -329,6 +329,26 @@ class ActionLog:
         if not 1 <= size <= self._writer.size:
             raise ValueError(f"cannot give the root of {size} entries: the log has {self._writer.size}")
         return await asyncio.wrap_future(index.run(lambda: merkle.range_root(0, size, index.node)))
+
+    def snapshot(self, stage: Path, opened: contextlib.ExitStack) -> list[tuple[str, int, int]]:
+        """The log's files as of now: name, descriptor, and how many bytes belong to it; closed with `opened`.
+
+        `stage` is an empty directory for the checkpoint that belongs to them. Waits for the disk.
+        """
+        with self._reading:  # nothing is retired or redacted meanwhile; after it the descriptors keep what was there
+            with contextlib.suppress(CannotRecord):  # a full disk is no reason not to take what is there away
+                self._writer.seal()
+            last, end, note = self._writer.position()
+            (stage / files.CHECKPOINT).write_text(note or read_checkpoint(self._directory) or "", encoding="utf-8")
+            paths = [path for first, path in segment_paths(self._directory) if first <= last]
+            paths += [path for path in (self._directory / files.ROTATIONS, stage / files.CHECKPOINT) if path.exists()]
+            found = []
+            for path in paths:
+                fd = opened.enter_context(path.open("rb")).fileno()
+                written = segments.first_seq_of(path.name) == last
+                below = "" if segments.first_seq_of(path.name) is None else f"{files.SEGMENTS}/"
+                found.append((f"{below}{path.name}", fd, end if written else os.fstat(fd).st_size))
+        return found
 
     async def close(self) -> None:
         """Make everything durable, sign a last checkpoint, let the directory go. Nothing can be recorded after."""

@@ -293,6 +293,10 @@ def _registry(parser: ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="review: exit with 1 where there is a finding")
 
 
+def _backup(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="DIR", help="made here; must not be there yet")
+
+
 def _report(parser: ArgumentParser) -> None:
     parser.add_argument("--since", metavar="T", default="1d", help="7d (ago) or 2026-01-31T12:00:00Z; a day by default")
     parser.add_argument("--until", metavar="T", default="", help="the same; now by default")
@@ -301,7 +305,7 @@ def _report(parser: ArgumentParser) -> None:
 
 
 _AGENTS, _CHANGES, _INSIDE, _LOG, _RULES, _SYSTEM = "agents", "changes", "inside", "log", "rules", "system"
-_REGISTRY, _REPORT = "registry", "report"
+_REGISTRY, _REPORT, _BACKUP = "registry", "report", "backup"
 
 VERBS: Final[dict[str, Verb]] = {
     "run": Verb(
@@ -350,6 +354,7 @@ VERBS: Final[dict[str, Verb]] = {
         "the inventory of agents: add, list, show, deprecate, review, running", _REGISTRY, "registry", _registry
     ),
     "report": Verb("a period's evidence as HTML and JSON", _REPORT, "report", _report),
+    "backup": Verb("a copy of the daemon's state and log in a new directory", _BACKUP, "backup", _backup),
     "doctor": Verb("which controls this host has", _SYSTEM, "doctor", _nothing),
     "shell": Verb("many commands, one prompt", _SYSTEM, "shell", _nothing),
     "version": Verb("of this program and of the daemon", _SYSTEM, "version", _nothing),

@@ -17,6 +17,7 @@ from stockade.v1 import (
     system_pb2_grpc,
 )
 
+from supervisord.backup import Backup
 from supervisord.rpc.agents import AgentService
 from supervisord.rpc.changes import ChangeService
 from supervisord.rpc.governance import ActionService, GrantService, PolicyService, RequestService
@@ -86,6 +87,7 @@ def register(server: grpc.aio.Server, parts: Parts, *, started_at_ns: int) -> No
             started_at_ns=started_at_ns,
             health=parts.health,
             sinks=parts.sinks.states,
+            backup=Backup(state_dir=config.state_dir, actions=parts.actions, store=parts.store),
         ),
         server,
     )

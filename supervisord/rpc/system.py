@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import platform
 from importlib.metadata import version
@@ -11,14 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from stockade.v1 import system_pb2, system_pb2_grpc
 
 from sandbox import doctor
+from supervisord.callers import current_caller
+from supervisord.errors import Unavailable
 from supervisord.rpc import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     import grpc
 
+    from supervisord.backup import Backup
     from supervisord.sinks.feed import SinkState
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,12 +39,14 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         started_at_ns: int,
         health: Callable[[], Mapping[str, tuple[bool, str]]],
         sinks: Callable[[], Sequence[SinkState]],
+        backup: Backup | None = None,
     ) -> None:
         self._instance = instance
         self._host = doctor.Host(state_dir=state_dir)
         self._started_at_ns = started_at_ns
         self._health = health
         self._sinks = sinks
+        self._backup = backup
 
     async def Version(self, _request: system_pb2.VersionRequest, _context: Context) -> system_pb2.VersionResponse:
         return system_pb2.VersionResponse(
@@ -63,6 +69,17 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
                 system_pb2.Component(name=name, ready=ready, detail=detail) for name, (ready, detail) in health.items()
             ],
         )
+
+    async def Backup(
+        self, _request: system_pb2.BackupRequest, _context: Context
+    ) -> AsyncIterator[system_pb2.BackupResponse]:
+        if self._backup is None:
+            raise Unavailable(
+                "cannot back up: the daemon can only kill now", remedy="copy state_dir when it is stopped"
+            )
+        async with contextlib.aclosing(self._backup.pieces(current_caller().actor)) as pieces:
+            async for path, data in pieces:
+                yield system_pb2.BackupResponse(path=path, data=data)
 
 
 def _sink_finding(state: SinkState) -> doctor.Finding:

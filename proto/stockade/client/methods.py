@@ -95,4 +95,5 @@ REVIEW: Final = Method("RegistryService/Review", registry.ReviewRequest, registr
 LIST_RUNNING: Final = Method("RegistryService/ListRunning", registry.ListRunningRequest, registry.ListRunningResponse)
 VERSION: Final = Method("SystemService/Version", system.VersionRequest, system.VersionResponse)
 DOCTOR: Final = Method("SystemService/Doctor", system.DoctorRequest, system.DoctorResponse)
+BACKUP: Final = Method("SystemService/Backup", system.BackupRequest, system.BackupResponse)
 READY: Final = Method("SystemService/Ready", system.ReadyRequest, system.ReadyResponse)

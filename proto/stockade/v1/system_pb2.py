@@ -25,29 +25,33 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stockade/v1/system.proto\x12\x0bstockade.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eVersionRequest\"\x84\x01\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x0e\n\x06python\x18\x04 \x01(\t\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rDoctorRequest\"\x8d\x01\n\x07\x46inding\x12\x0f\n\x07\x63ontrol\x18\x01 \x01(\t\x12\x0f\n\x07present\x18\x02 \x01(\x08\x12\x0b\n\x03how\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x10\n\x08required\x18\x05 \x01(\x08\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x10\n\x08protects\x18\x07 \x01(\t\x12\x0f\n\x07\x61\x62sence\x18\x08 \x01(\t\"D\n\x0e\x44octorResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12&\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x14.stockade.v1.Finding\"\x0e\n\x0cReadyRequest\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"J\n\rReadyResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12*\n\ncomponents\x18\x02 \x03(\x0b\x32\x16.stockade.v1.Component2\xd8\x01\n\rSystemService\x12\x44\n\x07Version\x12\x1b.stockade.v1.VersionRequest\x1a\x1c.stockade.v1.VersionResponse\x12\x41\n\x06\x44octor\x12\x1a.stockade.v1.DoctorRequest\x1a\x1b.stockade.v1.DoctorResponse\x12>\n\x05Ready\x12\x19.stockade.v1.ReadyRequest\x1a\x1a.stockade.v1.ReadyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stockade/v1/system.proto\x12\x0bstockade.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rBackupRequest\",\n\x0e\x42\x61\x63kupResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x10\n\x0eVersionRequest\"\x84\x01\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x0e\n\x06python\x18\x04 \x01(\t\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rDoctorRequest\"\x8d\x01\n\x07\x46inding\x12\x0f\n\x07\x63ontrol\x18\x01 \x01(\t\x12\x0f\n\x07present\x18\x02 \x01(\x08\x12\x0b\n\x03how\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x10\n\x08required\x18\x05 \x01(\x08\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x10\n\x08protects\x18\x07 \x01(\t\x12\x0f\n\x07\x61\x62sence\x18\x08 \x01(\t\"D\n\x0e\x44octorResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12&\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x14.stockade.v1.Finding\"\x0e\n\x0cReadyRequest\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"J\n\rReadyResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12*\n\ncomponents\x18\x02 \x03(\x0b\x32\x16.stockade.v1.Component2\x9d\x02\n\rSystemService\x12\x44\n\x07Version\x12\x1b.stockade.v1.VersionRequest\x1a\x1c.stockade.v1.VersionResponse\x12\x41\n\x06\x44octor\x12\x1a.stockade.v1.DoctorRequest\x1a\x1b.stockade.v1.DoctorResponse\x12>\n\x05Ready\x12\x19.stockade.v1.ReadyRequest\x1a\x1a.stockade.v1.ReadyResponse\x12\x43\n\x06\x42\x61\x63kup\x12\x1a.stockade.v1.BackupRequest\x1a\x1b.stockade.v1.BackupResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stockade.v1.system_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSIONREQUEST']._serialized_start=74
-  _globals['_VERSIONREQUEST']._serialized_end=90
-  _globals['_VERSIONRESPONSE']._serialized_start=93
-  _globals['_VERSIONRESPONSE']._serialized_end=225
-  _globals['_DOCTORREQUEST']._serialized_start=227
-  _globals['_DOCTORREQUEST']._serialized_end=242
-  _globals['_FINDING']._serialized_start=245
-  _globals['_FINDING']._serialized_end=386
-  _globals['_DOCTORRESPONSE']._serialized_start=388
-  _globals['_DOCTORRESPONSE']._serialized_end=456
-  _globals['_READYREQUEST']._serialized_start=458
-  _globals['_READYREQUEST']._serialized_end=472
-  _globals['_COMPONENT']._serialized_start=474
-  _globals['_COMPONENT']._serialized_end=530
-  _globals['_READYRESPONSE']._serialized_start=532
-  _globals['_READYRESPONSE']._serialized_end=606
-  _globals['_SYSTEMSERVICE']._serialized_start=609
-  _globals['_SYSTEMSERVICE']._serialized_end=825
+  _globals['_BACKUPREQUEST']._serialized_start=74
+  _globals['_BACKUPREQUEST']._serialized_end=89
+  _globals['_BACKUPRESPONSE']._serialized_start=91
+  _globals['_BACKUPRESPONSE']._serialized_end=135
+  _globals['_VERSIONREQUEST']._serialized_start=137
+  _globals['_VERSIONREQUEST']._serialized_end=153
+  _globals['_VERSIONRESPONSE']._serialized_start=156
+  _globals['_VERSIONRESPONSE']._serialized_end=288
+  _globals['_DOCTORREQUEST']._serialized_start=290
+  _globals['_DOCTORREQUEST']._serialized_end=305
+  _globals['_FINDING']._serialized_start=308
+  _globals['_FINDING']._serialized_end=449
+  _globals['_DOCTORRESPONSE']._serialized_start=451
+  _globals['_DOCTORRESPONSE']._serialized_end=519
+  _globals['_READYREQUEST']._serialized_start=521
+  _globals['_READYREQUEST']._serialized_end=535
+  _globals['_COMPONENT']._serialized_start=537
+  _globals['_COMPONENT']._serialized_end=593
+  _globals['_READYRESPONSE']._serialized_start=595
+  _globals['_READYRESPONSE']._serialized_end=669
+  _globals['_SYSTEMSERVICE']._serialized_start=672
+  _globals['_SYSTEMSERVICE']._serialized_end=957
 # @@protoc_insertion_point(module_scope)

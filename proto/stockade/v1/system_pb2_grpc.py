@@ -50,6 +50,11 @@ class SystemServiceStub:
                 request_serializer=stockade_dot_v1_dot_system__pb2.ReadyRequest.SerializeToString,
                 response_deserializer=stockade_dot_v1_dot_system__pb2.ReadyResponse.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/stockade.v1.SystemService/Backup',
+                request_serializer=stockade_dot_v1_dot_system__pb2.BackupRequest.SerializeToString,
+                response_deserializer=stockade_dot_v1_dot_system__pb2.BackupResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServiceServicer:
@@ -75,6 +80,14 @@ class SystemServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backup(self, request, context):
+        """A consistent copy of the state directory, file after file: database, action log and public keys, not the key that
+        signs. What comes before the end of the stream is no backup.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +105,11 @@ def add_SystemServiceServicer_to_server(servicer, server):
                     servicer.Ready,
                     request_deserializer=stockade_dot_v1_dot_system__pb2.ReadyRequest.FromString,
                     response_serializer=stockade_dot_v1_dot_system__pb2.ReadyResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=stockade_dot_v1_dot_system__pb2.BackupRequest.FromString,
+                    response_serializer=stockade_dot_v1_dot_system__pb2.BackupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +193,33 @@ class SystemService:
             '/stockade.v1.SystemService/Ready',
             stockade_dot_v1_dot_system__pb2.ReadyRequest.SerializeToString,
             stockade_dot_v1_dot_system__pb2.ReadyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stockade.v1.SystemService/Backup',
+            stockade_dot_v1_dot_system__pb2.BackupRequest.SerializeToString,
+            stockade_dot_v1_dot_system__pb2.BackupResponse.FromString,
             options,
             channel_credentials,
             insecure,
