@@ -70,7 +70,8 @@ class Holds:
             }
             if hold.subject in subjects[hold.kind]:
                 raise Held(
-                    f"cannot launch {name}: {hold.kind} {hold.subject} is on hold by {hold.held_by}: {hold.reason}"
+                    f"cannot launch {name}: {hold.kind} {hold.subject} is on hold by {hold.held_by}"
+                    + (f": {hold.reason}" if hold.reason else "")
                     + (f" ({hold.ticket})" if hold.ticket else ""),
                     remedy=f"somebody else than {hold.held_by} can `stockadectl release {hold.hold_id}`",
                 )

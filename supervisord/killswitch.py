@@ -55,6 +55,7 @@ class Receipt:
     time_ns: int
     already_dead: bool
     relays_cut: int
+    grants_revoked: int = 0
     left_pids: tuple[int, ...] = ()
     statement: bytes = b""
     signature: bytes = b""
@@ -73,7 +74,10 @@ class Gates(Protocol):
 
 
 class KillSwitch:
-    """Kills agents; `sign` makes the statement and signature of a receipt, `ended` is told of each death."""
+    """Kills agents; `sign` makes the statement and signature of a receipt, `ended` is told of each death.
+
+    `grants` says how many are in force for an agent; `ended` is what ends them.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class KillSwitch:
         ended: Callable[[Agent], None],
         new_id: Callable[[], str],
         now_ns: Callable[[], int],
+        grants: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._agents = agents
         self._actions = actions
@@ -95,6 +100,7 @@ class KillSwitch:
         self._ended = ended
         self._new_id = new_id
         self._now_ns = now_ns
+        self._grants = grants
         self._kills: dict[str, asyncio.Task[Receipt]] = {}
         self._notes: set[asyncio.Task[None]] = set()
         self._insisting: dict[str, asyncio.Task[None]] = {}
@@ -133,6 +139,7 @@ class KillSwitch:
             egress_cut_ms=max(cut_ms, _float(body.get("egress_cut_ms"))),
             dead_ms=(time.monotonic() - began) * 1000,
             relays_cut=relays,
+            grants_revoked=self._grants(agent.agent_id) if verified else 0,
             left_pids=tuple(_int(pid) for pid in left) if isinstance(left, list) else (),
         )
         self._settle(agent, body)
@@ -233,6 +240,7 @@ class KillSwitch:
         egress_cut_ms: float = 0.0,
         dead_ms: float = 0.0,
         relays_cut: int = 0,
+        grants_revoked: int = 0,
         left_pids: tuple[int, ...] = (),
     ) -> Receipt:
         return self._sign(
@@ -249,6 +257,7 @@ class KillSwitch:
                 time_ns=self._now_ns(),
                 already_dead=already,
                 relays_cut=relays_cut,
+                grants_revoked=grants_revoked,
                 left_pids=left_pids,
             )
         )
@@ -268,6 +277,7 @@ class KillSwitch:
             "egress_cut_ms": receipt.egress_cut_ms,
             "dead_ms": receipt.dead_ms,
             "relays_cut": receipt.relays_cut,
+            "grants_revoked": receipt.grants_revoked,
             "already_dead": receipt.already_dead,
             "signature": receipt.signature.hex(),
         }

@@ -23,7 +23,7 @@ from supervisord.gateway_health import GatewayHealth, probe_http
 from supervisord.gateway_process import read_secret, user_id
 from supervisord.grantable import check_grantable
 from supervisord.homes import Homes
-from supervisord.ids import new_receipt_id, new_request_id
+from supervisord.ids import AgentId, new_receipt_id, new_request_id
 from supervisord.images import Images
 from supervisord.killswitch import KillSwitch
 from supervisord.launcher_link import LauncherLink
@@ -209,6 +209,7 @@ class Parts:
             ended=self._gone,
             new_id=lambda: new_receipt_id(os.urandom),
             now_ns=time.time_ns,
+            grants=lambda agent_id: len(self.book.for_agent(AgentId(agent_id))),
         )
         self.provisions = Provisions(
             book=self.book,

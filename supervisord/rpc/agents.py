@@ -18,7 +18,7 @@ from supervisord.ids import agent_id as parse_agent_id
 from supervisord.ids import agent_name as parse_name
 from supervisord.ids import idempotency_key as parse_key
 from supervisord.ids import image_digest as parse_digest
-from supervisord.ids import label, new_hold_id
+from supervisord.ids import label, new_hold_id, shown
 from supervisord.ids import policy_name as parse_policy
 from supervisord.output import Chunk, Tail, follow
 from supervisord.plan import LaunchOrder
@@ -324,7 +324,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             case "name":
                 parse_name(subject)
             case "label":
-                label(*(subject.partition("=")[::2]))
+                key, equals, value = subject.partition("=")
+                if not equals:  # no agent has it, so it would hold nobody
+                    raise InvalidInput(f"cannot hold label {shown(subject)}: it is not KEY=VALUE", remedy="name both")
+                label(key, value)
             case "rootfs_digest":
                 parse_digest(subject)
             case _:

@@ -357,6 +357,8 @@ def receipt(value: Receipt) -> agents_pb2.Receipt:
         left_pids=value.left_pids,
         statement=value.statement,
         signature=value.signature,
+        relays_cut=value.relays_cut,
+        grants_revoked=value.grants_revoked,
     )
 
 

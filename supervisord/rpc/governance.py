@@ -25,6 +25,7 @@ from supervisord.documents import InvalidDocument
 from supervisord.errors import InvalidInput, NotFound, StockadeError
 from supervisord.explain import explain
 from supervisord.hostfiles import file_uid
+from supervisord.ids import GrantId, shown
 from supervisord.ids import grant_id as parse_grant_id
 from supervisord.policy import Policy, RootfsName, policy_yaml
 from supervisord.question import RequestState
@@ -74,7 +75,7 @@ class GrantService(grants_pb2_grpc.GrantServiceServicer):
 
     async def Revoke(self, request: grants_pb2.RevokeRequest, _context: Context) -> grants_pb2.RevokeResponse:
         grant, cut, warning = await self._acts.revoke(
-            parse_grant_id(request.grant_id),
+            _known_form(request.grant_id),
             actor=current_caller().actor,
             reason=convert.text("reason", request.reason),
         )
@@ -356,6 +357,14 @@ class PolicyService(policies_pb2_grpc.PolicyServiceServicer):
         policy = self._policies.get(agent.what.policy)
         grants = self._book.for_agent(agent.agent_id)
         return convert.explanation(explain(policy, grants, scope, gateway=gateway, agent=agent.name))
+
+
+def _known_form(text: str) -> GrantId:
+    """The id of a grant to look for; what can be none is one that is not there."""
+    try:
+        return parse_grant_id(text)
+    except InvalidInput:
+        raise NotFound(f"cannot find grant {shown(text)}: there is none", remedy="see `stockadectl grants`") from None
 
 
 def _wanted(entry: Entry, agent_id: str | None, verb: str, verdict: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import grp
 import json
 import os
@@ -12,6 +13,8 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from stockade.client import NotPermitted, Stockade
 
 from tests.support.instance import Instance, bin_dir
@@ -88,6 +91,17 @@ def test_keys_of_documents(stockade: Instance) -> None:
     receipts = stockade.json("kill", "keyed")
     assert isinstance(receipts, list)
     assert receipts[0].keys() >= RECEIPT_KEYS
+    statement = base64.b64decode(receipts[0]["statement"])
+    stated = json.loads(statement.partition(b"\n")[2])
+    assert stated["grants_revoked"] == receipts[0]["grants_revoked"] == 2  # the policy's and the one above
+    assert {key: stated[key] for key in RECEIPT_KEYS} == {key: receipts[0][key] for key in RECEIPT_KEYS}
+    assert stockade.json("grants", "keyed") == []
+    key = Ed25519PublicKey.from_public_bytes(
+        base64.b64decode(stockade.json("log", "status")["public_key"].split("+", 2)[2])[1:]
+    )
+    key.verify(base64.b64decode(receipts[0]["signature"]), statement)
+    with pytest.raises(InvalidSignature):
+        key.verify(base64.b64decode(receipts[0]["signature"]), statement.replace(b"true", b"false"))
     actions = stockade.actions("keyed")
     assert all(entry.keys() == ACTION_KEYS for entry in actions)
     assert all(MOMENT.fullmatch(entry["time"]) for entry in actions)
@@ -175,6 +189,8 @@ def test_a_checkpoint_is_a_signed_note_of_the_whole_log(stockade: Instance) -> N
         (("exec", "nobody", "--", "true"), 3, "nobody"),
         (("grant", "nobody", "llm:*"), 3, "nobody"),
         (("revoke", "gr_" + "a" * 26), 3, "gr_"),
+        (("revoke", "nobody"), 3, "nobody"),
+        (("hold", "--label", "team"), 2, "KEY=VALUE"),
         (("status", "ag_" + "a" * 26), 3, "ag_"),
         (("requests", "approve", "rq_" + "a" * 26), 3, "rq_"),
         (("release", "ho_" + "a" * 26), 3, "ho_"),

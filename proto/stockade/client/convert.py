@@ -211,6 +211,8 @@ def receipt(message: agents_pb2.Receipt) -> values.Receipt:
         left_pids=tuple(message.left_pids),
         statement=message.statement,
         signature=message.signature,
+        relays_cut=message.relays_cut,
+        grants_revoked=message.grants_revoked,
     )
 
 

@@ -200,6 +200,8 @@ class Receipt:
     left_pids: tuple[int, ...]
     statement: bytes
     signature: bytes
+    relays_cut: int = 0
+    grants_revoked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

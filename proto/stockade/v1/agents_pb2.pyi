@@ -506,7 +506,7 @@ class KillResponse(_message.Message):
     def __init__(self, receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("receipt_id", "agent_id", "name", "verified_empty", "processes_killed", "egress_cut_ms", "dead_ms", "reason", "killed_by", "time", "already_dead", "left_pids", "statement", "signature")
+    __slots__ = ("receipt_id", "agent_id", "name", "verified_empty", "processes_killed", "egress_cut_ms", "dead_ms", "reason", "killed_by", "time", "already_dead", "left_pids", "statement", "signature", "relays_cut", "grants_revoked")
     RECEIPT_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -521,6 +521,8 @@ class Receipt(_message.Message):
     LEFT_PIDS_FIELD_NUMBER: _ClassVar[int]
     STATEMENT_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    RELAYS_CUT_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_REVOKED_FIELD_NUMBER: _ClassVar[int]
     receipt_id: str
     agent_id: str
     name: str
@@ -535,7 +537,9 @@ class Receipt(_message.Message):
     left_pids: _containers.RepeatedScalarFieldContainer[int]
     statement: bytes
     signature: bytes
-    def __init__(self, receipt_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., name: _Optional[str] = ..., verified_empty: _Optional[bool] = ..., processes_killed: _Optional[int] = ..., egress_cut_ms: _Optional[float] = ..., dead_ms: _Optional[float] = ..., reason: _Optional[str] = ..., killed_by: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., already_dead: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ..., statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    relays_cut: int
+    grants_revoked: int
+    def __init__(self, receipt_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., name: _Optional[str] = ..., verified_empty: _Optional[bool] = ..., processes_killed: _Optional[int] = ..., egress_cut_ms: _Optional[float] = ..., dead_ms: _Optional[float] = ..., reason: _Optional[str] = ..., killed_by: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., already_dead: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ..., statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., relays_cut: _Optional[int] = ..., grants_revoked: _Optional[int] = ...) -> None: ...
 
 class FreezeRequest(_message.Message):
     __slots__ = ("selector", "reason")
