@@ -66,7 +66,9 @@ def _verify(stockade: Stockade, options: Namespace) -> int:
 def _verify_files(directory: Path, options: Namespace) -> dict[str, Any]:
     from supervisord.actions.verify import verify  # noqa: PLC0415 - only those who verify wait for cryptography
 
-    verifier = _public_key(options)
+    verifier, *others = _public_keys(options)
+    if others:
+        raise Usage("`log verify` follows from the first key: give that alone", f"{PROGRAM} log --help")
     kept = _kept(Path(options.since), verifier) if options.since else []
     if not (directory / "segments").is_dir() and (directory / "log" / "segments").is_dir():
         directory /= "log"  # a whole state_dir
@@ -85,16 +87,19 @@ def _verify_files(directory: Path, options: Namespace) -> dict[str, Any]:
     }
 
 
-def _public_key(options: Namespace) -> Verifier:
+def _public_keys(options: Namespace) -> list[Verifier]:
     from supervisord.actions.files import read_public  # noqa: PLC0415 - as above
     from supervisord.actions.types import BadNote  # noqa: PLC0415
 
     if not options.public_key:
         raise Usage(f"`log {options.deed}` of files needs --public-key FILE", f"{PROGRAM} log --help")
-    try:
-        return read_public(Path(options.public_key))
-    except (OSError, BadNote) as error:
-        raise WrongWord(f"cannot use --public-key {options.public_key}: {error}") from error
+    found = []
+    for name in options.public_key:
+        try:
+            found.append(read_public(Path(name)))
+        except (OSError, BadNote) as error:
+            raise WrongWord(f"cannot use --public-key {name}: {error}") from error
+    return found
 
 
 def _kept(path: Path, verifier: Verifier) -> list[str]:
@@ -148,7 +153,7 @@ def _check_proof(_stockade: Stockade, options: Namespace) -> int:
     from supervisord.actions.proofs import PROOF_BYTES_MAX, Included, check_proof  # noqa: PLC0415 - as above
     from supervisord.actions.types import BadNote  # noqa: PLC0415
 
-    verifier = _public_key(options)
+    verifiers = _public_keys(options)
     found: dict[str, Any] = {"ok": True, "problem": ""}
     try:
         with Path(options.subject).open("rb") as file:
@@ -156,7 +161,8 @@ def _check_proof(_stockade: Stockade, options: Namespace) -> int:
     except OSError as error:
         raise WrongWord(f"cannot read {options.subject or 'the proof'}: {error.strerror}") from error
     try:
-        proven = check_proof(text, verifier, _kept_one(text, options, verifier))
+        kept = _kept_one(text, options, verifiers)
+        proven = check_proof(text, _signer_of(text.partition("\n\n")[2], verifiers), kept)
     except BadNote as error:
         found = {"ok": False, "problem": str(error)}
     else:
@@ -182,10 +188,23 @@ def _check_proof(_stockade: Stockade, options: Namespace) -> int:
         print_facts(found)
     else:
         complain(f"{PROGRAM}: {found['problem']}")
+        complain("after `log rotate-key`, give the keys of before and after it: --public-key FILE --public-key FILE")
     return OK if found["ok"] else FAILED
 
 
-def _kept_one(proof: str, options: Namespace, verifier: Verifier) -> Checkpoint | None:
+def _signer_of(note: str, verifiers: list[Verifier]) -> Verifier:
+    """Whose key signed the note; the first one where it is nobody's, which then says what is wrong."""
+    from supervisord.actions.checkpoint import open_note  # noqa: PLC0415 - as above
+    from supervisord.actions.types import BadNote  # noqa: PLC0415
+
+    for verifier in verifiers:
+        with contextlib.suppress(BadNote):
+            open_note(note, verifier)
+            return verifier
+    return verifiers[0]
+
+
+def _kept_one(proof: str, options: Namespace, verifiers: list[Verifier]) -> Checkpoint | None:
     """The kept checkpoint that a proof of growth begins with."""
     from supervisord.actions.checkpoint import open_checkpoint  # noqa: PLC0415 - as above
     from supervisord.actions.types import BadNote  # noqa: PLC0415
@@ -193,9 +212,9 @@ def _kept_one(proof: str, options: Namespace, verifier: Verifier) -> Checkpoint 
     if not options.since:
         return None
     kept = []
-    for note in _kept(Path(options.since), verifier):
-        with contextlib.suppress(BadNote):  # what a key signed that was in use before this one
-            kept.append(open_checkpoint(note, verifier))
+    for note in _kept(Path(options.since), verifiers[0]):
+        with contextlib.suppress(BadNote):  # what a key signed that was in use before these
+            kept.append(open_checkpoint(note, _signer_of(note, verifiers)))
     old = proof.partition("\n")[0].removeprefix("old ")
     return next((each for each in kept if str(each.size) == old), kept[-1] if kept else None)
 

@@ -264,7 +264,13 @@ def _log(parser: ArgumentParser) -> None:
     _deeds(parser, "verify", "checkpoint", "prove", "check-proof", "export", "status", "rotate-key", "redact")
     add = parser.add_argument
     add("subject", metavar="DIR|SEQ|FILE", nargs="?", default="", help="verify: files; prove, redact: an entry")
-    add("--public-key", metavar="FILE", default="", help="verify DIR, check-proof: the log's first key")
+    add(
+        "--public-key",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="verify DIR: the log's first key; check-proof: the keys in use then, each with an option of its own",
+    )
     add("--since", metavar="CHECKPOINT", default="", help="a checkpoint that was kept, or a witness's directory")
     add(
         "--from",

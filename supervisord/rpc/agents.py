@@ -280,13 +280,13 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
 
     async def Kill(self, request: agents_pb2.KillRequest, _context: Context) -> agents_pb2.KillResponse:
         chosen = self._agents.select(convert.selector(request.selector), live_only=True)
-        reason = convert.text("reason", request.reason)
+        reason = convert.words(request.reason)
         receipts = await self._killswitch.kill(chosen, actor=current_caller().actor, reason=reason)
         return agents_pb2.KillResponse(receipts=[convert.receipt(receipt) for receipt in receipts])
 
     async def Freeze(self, request: agents_pb2.FreezeRequest, _context: Context) -> agents_pb2.FreezeResponse:
         chosen = self._agents.select(convert.selector(request.selector), live_only=True)
-        reason = convert.text("reason", request.reason)
+        reason = convert.words(request.reason)
         await self._acts.freeze(chosen, actor=current_caller().actor, reason=reason)
         return agents_pb2.FreezeResponse(agents=[self._shown(agent) for agent in chosen])
 
@@ -308,7 +308,7 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
 
     async def KillExec(self, request: agents_pb2.KillExecRequest, _context: Context) -> agents_pb2.KillExecResponse:
         agent = self._agents.find_live(request.agent)
-        reason = convert.text("reason", request.reason)
+        reason = convert.words(request.reason)
         stream_id = convert.text("stream_id", request.stream_id)
         killed = await self._acts.kill_exec(agent, stream_id, actor=current_caller().actor, reason=reason)
         return agents_pb2.KillExecResponse(

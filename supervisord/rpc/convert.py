@@ -152,6 +152,12 @@ def text(what: str, value: str) -> str:
     return value
 
 
+def words(value: str) -> str:
+    """As `text`, for what must not wait for better words: cut where it is too long, other characters as `?`."""
+    line = "".join(c if ord(c) >= ord(" ") and ord(c) != 0x7F else "?" for c in value)  # noqa: PLR2004
+    return line if len(line) <= TEXT_CHARACTERS_MAX else f"{line[: TEXT_CHARACTERS_MAX - 1]}…"
+
+
 def selector(message: agents_pb2.Selector) -> core.Selector:
     return core.Selector(
         agents=tuple(message.agents),

@@ -40,6 +40,6 @@ class KillingService(agents_pb2_grpc.AgentServiceServicer):
 
     async def Kill(self, request: agents_pb2.KillRequest, _context: Context) -> agents_pb2.KillResponse:
         chosen = self._agents.select(convert.selector(request.selector), live_only=True)
-        reason = convert.text("reason", request.reason)
+        reason = convert.words(request.reason)
         receipts = await self._killswitch.kill(chosen, actor=current_caller().actor, reason=reason)
         return agents_pb2.KillResponse(receipts=[convert.receipt(receipt) for receipt in receipts])

@@ -340,6 +340,17 @@ def test_labels_policies_and_all_select_whom_they_say(stockade: Instance) -> Non
     assert [entry["reason"] for entry in kills] == ["fire drill"]
 
 
+def test_no_kill_waits_for_better_words(stockade: Instance) -> None:
+    stockade.launch("--name", "wordy", "--", "sleep", "1000")
+    assert stockade.ctl("freeze", "wordy", "--reason", "two\nlines").code == 0
+    assert stockade.ctl("thaw", "wordy", "--reason", "two\nlines").code == 2
+    receipt = stockade.json("kill", "wordy", "--reason", "runs wild\n" * 200)[0]
+    assert receipt["verified_empty"]
+    assert receipt["reason"].startswith("runs wild?runs wild?")
+    assert (len(receipt["reason"]), receipt["reason"][-1]) == (500, "…")
+    assert stockade.actions("wordy", "--verb", "agent.kill")[0]["reason"] == receipt["reason"]
+
+
 def test_killing_again_answers_the_same(stockade: Instance) -> None:
     agent = stockade.launch("--name", "twice", "--", "sleep", "1000")
     first = stockade.json("kill", "twice")

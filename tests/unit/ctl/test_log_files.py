@@ -257,6 +257,39 @@ def test_growth_is_checked_from_a_kept_checkpoint(base: Path, capsys: Captured) 
     assert "does not continue" in ask(capsys, *check, *kept, code=1)["problem"]
 
 
+def test_growth_over_a_new_key_is_checked_with_both(base: Path, capsys: Captured, tmp_path: Path) -> None:
+    async def rotate() -> None:
+        log = ActionLog.open(base / "log", base / "key", now_ns=time.time_ns)
+        shutil.copy(base / "key.pub", tmp_path / "first.pub")
+        (tmp_path / "kept").write_text(await log.checkpoint())
+        old = log.size
+        await log.rotate_key(actor="a", reason="")
+        note = await log.checkpoint()
+        path = await log.consistency(old, size_of(note))
+        (tmp_path / "growth").write_text(consistency_text(old, path, note))
+        proof = await log.proof(5)
+        (tmp_path / "five").write_text(inclusion_text(4, proof.entry, proof.path, proof.checkpoint))
+        await log.close()
+
+    asyncio.run(rotate())
+    first, last = ("--public-key", tmp_path / "first.pub"), ("--public-key", base / "key.pub")
+    growth = ("check-proof", tmp_path / "growth", "--since", tmp_path / "kept")
+    assert ask(capsys, *growth, *first, *last)["ok"]
+    assert ask(capsys, *growth, *last, *first)["ok"]
+    assert "has no signature" in ask(capsys, *growth, *first, code=1)["problem"]
+    assert not ask(capsys, *growth, *last, code=1)["ok"]  # who signed the checkpoint that was kept is not known
+    assert ask(capsys, "check-proof", tmp_path / "five", *last)["seq"] == 5
+    assert run(["log", "check-proof", str(tmp_path / "five"), "--public-key", str(tmp_path / "first.pub")]) == 1
+    assert "keys of before and after" in capsys.readouterr().err
+    assert run(["log", "verify", str(base / "log"), *map(str, (*first, *last))]) == 2
+
+
+def test_a_whole_state_directory_is_verified_too(base: Path, capsys: Captured) -> None:
+    assert ask(capsys, "verify", base, "--public-key", base / "key.pub")["size"] == ENTRIES
+    (base / "log").rename(base / "elsewhere")
+    assert not ask(capsys, "verify", base, "--public-key", base / "key.pub", code=1)["ok"]
+
+
 def run_error(capsys: Captured, argv: tuple[object, ...]) -> str:
     assert run(["log", *map(str, argv), "-o", "json"]) == 1
     said = capsys.readouterr()
