@@ -22,12 +22,15 @@ import uvloop
 from sandbox import doctor
 from supervisord.actions.owed import Owed
 from supervisord.actions.types import CannotOpenLog, CannotRecord, DamagedLog
+from supervisord.alone import alone
 from supervisord.api import control_listener
 from supervisord.config_reader import load_config, missing_files
 from supervisord.daemon import Daemon
 from supervisord.errors import StockadeError
 from supervisord.killonly import MEND, KillOnly
+from supervisord.opening import make_directories
 from supervisord.outlets import dialer_configuration, worker_configuration
+from supervisord.parts import SLOTS_DIR
 from supervisord.policies import PolicyShelf
 from supervisord.store import CannotStore
 
@@ -55,7 +58,9 @@ def main() -> int:
         return _check(config)
     os.umask(0o077)
     try:
-        uvloop.run(_run(config))
+        make_directories(config)
+        with alone(run_dir=config.run_dir, marks=SLOTS_DIR, instance=config.instance):
+            uvloop.run(_run(config))
     except StockadeError as error:
         return _fail(error, EXIT_FAILED)
     return 0

@@ -99,6 +99,38 @@ def test_a_wrong_configuration(tmp_path: Path, text: str, line: int, words: tupl
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("shared", ["run_dir", "instance", "both"])
+def test_a_second_daemon_takes_nothing_from_the_first(stockade: Instance, tmp_path: Path, shared: str) -> None:
+    """It used to end the first one's egress processes, or its agents and their ranges of uids, as leftovers."""
+    agent = stockade.launch("--name", "first", "--", "sleep", "1000")
+    before = [(path.name, path.read_text()) for path in sorted((stockade.run_dir / "processes").glob("*.json"))]
+    config = tmp_path / "second.toml"
+    run_dir = stockade.run_dir if shared != "instance" else stockade.directory / "run"
+    name = stockade.name if shared != "run_dir" else f"{stockade.name}b"
+    config.write_text(f'instance = "{name}"\nstate_dir = "{tmp_path}/state"\nrun_dir = "{run_dir}"\n')
+    second = subprocess.run(
+        [bin_dir() / "stockaded", "--config", config], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert second.returncode == 1
+    assert "another stockaded" in second.stderr
+    assert (str(run_dir) in second.stderr) == (shared != "instance")
+    after = [(path.name, path.read_text()) for path in sorted((stockade.run_dir / "processes").glob("*.json"))]
+    assert after == before != []
+    assert stockade.json("status", agent["agent_id"])[0]["state"] == "RUNNING"
+    assert stockade.run("curl -sS -o /dev/null $OPENAI_BASE_URL/models").code == 0
+    stockade.ctl("kill", "--all")
+
+
+def test_a_name_is_free_again_when_its_daemon_has_gone(tmp_path: Path) -> None:
+    with Instance.start() as instance:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            instance.down(number)
+            instance.up()
+        assert instance.ctl("run", "--", "true").code == 0
+    with Instance.start(state_dir=str(tmp_path)) as other:
+        assert other.ctl("run", "--", "true").code == 0
+
+
 def test_a_wrong_configuration_starts_nothing(stockade: Instance) -> None:
     wrong = stockade.directory / "wrong.toml"
     wrong.write_text(stockade.config.read_text() + "frob = 1\n")

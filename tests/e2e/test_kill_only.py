@@ -198,7 +198,7 @@ def test_a_daemon_whose_log_is_damaged_kills_and_says_where(tmp_path: Path) -> N
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert second.returncode == 1
-        assert "another process writes it" in second.stderr
+        assert "another stockaded works in it" in second.stderr
 
 
 def test_a_daemon_in_kill_only_mode_ends_in_order() -> None:
