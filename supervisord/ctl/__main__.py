@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -13,6 +14,7 @@ def main() -> NoReturn:
     """Does what sys.argv says, and exits."""
     # gRPC's own log lines and fork handlers have nothing to say to a person at a terminal.
     stand_in()
+    speak_utf8()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     defer("asyncio", "grpc.aio")
@@ -28,6 +30,16 @@ def main() -> NoReturn:
         code = code or 1
     # gRPC's threads may be waiting for input that never comes; there is nothing left to wait for.
     os._exit(code)
+
+
+def speak_utf8() -> None:
+    """Have files and pipes get UTF-8 whatever the locale is: a checkpoint is a note of certain bytes.
+
+    A terminal gets what it can show, and the rest escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def stand_in() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from stockade.client.errors import NotFound
-
 from supervisord.ctl.agents import agent_document, degraded, read_file
 from supervisord.ctl.command import FAILED, OK, PROGRAM, Usage
 from supervisord.ctl.output import (
@@ -59,8 +57,6 @@ def _add(stockade: Stockade, options: Namespace) -> int:
 
 def _list(stockade: Stockade, options: Namespace) -> int:
     found = stockade.definitions(options.subject)
-    if options.subject and not found:
-        raise NotFound(f"cannot find definition {options.subject}: the registry has none", remedy="see `registry list`")
     if options.output == "json":
         print_json([_document(each) for each in found])
         return OK

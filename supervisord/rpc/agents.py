@@ -321,6 +321,8 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
             raise InvalidInput("cannot hold: the target is empty", remedy="name a name, a label, a policy or a digest")
         subject = str(getattr(request.target, kind))
         match kind:
+            case "name" if subject.startswith("ag_"):
+                subject = self._agents.find(subject).name  # NAME is either; a hold outlives the agent
             case "name":
                 parse_name(subject)
             case "label":

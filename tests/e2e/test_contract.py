@@ -211,7 +211,6 @@ def test_a_checkpoint_is_a_signed_note_of_the_whole_log(stockade: Instance) -> N
         (("grant", "nobody", "llm:*", "--max-uses", "-1"), 2, "--max-uses"),
         (("actions", "nobody"), 3, "nobody"),
         (("actions", "--after", "-1"), 2, "--after"),
-        (("registry", "list", "nobody"), 3, "nobody"),
         (("log", "verify", "--since", "checkpoint"), 2, "--since"),
         (("launch", "--scope", "nonsense", "--", "true"), 2, "nonsense"),
         (("launch", "--name", "../etc", "--", "true"), 2, "../etc"),
@@ -416,6 +415,15 @@ def as_operator(stockade: Instance, *arguments: str) -> int:
         [bin_dir() / "stockadectl", *arguments], env=stockade.environment, cwd="/", check=False, timeout=60,
         user=nobody.pw_uid, group=grp.getgrnam("stockade").gr_gid, extra_groups=[],
     ).returncode  # fmt: skip
+
+
+def test_a_hold_on_an_agent_by_its_id_is_one_on_its_name(stockade: Instance) -> None:
+    agent = stockade.launch("--name", "byid", "--", "true")
+    hold = stockade.json("hold", agent["agent_id"])
+    assert (hold["kind"], hold["value"]) == ("name", "byid")
+    assert stockade.ctl("launch", "--name", "byid", "--", "true").code == 5
+    assert as_operator(stockade, "release", hold["hold_id"]) == 0
+    assert stockade.ctl("hold", "ag_" + "a" * 26).code == 3
 
 
 def test_a_hold_outlives_the_daemon(stockade: Instance) -> None:

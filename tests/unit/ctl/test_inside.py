@@ -200,6 +200,18 @@ def test_a_descriptor_that_was_closed_is_nobody_elses(api: Api, closed: int) -> 
     assert not api.agents.killed.is_set()
 
 
+def test_what_is_printed_does_not_hang_on_the_locale(api: Api) -> None:
+    for words in (("--help",), ("log", "checkpoint")):
+        usual = done(*words)
+        ascii_only = subprocess.run(
+            command(*words)[:1] + command(*words)[2:], capture_output=True, check=False, timeout=SECONDS_MAX,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert (ascii_only.returncode, ascii_only.stdout) == (usual.returncode, usual.stdout)
+        assert any(byte > 0x7F for byte in usual.stdout)
+    del api
+
+
 def test_the_shell_keeps_to_the_form_it_was_started_with(api: Api) -> None:
     assert done("-o", "json", "shell", stdin=b"status\n").stdout.startswith(b"[")
     assert done("shell", stdin=b"status\n").stdout.startswith(b"NAME")
