@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from stockade.client.errors import NotFound
 from stockade.client.values import AgentInfo, Selector
 
 from supervisord.ctl.command import FAILED, OK, Usage
@@ -309,8 +310,21 @@ def hold(stockade: Stockade, options: Namespace) -> int:
 
 
 def release(stockade: Stockade, options: Namespace) -> int:
-    show_holds([stockade.release(options.subject, options.reason)], options, one=True)
+    released = [stockade.release(hold_id, options.reason) for hold_id in _meant(stockade, options)]
+    show_holds(released, options, one=len(released) == 1)
     return OK
+
+
+def _meant(stockade: Stockade, options: Namespace) -> list[str]:
+    """The holds that are to be released: one by its id, or all that hold a name, label, policy or image."""
+    wanted = {"label": options.label, "policy": options.policy, "rootfs_digest": options.rootfs_digest}
+    kind, value = next(((kind, value) for kind, value in wanted.items() if value), ("name", options.subject))
+    found = [each.hold_id for each in stockade.holds() if (each.kind, each.value) == (kind, value)]
+    if kind == "name":
+        return found or [value]  # an id, or what the daemon then says is not there
+    if not found:
+        raise NotFound(f"cannot find a hold on {kind} {value}: there is none", remedy="see `stockadectl holds`")
+    return found
 
 
 def holds(stockade: Stockade, options: Namespace) -> int:

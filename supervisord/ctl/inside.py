@@ -19,7 +19,7 @@ from stockade.client.values import Selector
 
 from supervisord.ctl.agents import show_plan
 from supervisord.ctl.command import OK, PIPE_CLOSED, Usage
-from supervisord.ctl.launching import environment, launch_options
+from supervisord.ctl.launching import environment, launch_options, terminal_size
 from supervisord.ctl.output import complain, escape_lines, print_json
 from supervisord.ctl.verbs import STOCKADE_FAILED
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 STDIN, STDOUT, STDERR = 0, 1, 2
 READ_BYTES: Final = 64 << 10
 FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-USUAL_TERMINAL: Final = (24, 80)
 RECONNECT_SECONDS_MAX: Final = 30.0
 RECONNECT_PAUSE_SECONDS: Final = 0.5
 
@@ -46,10 +45,6 @@ def run(stockade: Stockade, options: Namespace) -> int:
     wanted = launch_options(options)
     if options.dry_run:
         return show_plan(stockade.plan(options.command, **wanted), options)
-    if options.interactive:
-        wanted["stdin"] = True
-    if options.terminal:
-        wanted["terminal"] = terminal_size()
     # Chosen here, so that an interrupt during the launch still knows whom to kill.
     agent_id = wanted["agent_id"] = "ag_" + base64.b32encode(os.urandom(16)).decode().rstrip("=").lower()
     signals = Signals(lambda: stockade.kill_all(Selector(agents=(agent_id,)), "interrupted twice"))
@@ -159,18 +154,6 @@ def write_all(descriptor: int, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:  # somebody made the terminal we share non-blocking
             select.select([], [descriptor], [])
-
-
-def terminal_size() -> tuple[int, int]:
-    """Rows and columns of the terminal we are on, or the usual ones."""
-    for descriptor in (STDIN, STDOUT, STDERR):
-        try:
-            size = os.get_terminal_size(descriptor)
-        except OSError:
-            continue
-        if size.lines and size.columns:  # a pseudo-terminal that nobody gave a size has none
-            return size.lines, size.columns
-    return USUAL_TERMINAL
 
 
 @contextmanager

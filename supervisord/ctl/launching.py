@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from stockade.client.convert import LaunchOptions
 
+USUAL_TERMINAL: Final = (24, 80)
 _AS_THEY_ARE: Final = (
     "name", "policy", "workspace", "scopes", "memory_bytes", "cpus", "pids", "owner", "purpose", "lease",
     "registered",
@@ -32,6 +33,18 @@ def environment(words: list[str]) -> dict[str, str]:
     return found
 
 
+def terminal_size() -> tuple[int, int]:
+    """Rows and columns of the terminal we are on, or the usual ones."""
+    for descriptor in (0, 1, 2):
+        try:
+            size = os.get_terminal_size(descriptor)
+        except OSError:
+            continue
+        if size.lines and size.columns:  # a pseudo-terminal that nobody gave a size has none
+            return size.lines, size.columns
+    return USUAL_TERMINAL
+
+
 def launch_options(options: Namespace) -> LaunchOptions:
     """Only what was given: the rest is the policy's, or the file's."""
     given = vars(options)
@@ -45,4 +58,8 @@ def launch_options(options: Namespace) -> LaunchOptions:
         found["budget"] = dict(given["budget"])
     if "env" in given:
         found["env"] = environment(given["env"])
+    if options.interactive:
+        found["stdin"] = True
+    if options.terminal:
+        found["terminal"] = terminal_size()
     return found

@@ -64,7 +64,7 @@ def _nothing(_: ArgumentParser) -> None:
     return
 
 
-def _launch(parser: ArgumentParser) -> None:
+def _launch(parser: ArgumentParser, stdin: str) -> None:
     add = parser.add_argument
     # SUPPRESS: what was not given is not in the namespace, and so is not sent either.
     add("--name", default=SUPPRESS, help="unique among the live ones; made up where not given")
@@ -86,18 +86,18 @@ def _launch(parser: ArgumentParser) -> None:
         default=SUPPRESS,
         help="frozen, then killed, unless renewed",
     )
+    add("-i", dest="interactive", action="store_true", help=stdin)
+    add("-t", dest="terminal", action="store_true", help="give it a terminal")
     add("--dry-run", action="store_true", help="print what would be done, and do nothing")
 
 
 def _run(parser: ArgumentParser) -> None:
-    _launch(parser)
-    parser.add_argument("-i", dest="interactive", action="store_true", help="pass stdin on")
-    parser.add_argument("-t", dest="terminal", action="store_true", help="give it a terminal")
+    _launch(parser, "pass stdin on")
     parser.usage = "%(prog)s [options] -- CMD…"
 
 
 def _background(parser: ArgumentParser) -> None:
-    _launch(parser)
+    _launch(parser, "leave stdin open for who attaches; else it is empty")
     parser.add_argument("-f", dest="file", metavar="agent.yaml", help="a file of kind Agent")
     parser.add_argument(
         "--agent",
@@ -177,7 +177,11 @@ def _hold(parser: ArgumentParser) -> None:
 
 
 def _release(parser: ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="HOLD", help="as `holds` shows it")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("subject", metavar="HOLD", nargs="?", default="", help="as `holds` shows it, or a NAME on hold")
+    group.add_argument("--label", metavar="K=V", default="", help="holds on this label")
+    group.add_argument("--policy", default="", help="holds on this policy")
+    group.add_argument("--rootfs-digest", metavar="sha256:…", default="", help="holds on this image")
     parser.add_argument("--reason", default="")
 
 

@@ -296,6 +296,21 @@ def test_an_agent_from_a_file(stockade: Instance, tmp_path: Path) -> None:
     assert agent["posture"]["limits"]["pids"] == 64
 
 
+def test_a_launch_takes_the_flags_of_run(stockade: Instance) -> None:
+    for flags, said in (((), "not a tty\n"), (("-t",), "/dev/pts/0\r\n")):
+        agent = stockade.launch("--wait", *flags, "--", "tty")
+        assert stockade.ctl("logs", agent["agent_id"]).out.replace("\r", "") == said.replace("\r", "")
+    reader = stockade.launch("-i", "--name", "reader", "--", "cat")
+    assert stockade.launch("--wait", "--", "cat")["exit_code"] == 0
+    with (
+        Stockade(f"unix:{stockade.run_dir}/control.sock") as client,
+        client.agent(reader["agent_id"]).attach() as session,
+    ):
+        session.write(b"heard\n")
+        session.close_stdin()
+        assert b"".join(output.data for output in session) == b"heard\n"
+
+
 def test_a_dry_run_tells_every_step_and_does_none(stockade: Instance, tmp_path: Path) -> None:
     before = (stockade.actions()[-1]["seq"], len(stockade.json("status")))
     done = stockade.ctl("run", "--dry-run", "--workspace", f"{tmp_path}:ro", "--memory", "64MiB", "--", "true")
@@ -424,6 +439,18 @@ def test_a_hold_on_an_agent_by_its_id_is_one_on_its_name(stockade: Instance) -> 
     assert stockade.ctl("launch", "--name", "byid", "--", "true").code == 5
     assert as_operator(stockade, "release", hold["hold_id"]) == 0
     assert stockade.ctl("hold", "ag_" + "a" * 26).code == 3
+
+
+def test_holds_are_released_by_what_they_hold(stockade: Instance) -> None:
+    for target in (("named",), ("--label", "team=green"), ("--policy", "narrow")):
+        hold = stockade.json("hold", *target)
+        other = stockade.json("hold", "other")
+        assert stockade.ctl("release", *target).code == 4  # who made it may not, by this way either
+        assert as_operator(stockade, "release", *target) == 0
+        assert [each["hold_id"] for each in stockade.json("holds")] == [other["hold_id"]]
+        assert stockade.ctl("release", *target).code == 3
+        assert as_operator(stockade, "release", "other") == 0
+        assert hold["hold_id"] in {entry["details"]["hold_id"] for entry in stockade.actions("--verb", "hold.release")}
 
 
 def test_a_hold_outlives_the_daemon(stockade: Instance) -> None:
