@@ -428,6 +428,8 @@ def version(message: system_pb2.VersionResponse) -> values.DaemonVersion:
 
 
 def selector(value: values.Selector) -> agents_pb2.Selector:
+    if not isinstance(value, values.Selector) or isinstance(value.agents, str):
+        raise TypeError(f"whom to select is said as Selector(agents=('NAME',)) or Selector(all=True), not as {value!r}")
     return agents_pb2.Selector(
         agents=value.agents, labels=value.labels, policy=value.policy, owner=value.owner, all=value.all
     )

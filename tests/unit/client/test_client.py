@@ -66,6 +66,9 @@ def test_an_agents_life(api: Api) -> None:
         (lambda s: s.launch("true --now"), TypeError),
         (lambda s: s.launch(["true"], scopes="llm:*"), TypeError),
         (lambda s: s.grant("reader", "llm:*", max_use=1), TypeError),
+        (lambda s: s.kill_all("reader"), TypeError),
+        (lambda s: s.kill_all({"all": True}), TypeError),
+        (lambda s: s.kill_all(Selector(agents="reader")), TypeError),  # type: ignore[arg-type]
         (lambda s: s.launch(["true"], pids=-1), InvalidArgument),
         (lambda s: s.launch(["true"], workspace=":rw"), InvalidArgument),
         (lambda s: s.launch(["true"], name="\ud800"), InvalidArgument),
