@@ -245,7 +245,7 @@ def selected(options: Namespace) -> Selector:
 def kill(stockade: Stockade, options: Namespace) -> int:
     if options.stream:
         return _kill_exec(stockade, options)
-    receipts = stockade.kill_all(selected(options), options.reason)
+    receipts = stockade.kill_all(selected(options), sayable(options.reason))
     if options.output == "json":
         print_json(receipts)
     else:
@@ -269,10 +269,15 @@ def kill(stockade: Stockade, options: Namespace) -> int:
     return FAILED if survivors else OK
 
 
+def sayable(reason: str) -> str:
+    """The reason as a message can carry it: nobody lives on for a byte in it that is no text."""
+    return reason.encode("utf-8", "replace").decode()
+
+
 def _kill_exec(stockade: Stockade, options: Namespace) -> int:
     if len(options.subject) != 1 or options.labels or options.policy or options.owner or options.all:
         raise Usage("an exec is one agent's: give its name, and no selection", "stockadectl kill NAME --exec STREAM")
-    killed = stockade.agent(options.subject[0]).kill_exec(options.stream, options.reason)
+    killed = stockade.agent(options.subject[0]).kill_exec(options.stream, sayable(options.reason))
     if options.output == "json":
         print_json(killed)
     else:
@@ -287,7 +292,7 @@ def renew(stockade: Stockade, options: Namespace) -> int:
 
 
 def freeze(stockade: Stockade, options: Namespace) -> int:
-    show_agents(stockade.freeze_all(selected(options), options.reason), options)
+    show_agents(stockade.freeze_all(selected(options), sayable(options.reason)), options)
     return OK
 
 

@@ -176,8 +176,10 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         return perform(parse(argv))
-    except (Usage, WrongWord, argparse.ArgumentTypeError) as error:
-        complain(f"{PROGRAM}: {error}")
+    except (Usage, WrongWord, argparse.ArgumentTypeError, UnicodeEncodeError) as error:
+        # A word that is no text cannot be in a message to the daemon.
+        wrong = f"cannot use {error.object!r}: it is not UTF-8" if isinstance(error, UnicodeEncodeError) else error
+        complain(f"{PROGRAM}: {wrong}")
         complain(f"see `{getattr(error, 'help_command', f'{PROGRAM} --help')}`")
         return USAGE
     except SystemExit as end:

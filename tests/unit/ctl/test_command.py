@@ -302,6 +302,31 @@ def test_a_command_without_its_dashes_is_told_where_it_goes(api: Api, capsys: Ca
     assert "after --\n" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["inspect", "\udcff"],
+        ["kill", "\udcff"],
+        ["launch", "--name", "\udcff", "--", "true"],
+        ["grant", "\udcff", "llm:*"],
+        ["actions", "\udcff"],
+        ["exec", "\udcff", "--", "true"],
+        ["freeze", "--label", "a=\udcff"],
+        ["policy", "explain", "reader", "llm:\udcff"],
+    ],
+)
+def test_a_word_that_is_no_text_is_said_to_be_none(api: Api, capsys: Captured, argv: list[str]) -> None:
+    assert run(argv) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.startswith("stockadectl: cannot ")) == ("", True)
+    assert "Traceback" not in said.err
+
+
+def test_nobody_lives_on_for_a_word_in_the_reason(api: Api) -> None:
+    assert run(["kill", "reader", "--reason", "it went \udcff"]) == 0
+    assert api.agents.killed.is_set()
+
+
 def test_a_socket_may_be_written_as_clients_have_it(
     api: Api, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
