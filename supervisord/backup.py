@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES: Final = 1 << 20
 DATABASE: Final = "state.db"
-STAGE: Final = "backup"  # in state_dir; what a crash left there goes at the next start
+STAGE: Final = ".backup-stage"  # in state_dir, not a name anybody would keep backups under: it is emptied at start
 
 
 class Backup:

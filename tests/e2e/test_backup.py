@@ -44,7 +44,7 @@ def test_a_backup_is_whole_and_a_daemon_goes_on_from_it(stockade: Instance, tmp_
     assert "keys/log.key" not in files
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in copy.rglob("*"))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "known.yaml"]
-    assert not (stockade.directory / "state" / "backup").exists()
+    assert not (stockade.directory / "state" / ".backup-stage").exists()
     took = stockade.actions("--verb", "daemon.backup")
     assert [(entry["actor"], entry["verdict"]) for entry in took] == [("uid:0(root)", "allowed")]
     assert made["size"] >= took[0]["seq"]
@@ -95,8 +95,8 @@ def test_a_backup_is_not_for_everybody_and_overwrites_nothing(stockade: Instance
 
 def test_what_a_crash_left_of_one_goes(stockade: Instance, tmp_path: Path) -> None:
     stockade.down()
-    (stockade.directory / "state" / "backup").mkdir()
-    (stockade.directory / "state" / "backup" / "state.db").write_bytes(b"half")
+    (stockade.directory / "state" / ".backup-stage").mkdir()
+    (stockade.directory / "state" / ".backup-stage" / "state.db").write_bytes(b"half")
     stockade.up()
-    assert not (stockade.directory / "state" / "backup").exists()
+    assert not (stockade.directory / "state" / ".backup-stage").exists()
     assert stockade.ctl("backup", str(tmp_path / "copy")).code == 0
