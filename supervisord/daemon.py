@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from supervisord.actions.types import Action
+from supervisord.actions.types import JSON, Action
 from supervisord.agents import Agent, Agents
 from supervisord.api import Api, control_listener
 from supervisord.config import Config, GatewayKind, OnStop
@@ -22,7 +22,7 @@ from supervisord.log_retention import finish_redactions, retire_forever
 from supervisord.opening import make_directories, need_room, open_log
 from supervisord.parts import Parts
 from supervisord.policies import PolicyShelf
-from supervisord.recovery import crash_action, row_of
+from supervisord.recovery import crash_action, digest_of, policies_before, row_of
 from supervisord.registry import Registry
 from supervisord.rpc.services import register
 from supervisord.scopes import GrantBook
@@ -68,9 +68,13 @@ class Daemon:
         crash = await crash_action(self._actions, config.instance)
         if crash is not None:
             await self._actions.record(crash)
-        await self._actions.record(
-            Action("", "daemon", "daemon.start", config.instance, "done", "", {"pid": os.getpid()})
-        )
+        digests = self._digests()
+        facts: dict[str, JSON] = {"pid": os.getpid(), "policies": digest_of(digests)}
+        before = await policies_before(self._actions)
+        await self._actions.record(Action("", "daemon", "daemon.start", config.instance, "done", "", facts))
+        if before not in ("", facts["policies"]):
+            reason = "they changed while no daemon ran"
+            await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", reason, digests))
 
     async def start(self, *, listener: socket.socket | None = None) -> None:
         """Start every part, in the order in which they need each other; raises StockadeError.
@@ -203,8 +207,10 @@ class Daemon:
         """Read the policies anew (SIGHUP); running agents keep what they were launched with."""
         await asyncio.to_thread(self._policies.load)
         self._tell_broken()
-        digests = {policy.name: policy.digest for policy in self._policies.list()}
-        await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", "", dict(digests)))
+        await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", "", self._digests()))
+
+    def _digests(self) -> dict[str, JSON]:
+        return {policy.name: policy.digest for policy in self._policies.list()}
 
     def _tell_broken(self) -> None:
         for broken in self._policies.broken():

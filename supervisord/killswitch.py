@@ -55,6 +55,7 @@ class Receipt:
     time_ns: int
     already_dead: bool
     relays_cut: int
+    bytes_cut: int
     grants_revoked: int = 0
     left_pids: tuple[int, ...] = ()
     statement: bytes = b""
@@ -126,7 +127,7 @@ class KillSwitch:
         self._agents.apply(agent, Event.KILL)
         cut = asyncio.get_running_loop().create_task(self._cut(agent))
         body = await self._until_empty(agent)
-        cut_ms, relays = await cut
+        cut_ms, relays, waiting = await cut
         verified = body.get("verified_empty") is True
         left = body.get("left")
         receipt = self._made(
@@ -139,6 +140,7 @@ class KillSwitch:
             egress_cut_ms=max(cut_ms, _float(body.get("egress_cut_ms"))),
             dead_ms=(time.monotonic() - began) * 1000,
             relays_cut=relays,
+            bytes_cut=waiting,
             grants_revoked=self._grants(agent.agent_id) if verified else 0,
             left_pids=tuple(_int(pid) for pid in left) if isinstance(left, list) else (),
         )
@@ -185,10 +187,12 @@ class KillSwitch:
         finally:
             self._insisting.pop(agent.agent_id, None)
 
-    async def _cut(self, agent: Agent) -> tuple[float, int]:
+    async def _cut(self, agent: Agent) -> tuple[float, int, int]:
+        """Return what it took, how many connections were open, and the bytes that were on their way on them."""
         began = time.monotonic()
         done = await self._plane.cut(agent.agent_id)
-        return (time.monotonic() - began) * 1000, 0 if done is None else done.relays
+        relays, waiting = (0, 0) if done is None else (done.relays, done.bytes_waiting)
+        return (time.monotonic() - began) * 1000, relays, waiting
 
     async def _until_empty(self, agent: Agent) -> dict[str, object]:
         """Have the launcher kill until the cgroup is empty; without one, end pid 1 and with it its namespace."""
@@ -240,6 +244,7 @@ class KillSwitch:
         egress_cut_ms: float = 0.0,
         dead_ms: float = 0.0,
         relays_cut: int = 0,
+        bytes_cut: int = 0,
         grants_revoked: int = 0,
         left_pids: tuple[int, ...] = (),
     ) -> Receipt:
@@ -257,6 +262,7 @@ class KillSwitch:
                 time_ns=self._now_ns(),
                 already_dead=already,
                 relays_cut=relays_cut,
+                bytes_cut=bytes_cut,
                 grants_revoked=grants_revoked,
                 left_pids=left_pids,
             )
@@ -277,6 +283,7 @@ class KillSwitch:
             "egress_cut_ms": receipt.egress_cut_ms,
             "dead_ms": receipt.dead_ms,
             "relays_cut": receipt.relays_cut,
+            "bytes_cut": receipt.bytes_cut,
             "grants_revoked": receipt.grants_revoked,
             "already_dead": receipt.already_dead,
             "signature": receipt.signature.hex(),

@@ -38,6 +38,7 @@ class Signing:
                 "time_unix_nanos": receipt.time_ns,
                 "already_dead": receipt.already_dead,
                 "relays_cut": receipt.relays_cut,
+                "bytes_cut": receipt.bytes_cut,
                 "grants_revoked": receipt.grants_revoked,
                 "left_pids": list(receipt.left_pids),
             },

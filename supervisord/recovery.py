@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -355,6 +356,24 @@ async def crash_action(actions: ActionLog, instance: str) -> Action | None:
     started = starts[0]
     details: dict[str, JSON] = {"pid": started.action.details.get("pid"), "started_seq": started.seq}
     return Action("", "daemon", "daemon.crash", instance, "failed", "it ended without a word", details)
+
+
+async def policies_before(actions: ActionLog) -> str:
+    """Return the digest of the policies that were in force last; empty where the log does not say."""
+    try:
+        starts = await actions.query(verb="daemon.start", newest_first=True, limit=1)
+        loads = await actions.query(verb="policy.load", newest_first=True, limit=1)
+    except CannotReadLog as error:
+        log.error("cannot tell from the action log which policies were in force", cause=error.message)
+        return ""
+    if loads and (not starts or loads[0].seq > starts[0].seq):
+        return digest_of(loads[0].action.details)
+    return str(starts[0].action.details.get("policies") or "") if starts else ""
+
+
+def digest_of(policies: Mapping[str, JSON]) -> str:
+    """Return one digest for those of all policies, by name."""
+    return "sha256:" + hashlib.sha256(json.dumps(dict(policies), sort_keys=True).encode()).hexdigest()
 
 
 def exit_action(agent: Agent) -> Action:

@@ -11,12 +11,14 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import os
 import select
 import signal
 import socket
 import sys
+import termios
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, assert_never
@@ -330,7 +332,9 @@ class Dialer:
         for key in [key for key, dialing in self._dialing.items() if dialing.agent_id == agent_id]:
             self._stop_dialing(key)
         relays = self._table.of_agent(agent_id)
+        waiting = 0
         for kept in relays:
+            waiting += _unread(kept.endpoint)
             self._shut(kept)
         listeners = self._listeners.pop(agent_id, [])
         for listener in listeners:
@@ -338,7 +342,11 @@ class Dialer:
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
         milliseconds = (time.monotonic() - started) * 1000
-        self._tell(messages.CutDone(agent_id, relays=len(relays), listeners=len(listeners), ms=milliseconds))
+        self._tell(
+            messages.CutDone(
+                agent_id, relays=len(relays), bytes_waiting=waiting, listeners=len(listeners), ms=milliseconds
+            )
+        )
 
     def _cut_exchanges(self, order: messages.CutExchanges) -> None:
         relays = 0
@@ -381,6 +389,14 @@ class Dialer:
             kept = self._table.by_fd.get(fd)
             if kept is not None:
                 self._drop(kept)
+
+
+def _unread(endpoint: socket.socket) -> int:
+    """Return how many bytes have arrived that nobody has read (FIONREAD, tcp(7) and unix(7)); 0 where none can tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(endpoint, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _settle(waiter: asyncio.Future[None]) -> None:

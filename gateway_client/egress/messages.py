@@ -389,8 +389,11 @@ class Dialed:
 
 @dataclass(frozen=True, slots=True)
 class CutDone:
+    """`bytes_waiting` had come for the agent and had not been taken further."""
+
     agent_id: str
     relays: int
+    bytes_waiting: int
     listeners: int
     ms: float
 

@@ -365,6 +365,7 @@ def receipt(value: Receipt) -> agents_pb2.Receipt:
         signature=value.signature,
         relays_cut=value.relays_cut,
         grants_revoked=value.grants_revoked,
+        bytes_cut=value.bytes_cut,
     )
 
 

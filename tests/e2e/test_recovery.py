@@ -235,6 +235,26 @@ def test_a_relay_that_is_open_ends_with_the_daemon(stockade: Instance, site: Sit
     assert site.cut.wait(10), "the site still has its client"
 
 
+def test_policies_that_change_while_no_daemon_runs_are_in_the_log() -> None:
+    with Instance.start(policies={"narrow.yaml": "kind: Policy\nname: narrow\nextends: default\n"}) as instance:
+
+        def loads() -> list[str]:
+            instance.down()
+            instance.up()
+            return [entry["details"]["narrow"] for entry in instance.actions("--verb", "policy.load")]
+
+        assert loads() == []
+        (policy,) = instance.directory.rglob("narrow.yaml")
+        policy.write_text(policy.read_text() + "limits: {pids: 64}\n")
+        (digest,) = loads()
+        assert loads() == [digest], "once"
+        assert instance.process is not None
+        policy.write_text("kind: Policy\nname: narrow\nextends: default\n")
+        instance.process.send_signal(signal.SIGHUP)
+        instance.wait(lambda: len(instance.actions("--verb", "policy.load")) == 2)
+        assert len(loads()) == 2, "what an order loaded is not told again"
+
+
 def test_what_served_agents_ends_when_daemon_and_agents_are_gone(stockade: Instance) -> None:
     """The worker answers 503 as long as an agent may ask; then nobody is left to end it, and it ends itself."""
     workspace = stockade.workspace()

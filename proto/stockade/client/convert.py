@@ -213,6 +213,7 @@ def receipt(message: agents_pb2.Receipt) -> values.Receipt:
         signature=message.signature,
         relays_cut=message.relays_cut,
         grants_revoked=message.grants_revoked,
+        bytes_cut=message.bytes_cut,
     )
 
 

@@ -202,6 +202,7 @@ class Receipt:
     signature: bytes
     relays_cut: int = 0
     grants_revoked: int = 0
+    bytes_cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)

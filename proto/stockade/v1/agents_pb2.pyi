@@ -506,7 +506,7 @@ class KillResponse(_message.Message):
     def __init__(self, receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("receipt_id", "agent_id", "name", "verified_empty", "processes_killed", "egress_cut_ms", "dead_ms", "reason", "killed_by", "time", "already_dead", "left_pids", "statement", "signature", "relays_cut", "grants_revoked")
+    __slots__ = ("receipt_id", "agent_id", "name", "verified_empty", "processes_killed", "egress_cut_ms", "dead_ms", "reason", "killed_by", "time", "already_dead", "left_pids", "statement", "signature", "relays_cut", "grants_revoked", "bytes_cut")
     RECEIPT_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -523,6 +523,7 @@ class Receipt(_message.Message):
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     RELAYS_CUT_FIELD_NUMBER: _ClassVar[int]
     GRANTS_REVOKED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_CUT_FIELD_NUMBER: _ClassVar[int]
     receipt_id: str
     agent_id: str
     name: str
@@ -539,7 +540,8 @@ class Receipt(_message.Message):
     signature: bytes
     relays_cut: int
     grants_revoked: int
-    def __init__(self, receipt_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., name: _Optional[str] = ..., verified_empty: _Optional[bool] = ..., processes_killed: _Optional[int] = ..., egress_cut_ms: _Optional[float] = ..., dead_ms: _Optional[float] = ..., reason: _Optional[str] = ..., killed_by: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., already_dead: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ..., statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., relays_cut: _Optional[int] = ..., grants_revoked: _Optional[int] = ...) -> None: ...
+    bytes_cut: int
+    def __init__(self, receipt_id: _Optional[str] = ..., agent_id: _Optional[str] = ..., name: _Optional[str] = ..., verified_empty: _Optional[bool] = ..., processes_killed: _Optional[int] = ..., egress_cut_ms: _Optional[float] = ..., dead_ms: _Optional[float] = ..., reason: _Optional[str] = ..., killed_by: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., already_dead: _Optional[bool] = ..., left_pids: _Optional[_Iterable[int]] = ..., statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., relays_cut: _Optional[int] = ..., grants_revoked: _Optional[int] = ..., bytes_cut: _Optional[int] = ...) -> None: ...
 
 class FreezeRequest(_message.Message):
     __slots__ = ("selector", "reason")
