@@ -234,7 +234,7 @@ def writable_places(plan: SandboxPlan) -> Iterator[str]:
 
 def execute(argv: Sequence[str], env: Sequence[tuple[str, str]], cwd: str) -> NoReturn:
     """Replace the process; every descriptor beyond 2 goes. Raises `StepError` with the errno of `execve`."""
-    with step(f"enter working directory {cwd}"):
+    with step(f"enter working directory {cwd}", "name a directory that the agent can enter, as it is seen inside"):
         os.chdir(cwd)
     environment = dict(env)
     # Close before exec: an inherited directory descriptor is a way back to the host (CVE-2024-21626). Marked instead of

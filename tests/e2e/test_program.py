@@ -202,6 +202,10 @@ def test_exec_is_in_the_same_sandbox_and_as_confined(stockade: Instance, shell: 
     assert stockade.ctl("exec", shell, "--", "no-such-program").code == 127
     assert stockade.ctl("exec", shell, "--", "/etc/passwd").code == 126
     assert stockade.ctl("exec", "-i", shell, "--", "cat", stdin="through\n").out == "through\n"
+    astray = stockade.ctl("exec", "--cwd", "/nowhere", shell, "--", "true")
+    assert astray.code == 1
+    assert "cannot enter working directory /nowhere" in astray.err
+    assert "name a directory" in astray.err
     assert stockade.ctl("exec", "--env", "A=b c", "--cwd", "/tmp", shell, "--", "sh", "-c", "echo $A; pwd").out == (
         "b c\n/tmp\n"
     )
