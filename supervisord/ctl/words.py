@@ -87,7 +87,10 @@ def amount(text: str) -> tuple[str, float]:
         return key, duration(value)
     if key == "egress_bytes" and _SIZE.fullmatch(value):
         return key, float(size(value))
-    return key, number(value)
+    try:
+        return key, number(value)
+    except WrongWord as error:
+        raise WrongWord(f"{key}: {error}") from None
 
 
 def workspace(text: str) -> Workspace:
