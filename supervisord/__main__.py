@@ -171,6 +171,7 @@ async def _opened(config: Config, stop: asyncio.Event) -> tuple[Daemon | None, s
             if killing is not None:
                 await killing.stop(ending=False)
             return daemon, listener
+        owed.save()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(OPEN_AGAIN_SECONDS):
                 await stop.wait()

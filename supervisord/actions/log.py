@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from supervisord.actions import files, keys, merkle, segments
 from supervisord.actions.check import RETIRE_VERB
 from supervisord.actions.checkpoint import Signer, size_of
 from supervisord.actions.files import load_signer, read_checkpoint, remove_segments, segment_paths
-from supervisord.actions.owed import RETRY_SECONDS, Owed
+from supervisord.actions.owed import HAPPENED, OWED_MAX, RETRY_SECONDS, Owed
 from supervisord.actions.query import Index, Query, Row
 from supervisord.actions.recovery import Opened, open_directory
 from supervisord.actions.redacting import Redacting
@@ -36,6 +37,8 @@ from supervisord.actions.writer import Settings, Writer
 SEGMENT_BYTES_MAX: Final = 16 * 1024 * 1024
 SUBSCRIBER_ENTRIES: Final = 256
 OWED_ENTRIES: Final = 256
+ROTATING_SECONDS: Final = 0.01
+CLOCK_STEP_NS: Final = 3600 * 10**9  # the clock may have been set back since it happened
 _VERIFY_PAUSE_SECONDS: Final = 0.0005
 
 
@@ -178,14 +181,15 @@ class ActionLog:
             self._owed.keep(action, cause=error.message)
 
     async def pay(self) -> None:
-        """Record what is owed, in its order. Raises CannotRecord."""
+        """Record what is owed, in its order and each once. Raises CannotRecord."""
+        await self._owed.leave_out(self._recorded)
         while self._owed:
             actions = self._owed.next(OWED_ENTRIES)
-            # Each was counted as refused once, when it was.
+            # All of them or none, each of which was counted as refused once, when it was.
             if self._writer.append(actions, again=True) is None:
-                loop = asyncio.get_running_loop()
-                await asyncio.gather(*[self._writer.submit(action, loop) for action in actions])
-            self._owed.paid(actions)
+                await asyncio.sleep(ROTATING_SECONDS)
+            else:
+                self._owed.paid(actions)
 
     async def pay_forever(self) -> None:
         """Try again for as long as something is owed; runs as long as the daemon."""
@@ -194,6 +198,21 @@ class ActionLog:
             await asyncio.sleep(RETRY_SECONDS)
             with contextlib.suppress(CannotRecord):
                 await self.pay()
+            self._owed.save()
+
+    async def _recorded(self, action: Action) -> bool:
+        """Tell whether the log has this very entry, where it can be read."""
+        try:
+            happened = datetime.fromisoformat(str(action.details.get(HAPPENED)))
+            found = await self.query(
+                agent_id=action.agent_id,
+                verb=action.verb,
+                since_ns=int(happened.timestamp() * 1e9) - CLOCK_STEP_NS,
+                limit=OWED_MAX,
+            )
+        except (CannotReadLog, ValueError):
+            return False
+        return any(entry.action == action for entry in found)
 
     async def query(
         self,

@@ -138,11 +138,12 @@ class Writer:
     def append(self, actions: Sequence[Action], *, again: bool = False) -> list[Entry] | None:
         """Write the actions now, in one go; None while that would mean to wait for a disk. Raises CannotRecord.
 
-        `again` for those that were refused before, and are counted.
+        `again` for those that were refused before, and are counted; nobody waits for them, so that a strict log takes
+        them as well: in one go, all or none.
         """
         entries: list[Entry] = []
         with self.lock:
-            if self._rotating or self._settings.strict:
+            if self._rotating or (self._settings.strict and not again):
                 return None
             count, told, refused = len(self._pending), self._refused_told, self._refused
             try:

@@ -161,9 +161,9 @@ def test_two_instances_share_a_host_and_nothing_else(stockade: Instance) -> None
 # --- a full disk
 
 FULL = """
-import json, os, signal
+import json, os, signal, subprocess
 from pathlib import Path
-from tests.support.instance import Instance
+from tests.support.instance import Instance, bin_dir
 from tests.support.census import of_agent
 
 found = {}
@@ -197,7 +197,14 @@ with Instance.start(state_dir=SMALL) as stockade:
     stockade.down(signal.SIGKILL)
     stockade.up()
     stockade.ctl("kill", "asker", "--reason", "full too")
+    stockade.down(signal.SIGKILL)
     filler.unlink()
+    # The next one dies when it has recorded all of that and is about to forget that it is owed.
+    dying = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(owed), "-e", "trace=unlink,unlinkat"]
+    dying += ["-e", "inject=unlink,unlinkat:signal=SIGKILL", bin_dir() / "stockaded", "--config", stockade.config]
+    found["died"] = subprocess.run(dying, stderr=subprocess.DEVNULL, timeout=40).returncode
+    found["owed"] = len(owed.read_text().splitlines())
+    stockade.up()
     for _ in range(100):
         after = stockade.ctl("run", "--", "true")
         if after.code == 0: break
@@ -258,6 +265,7 @@ def test_a_full_disk_stops_everything_but_a_kill(tmp_path: Path) -> None:
         ["agent.exit", brief, "done", ""],
     ], found["log"]
     assert ends[1][4], "by a daemon that had no log"
+    assert (found["died"], found["owed"] >= 1) == (-signal.SIGKILL, True)
     # Each once, and the state with it, which the database had no room for.
     assert [found["states"][name] for name in ("doomed", "asker", "brief")] == ["KILLED", "KILLED", "EXITED"]
     assert not any(small.iterdir()), "the mount was seen outside"
