@@ -206,6 +206,10 @@ class FrontDoor:
         # A daemon that was killed between bind(2) and unlink(2) has left a name, which one connection here would want.
         for left in self._private.parent.glob("c[0-9]*"):
             left.unlink(missing_ok=True)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Wait for who comes; needs no descriptor, and must not fail where there are none."""
         if not self._closed:
             asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 
@@ -229,7 +233,7 @@ class FrontDoor:
                 log.warning("cannot accept on the control socket", cause=error.strerror)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self._listener.fileno())
-                loop.call_later(FULL_PAUSE_SECONDS, self.start)
+                loop.call_later(FULL_PAUSE_SECONDS, self._listen)
                 return
             sock.setblocking(False)
             caller = self._admit(sock)

@@ -165,8 +165,18 @@ class EgressPlane:
         authority: messages.Authority | None = None,
     ) -> None:
         """Serve an agent's listener (the descriptor is duplicated); raises Unavailable where no worker runs."""
-        worker = self._choose(dedicated=dedicated)
-        served = Served(agent_id, name, labels, os.dup(listener), worker.place, frozen, authority)
+        try:
+            own = os.dup(listener)  # before a worker is started for it alone
+        except OSError as error:
+            raise Unavailable(
+                f"cannot open the gate: {error.strerror}", remedy="see how many files stockaded may have open"
+            ) from error
+        try:
+            worker = self._choose(dedicated=dedicated)
+        except BaseException:
+            os.close(own)
+            raise
+        served = Served(agent_id, name, labels, own, worker.place, frozen, authority)
         self._served[agent_id] = served
         self._give(worker, served)
         self._dialer.tell(messages.Listener(agent_id), (served.listener,))

@@ -196,8 +196,8 @@ class KillOnly:
             await asyncio.sleep(RECONNECT_SECONDS)
             try:
                 await self._reach_launcher()
-            except StockadeError as error:
-                log.error("no launcher", cause=error.message)
+            except (OSError, StockadeError) as error:
+                log.error("no launcher", cause=str(error))
             else:
                 return
 

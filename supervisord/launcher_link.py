@@ -87,6 +87,8 @@ class LauncherLink:
             sock.close()
             raise
         self._greeted = False
+        if self._channel is not None:
+            self._channel.close()  # one that could not be greeted: its end is not to be taken for the next one's
         self._channel = Channel(sock, name="launcher", on_packet=self._packet, on_close=self._closed)
 
     async def call(

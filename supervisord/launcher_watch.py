@@ -233,8 +233,8 @@ class LauncherWatch:
             known = {grant.grant_id for grant in self._book.all()}
             try:
                 await self.reach()
-            except StockadeError as error:
-                log.error("no launcher", cause=error.message)
+            except (OSError, StockadeError) as error:  # as where there is no descriptor just now
+                log.error("no launcher", cause=str(error))
                 continue
             self._settle_lost()
             await self._settle(known)
@@ -248,8 +248,8 @@ class LauncherWatch:
                 await self._files.reconcile(self._listed, known=known)
                 await self._recovery.open_gates()
                 await self._thaw_unordered()
-            except StockadeError as error:
-                log.error("what a new launcher holds is not taken up yet", cause=error.message)
+            except (OSError, StockadeError) as error:
+                log.error("what a new launcher holds is not taken up yet", cause=str(error))
                 await asyncio.sleep(SETTLE_PAUSE_SECONDS)
             else:
                 return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -367,6 +369,46 @@ def test_a_part_that_cannot_be_started_again_at_once_is_tried_until_it_can(stock
     assert "200" in output(stockade, agent)[length:]
     assert len(children(daemon)) == before
     assert stockade.json("kill", agent["agent_id"])[0]["verified_empty"] is True
+
+
+@pytest.mark.parametrize("free", [0, 3, 12])
+def test_a_daemon_that_had_no_descriptors_left_for_a_while_serves_again(stockade: Instance, free: int) -> None:
+    """And has all that died meanwhile again: launcher, worker, and who comes through the control socket."""
+    agent = stockade.launch("--", "sh", "-c", f"while :; do {FETCH}/tick; sleep 0.1; done")
+    asleep = stockade.launch("--name", "asleep", "--", "sleep", "1000")
+    stockade.json("freeze", "asleep")
+    stockade.json("grant", agent["agent_id"], f"http:GET:http://{NAME}/tick")
+    before = settled(stockade)
+    assert stockade.process is not None
+    daemon = stockade.process.pid
+    record = stockade.run_dir / "processes" / "egress-w1.json"
+    # The lowest ones are given first: so many of them can still be had.
+    have = {int(path.name) for path in Path(f"/proc/{daemon}/fd").iterdir()}
+    limit = sorted(set(range(4096)) - have)[free]
+    said, limits = len(stockade.daemon_log()), resource.prlimit(daemon, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon, resource.RLIMIT_NOFILE, (limit, limits[1]))
+    try:
+        os.kill(launcher_pid(stockade), signal.SIGKILL)
+        os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(stockade.run_dir / "control.sock"))
+            stockade.wait(lambda: TRIED in stockade.daemon_log()[said:] or free > 3, 10)
+            refused = stockade.ctl("launch", "--", "true", seconds=40)
+        assert refused.code != 0 or free > 3
+        assert "an error of the daemon's own" not in refused.err
+    finally:
+        resource.prlimit(daemon, resource.RLIMIT_NOFILE, limits)
+    stockade.wait(lambda: stockade.ctl("run", "--", "true").code == 0)
+    assert stockade.ctl("run", "--", "true").code == 0
+    length = len(output(stockade, agent))
+    stockade.wait(lambda: "200" in output(stockade, agent)[length:])
+    assert "200" in output(stockade, agent)[length:]
+    assert stockade.json("status", "asleep")[0]["state"] == "FROZEN"
+    assert stockade.ctl("exec", "asleep", "--", "true", seconds=5).code != 0
+    after = settled(stockade)
+    assert (after.daemon_fds, after.slots, after.cgroups) == (before.daemon_fds, before.slots, before.cgroups)
+    assert stockade.json("kill", asleep["agent_id"])[0]["verified_empty"] is True
+    assert "Traceback" not in stockade.daemon_log()[said:]
 
 
 def test_a_daemon_that_dies_between_plan_and_exec_leaves_nothing_half_built(stockade: Instance) -> None:
