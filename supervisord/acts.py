@@ -13,7 +13,7 @@ from gateway_client.egress.scope import FsScope, Scope, format_scope
 from supervisord.actions.types import Action
 from supervisord.agents import Exit
 from supervisord.approvals import Agreed, Offer, check_alone
-from supervisord.errors import CannotRevoke, Conflict, NotFound, StockadeError
+from supervisord.errors import CannotRevoke, Conflict, NotFound, StockadeError, Unavailable
 from supervisord.grantable import check_grantable
 from supervisord.ids import GrantId, StreamId, new_stream_id
 from supervisord.ids import shown as shown_id
@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 STREAMS_KEPT_MAX: Final = 4096
 CUT_SECONDS_MAX: Final = 2.0
+LAUNCHER_SECONDS_MAX: Final = 5.0
+RETRY_SECONDS: Final = 0.1
 EXPIRY_PAUSE_SECONDS: Final = 0.5
 OBJECT_CHARACTERS_MAX: Final = 512
 
@@ -138,12 +140,37 @@ class Acts:
             )
             if event is Event.FREEZE:
                 self._plane.freeze(agent.agent_id)  # the gate first: what runs on until frozen can send nothing
-            await self._launcher.call(event.value, agent_id=agent.agent_id)
+            try:
+                await self._order(event, agent)
+            except StockadeError as error:
+                await self._actions.note(
+                    Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "failed", error.message)
+                )
+                if event is Event.THAW:
+                    raise
+                cause = error.message.removeprefix("cannot ")
+                raise Unavailable(
+                    f"cannot freeze {agent.name}: {cause}; it runs, and its gate is closed",
+                    remedy="freeze it again, which a thaw undoes, or kill it",
+                ) from error
             if event is Event.THAW:
                 self._plane.thaw(agent.agent_id)
             if can(agent.state, event):
                 self._agents.apply(agent, event)
             await self._actions.note(Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "done", reason))
+
+    async def _order(self, event: Event, agent: Agent) -> None:
+        """Have the launcher do it, also one that is being started."""
+        deadline = asyncio.get_running_loop().time() + LAUNCHER_SECONDS_MAX
+        while True:
+            try:
+                await self._launcher.call(event.value, agent_id=agent.agent_id)
+            except Unavailable:
+                if not can(agent.state, event) or asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                return
 
     # --- grants
 

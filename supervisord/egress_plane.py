@@ -259,6 +259,11 @@ class EgressPlane:
     def thaw(self, agent_id: str) -> None:
         self._switch(agent_id, frozen=False)
 
+    def is_frozen(self, agent_id: str) -> bool:
+        """Tell whether an agent's gate is closed for as long as it is to stand still."""
+        served = self._served.get(agent_id)
+        return served is not None and served.frozen
+
     def _switch(self, agent_id: str, *, frozen: bool) -> None:
         served = self._served.get(agent_id)
         if served is not None:

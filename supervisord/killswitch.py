@@ -10,7 +10,7 @@ import asyncio
 import errno
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -144,7 +144,7 @@ class KillSwitch:
             grants_revoked=self._grants(agent.agent_id) if verified else 0,
             left_pids=tuple(_int(pid) for pid in left) if isinstance(left, list) else (),
         )
-        self._settle(agent, body)
+        self._settle(agent, body, unproven=receipt)
         await self._note(agent, receipt)
         return receipt
 
@@ -162,30 +162,59 @@ class KillSwitch:
         self._settle(agent, body)
         return False
 
-    def _settle(self, agent: Agent, body: dict[str, object]) -> None:
-        """Note a death that is proven; one that is not is tried again until it is, and shown meanwhile."""
+    def _settle(self, agent: Agent, body: dict[str, object], *, unproven: Receipt | None = None) -> None:
+        """Note a death that is proven; one that is not is tried again until it is, and shown meanwhile.
+
+        `unproven` is what was said of a kill that this is to prove.
+        """
         if not agent.live:
             return
         if body.get("verified_empty") is True:
             self._agents.apply(agent, Event.CGROUP_EMPTY)
             self._ended(agent)
             return
+        failure = agent.failure
         problem = str(body.get("problem") or "") or f"processes left: {body.get('left') or 'not known'}"
         agent.failure = f"not proven dead, tried again: {problem}"
         task = self._insisting.get(agent.agent_id)
         if task is None or task.done():
-            self._insisting[agent.agent_id] = asyncio.get_running_loop().create_task(self._insist(agent))
+            self._insisting[agent.agent_id] = asyncio.get_running_loop().create_task(
+                self._insist(agent, failure=failure, unproven=unproven)
+            )
 
-    async def _insist(self, agent: Agent) -> None:
+    async def _insist(self, agent: Agent, *, failure: str, unproven: Receipt | None) -> None:
+        began = time.monotonic()
         try:
             while agent.live:
                 await asyncio.sleep(INSIST_SECONDS)
                 body = await self._until_empty(agent)
                 if body.get("verified_empty") is True and agent.live:
+                    agent.failure = failure
+                    seconds = time.monotonic() - began
+                    proven = None if unproven is None else self._proven(unproven, body, seconds=seconds)
                     self._agents.apply(agent, Event.CGROUP_EMPTY)
                     self._ended(agent)
+                    if proven is not None:
+                        await self._note(agent, proven)
         finally:
             self._insisting.pop(agent.agent_id, None)
+
+    def _proven(self, unproven: Receipt, body: dict[str, object], *, seconds: float) -> Receipt:
+        """A receipt of its own for a kill that could not be proven when its caller was answered."""
+        return self._sign(
+            replace(
+                unproven,
+                receipt_id=self._new_id(),
+                verified_empty=True,
+                processes_killed=unproven.processes_killed + _int(body.get("processes_killed")),
+                dead_ms=round(unproven.dead_ms + seconds * 1000, 3),
+                time_ns=self._now_ns(),
+                grants_revoked=self._grants(unproven.agent_id),
+                left_pids=(),
+                statement=b"",
+                signature=b"",
+            )
+        )
 
     async def _cut(self, agent: Agent) -> tuple[float, int, int]:
         """Return what it took, how many connections were open, and the bytes that were on their way on them."""

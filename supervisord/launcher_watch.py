@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from supervisord.acts import Acts
     from supervisord.agents import Agent, Agents
     from supervisord.config import Config
+    from supervisord.egress_plane import EgressPlane
     from supervisord.endings import Endings
     from supervisord.filegrants import FileGrants
     from supervisord.ids import GrantId
@@ -58,6 +59,7 @@ class LauncherWatch:
         filters: Iterable[tuple[str, tuple[bytes, ...]]],
         provisions: Provisions,
         files: FileGrants,
+        plane: EgressPlane,
         acts: Acts,
         endings: Endings,
         told_calls: ToldCalls,
@@ -74,6 +76,7 @@ class LauncherWatch:
         self._filters = tuple(filters)
         self._provisions = provisions
         self._files = files
+        self._plane = plane
         self._acts = acts
         self._endings = endings
         self._told_calls = told_calls
@@ -257,7 +260,9 @@ class LauncherWatch:
     async def _thaw_unordered(self) -> None:
         """Let go on what a launcher stopped for a moment, to take files away, and died in that moment."""
         for agent in self._agents.live():
-            if agent.agent_id in self._frozen and agent.state is State.RUNNING:
+            # Not one whose gate is closed: it is being frozen by somebody who waits for this launcher.
+            ordered = self._plane.is_frozen(agent.agent_id)
+            if agent.agent_id in self._frozen and agent.state is State.RUNNING and not ordered:
                 try:
                     await self._link.call("thaw", agent_id=agent.agent_id)
                 except StockadeError as error:
@@ -266,8 +271,9 @@ class LauncherWatch:
     def _settle_lost(self) -> None:
         """Note the end of agents that a new launcher did not find alive."""
         for agent in self._agents.live():
-            # One that the launcher is still ending is not lost: it will say when nothing is left.
-            if agent.agent_id not in self.held_ids and agent.state is not State.STARTING:
+            # One that the launcher is still ending is not lost: it will say when nothing is left. And a launch or a
+            # kill that is under way asks by itself, and says how that ended.
+            if agent.agent_id not in self.held_ids and agent.state not in (State.STARTING, State.KILLING):
                 agent.failure = agent.failure or "it ended while no launcher ran"
                 if can(agent.state, Event.LOST):
                     self._agents.apply(agent, Event.LOST)

@@ -299,6 +299,7 @@ class Parts:
             filters=self.filters.values(),
             provisions=self.provisions,
             files=self.files,
+            plane=self.plane,
             acts=self.acts,
             endings=self.endings,
             told_calls=self.told_calls,

@@ -265,7 +265,9 @@ def kill(stockade: Stockade, options: Namespace) -> int:
         print_table(head, rows)
     survivors = [receipt for receipt in receipts if not receipt.verified_empty]
     for receipt in survivors:
-        complain(f"stockadectl: cannot kill {receipt.name}: processes {list(receipt.left_pids)} are still there")
+        left = list(receipt.left_pids)
+        what = f"processes {left} are still there" if left else "nobody can say yet that nothing of it is left"
+        complain(f"stockadectl: cannot kill {receipt.name}: {what}")
     return FAILED if survivors else OK
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import pytest
 from gateway_client.egress import messages
 from supervisord.config import UsersConfig
 from supervisord.egress_plane import EgressPlane, Served, Worker
+from supervisord.errors import Unavailable
 
 AGENT, ENDED = "ag_" + "a" * 26, "ag_" + "b" * 26
 MINE, NEIGHBOUR = "w1.1", "w2.2"
@@ -45,3 +48,28 @@ def test_more_of_a_budget_is_lent_only_to_whoever_serves_the_agent(
 ) -> None:
     plane._from_worker(worker_id, messages.encode(messages.Moved(agent_id, used=5, back=3, want=7)), [])
     assert cast("Any", plane.judge).told == [(worker_id, messages.Moved(agent_id, used=5, back=3, want=want))]
+
+
+def test_an_agent_that_gets_no_descriptor_for_its_gate_gets_no_worker_either(
+    plane: EgressPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+
+    def start(*, dedicated: bool) -> Worker:
+        started.append(dedicated)
+        raise Unavailable("cannot start a worker")
+
+    monkeypatch.setattr(plane, "_start_worker", start)
+    own = len(list(Path("/proc/self/fd").iterdir()))
+    with open(os.devnull) as file:  # noqa: PTH123 - its number
+        with pytest.raises(Unavailable, match="cannot start a worker"):
+            plane.listen("ag_c", name="c", labels={}, listener=file.fileno(), dedicated=True)
+        monkeypatch.setattr(os, "dup", _none_left)
+        with pytest.raises(Unavailable, match="cannot open the gate: Too many open files"):
+            plane.listen("ag_c", name="c", labels={}, listener=file.fileno(), dedicated=True)
+    assert started == [True]
+    assert len(list(Path("/proc/self/fd").iterdir())) == own
+
+
+def _none_left(_fd: int) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -18,6 +18,8 @@ from tests.support.made import make_agent, ticks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from supervisord.actions.types import Action
+
 EMPTY: dict[str, object] = {"verified_empty": True, "already": False, "processes_killed": 1, "left": []}
 BEFORE: dict[str, object] = {"verified_empty": True, "already": True, "processes_killed": 0, "left": []}
 STUCK: dict[str, object] = {"verified_empty": False, "already": False, "left": [7], "problem": "cannot end 7"}
@@ -30,6 +32,7 @@ class Bench:
         self.answers = list(answers)
         self.asked = 0
         self.gone: list[str] = []
+        self.noted: list[Action] = []
         self.agents = Agents(now_ns=ticks())
         self.switch = KillSwitch(
             agents=self.agents,
@@ -58,7 +61,9 @@ class Bench:
 
     async def cut(self, _agent: str) -> None: ...
 
-    async def note(self, _action: object, *, durable: bool) -> None: ...
+    async def note(self, action: Action, *, durable: bool) -> None:
+        assert durable
+        self.noted.append(action)
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +92,19 @@ async def test_one_that_is_dead_is_dead(answer: dict[str, object] | Exception) -
 async def test_what_is_not_proven_stays_and_is_tried_again() -> None:
     bench = Bench(STUCK, STUCK, EMPTY)
     agent = bench.agent(State.RUNNING)
-    (receipt,) = await bench.switch.kill([agent], actor="x", reason="")
+    (receipt,) = await bench.switch.kill([agent], actor="x", reason="because")
     assert not receipt.verified_empty
     assert (agent.state, bench.gone) == (State.KILLING, [])
     assert "cannot end 7" in agent.failure
     async with asyncio.timeout(5):
         await agent.ended.wait()
     assert (agent.state, bench.gone, bench.asked) == (State.KILLED, [agent.name], 3)
+    # The proof is recorded, as the kill that it is of, beside what its caller was told.
+    await asyncio.sleep(0.01)
+    told = [(note.verb, note.actor, note.verdict, note.reason) for note in bench.noted]
+    assert told == [("agent.kill", "x", "failed", "because"), ("agent.kill", "x", "done", "because")]
+    assert [note.details["verified_empty"] for note in bench.noted] == [False, True]
+    assert agent.failure == ""
 
 
 async def test_a_failed_launch_is_over_when_nothing_is_left() -> None:
@@ -111,3 +122,4 @@ async def test_a_failed_launch_that_may_run_stays_and_its_slot_with_it() -> None
     async with asyncio.timeout(5):
         await agent.ended.wait()
     assert (agent.state, bench.gone) == (State.KILLED, [agent.name])
+    assert bench.noted == [], "nobody ordered a kill: the launch that failed is recorded by itself"
