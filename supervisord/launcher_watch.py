@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from supervisord.actions.log import ActionLog
+    from supervisord.actions.types import JSON
     from supervisord.acts import Acts
     from supervisord.agents import Agent, Agents
     from supervisord.config import Config
@@ -140,6 +141,9 @@ class LauncherWatch:
             if agent.agent_id in self._frozen:
                 self._agents.apply(agent, Event.FREEZE)
         await self._files.reconcile(self._listed)
+        shut = [agent.agent_id for agent in self._agents.live() if agent.listener is None]
+        if shut:
+            log.error("agents have no way out: the launcher had died too, and nobody kept their gate", agents=shut)
         if self._recovery.adopted or ended or self._recovery.half_built:
             await self._actions.record(
                 Action(
@@ -153,6 +157,7 @@ class LauncherWatch:
                         "adopted": list(self._recovery.adopted),
                         "ended": [agent.agent_id for agent in ended],
                         "undone": list(self._recovery.half_built),
+                        **({"without_gate": cast("JSON", shut)} if shut else {}),
                     },
                 )
             )

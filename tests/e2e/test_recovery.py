@@ -371,6 +371,20 @@ def test_a_part_that_cannot_be_started_again_at_once_is_tried_until_it_can(stock
     assert stockade.json("kill", agent["agent_id"])[0]["verified_empty"] is True
 
 
+def test_who_lost_the_gate_with_daemon_and_launcher_is_named(stockade: Instance) -> None:
+    models = "curl -sS -m 10 -o /dev/null -w '%{http_code}' $OPENAI_BASE_URL/models"
+    agent = stockade.launch("--name", "shut", "--", "sleep", "1000")
+    for launcher_too in (False, True):
+        stockade.down(signal.SIGKILL)
+        if launcher_too:
+            os.kill(launcher_pid(stockade), signal.SIGKILL)
+        stockade.up()
+        recovered = stockade.actions("--verb", "daemon.recover")[-1]["details"]
+        assert recovered.get("without_gate") == ([agent["agent_id"]] if launcher_too else None)
+        assert (stockade.ctl("exec", "shut", "--", "sh", "-c", models).out == "200") is not launcher_too
+    assert stockade.json("kill", "shut")[0]["verified_empty"] is True
+
+
 def test_a_freeze_does_not_fail_for_a_launcher_that_is_being_started(stockade: Instance) -> None:
     agent = stockade.launch("--", "sh", "-c", "while :; do echo tick; sleep 0.05; done")
     for order, stands in (("freeze", True), ("thaw", False)):
