@@ -281,7 +281,8 @@ class Recovery:
         except CannotReadLog as error:
             log.error("cannot tell whether the end of an agent is in the action log", cause=error.message)
             return ""
-        return next((entry.action.verb for entry in (*kills, *exits)), "")
+        # What came first: one that had ended by itself may have been killed for good measure, which says so.
+        return min(((entry.seq, entry.action.verb) for entry in (*kills, *exits)), default=(0, ""))[1]
 
     def _ended_agent(self, directory: Path) -> Agent | None:
         try:

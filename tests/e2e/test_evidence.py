@@ -193,6 +193,7 @@ with Instance.start(state_dir=SMALL) as stockade:
         os.kill(pid, signal.SIGTERM)
     owed = Path(stockade.run_dir) / "private" / "owed"
     stockade.wait(lambda: owed.exists() and "agent.exit" in owed.read_text(), 3)
+    stockade.json("kill", brief["agent_id"], "--reason", "to be sure")
     # And what is not recorded yet outlives the daemon.
     stockade.down(signal.SIGKILL)
     stockade.up()
@@ -261,10 +262,11 @@ def test_a_full_disk_stops_everything_but_a_kill(tmp_path: Path) -> None:
     ends = [entry for entry in found["ends"] if entry[1] in found["ids"]]
     assert [entry[:4] for entry in ends] == [
         ["agent.kill", doomed, "done", "full"],
+        ["agent.kill", brief, "done", "to be sure"],
         ["agent.kill", asker, "done", "full too"],
         ["agent.exit", brief, "done", ""],
     ], found["log"]
-    assert ends[1][4], "by a daemon that had no log"
+    assert ends[2][4], "by a daemon that had no log"
     assert (found["died"], found["owed"] >= 1) == (-signal.SIGKILL, True)
     # Each once, and the state with it, which the database had no room for.
     assert [found["states"][name] for name in ("doomed", "asker", "brief")] == ["KILLED", "KILLED", "EXITED"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from supervisord.actions.types import Action
+from supervisord.agents import Agents
 from supervisord.errors import Unavailable
 from supervisord.lifecycle import State
 from supervisord.recovery import Kept, Recovery
+from tests.support.made import make_agent, ticks
 
 
 def test_gates_of_agents_open_also_where_their_launcher_went_as_it_was_greeted() -> None:
@@ -49,3 +53,35 @@ def test_gates_of_agents_open_also_where_their_launcher_went_as_it_was_greeted()
     assert opened == ["ag_1"]
     asyncio.run(greeted().open_gates())
     assert opened == ["ag_1"], "once"
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        (["agent.kill"], State.KILLED),
+        (["agent.exit", "agent.kill"], State.EXITED),  # killed to be sure, when it had ended
+        (["agent.exit"], State.EXITED),
+        ([], State.EXITED),
+    ],
+)
+async def test_what_the_log_says_first_is_how_an_agent_ended(tmp_path: Path, said: list[str], state: State) -> None:
+    """Where the database had no room for it."""
+    agents, gone = Agents(now_ns=ticks()), make_agent("a", State.RUNNING)
+    directory = tmp_path / gone.agent_id
+    directory.mkdir()
+    (directory / "state.json").write_text(json.dumps({"meta": gone.what.to_json()}))
+    (directory / "exit").write_text('{"code": 0}')
+    noted: list[str] = []
+
+    class Log:
+        async def query(self, *, verb: str, **_: object) -> list[Any]:
+            entries = [SimpleNamespace(seq=seq, action=Action("", "", what, "", "")) for seq, what in enumerate(said)]
+            return [entry for entry in entries if entry.action.verb == verb]
+
+        async def note(self, action: Action) -> None:
+            noted.append(action.verb)
+
+    parts: Any = {"provisions": None, "launcher": None, "actions": Log(), "slots": None, "hold": None, "adopted": []}
+    recovery = Recovery(agents=agents, output_dir=tmp_path, kept=Kept(), **parts)
+    (found,) = await recovery.find_ended(())
+    assert (found.state, noted) == (state, [] if said else ["agent.exit"])
