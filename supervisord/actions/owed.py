@@ -80,6 +80,9 @@ class Owed:
             else:
                 self._behind = False
                 self._lines += 1
+        if self._behind and not _is_of_agent(action):
+            # The journal is then what remains of it, where the daemon dies before there is room.
+            log.error("what is not in the action log yet is in memory alone", entry=asdict(action))
 
     def save(self) -> None:
         """Have the file say what is owed and how much is lost: its disk may have room again."""

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from supervisord.actions import owed as module
 from supervisord.actions.files import SegmentFile
@@ -205,8 +206,11 @@ def test_what_run_dir_has_no_room_for_is_written_there_once_it_has(
         really(path, actions)
 
     monkeypatch.setattr(module, "_write", write)
-    owed.keep(act(1), cause="full")
-    owed.keep(act(2), cause="full")
+    with capture_logs() as said:
+        owed.keep(act(1), cause="full")
+        owed.keep(act(2), cause="full")
+        owed.keep(act(9, actor="agent:ag_x"), cause="full")
+    assert [line["entry"]["details"]["n"] for line in said if "entry" in line] == [1, 2], "the journal has an operator's"
     # What was written before the disk was full stays, and the rest is counted as lost where the daemon dies now.
     *actions, lost = drain_of(owed_in(tmp_path))
     assert ([action.details["n"] for action in actions], lost.verb) == ([0], "log.lost")
@@ -214,7 +218,7 @@ def test_what_run_dir_has_no_room_for_is_written_there_once_it_has(
     now[0] += 2 * 10**9
     owed.keep(act(3), cause="full")
     owed.keep(act(4), cause="full")
-    assert [action.details["n"] for action in drain_of(owed_in(tmp_path))] == [0, 1, 2, 3, 4]
+    assert [action.details["n"] for action in drain_of(owed_in(tmp_path))] == [0, 1, 2, 9, 3, 4]
 
 
 def test_how_much_is_lost_outlives_a_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
