@@ -210,7 +210,7 @@ def test_what_run_dir_has_no_room_for_is_written_there_once_it_has(
         owed.keep(act(1), cause="full")
         owed.keep(act(2), cause="full")
         owed.keep(act(9, actor="agent:ag_x"), cause="full")
-    assert [line["entry"]["details"]["n"] for line in said if "entry" in line] == [1, 2], "the journal has an operator's"
+    assert [line["entry"]["details"]["n"] for line in said if "entry" in line] == [1, 2]
     # What was written before the disk was full stays, and the rest is counted as lost where the daemon dies now.
     *actions, lost = drain_of(owed_in(tmp_path))
     assert ([action.details["n"] for action in actions], lost.verb) == ([0], "log.lost")
