@@ -248,6 +248,7 @@ class Recovery:
             if (agent := self._ended_agent(directory)) is not None
         ]
         found = []
+        since_ns = await self._last_start_ns()
         for agent in sorted(left, key=lambda agent: agent.what.launched_at_ns):
             row = self._history.get(agent.agent_id)
             if row is not None:
@@ -256,6 +257,8 @@ class Recovery:
                 agent.state = State(row.state)  # it had ended before; this daemon only remembers it
                 agent.ended.set()
                 self._agents.remember(agent)
+                if since_ns is not None and (row.ended_at_ns or 0) >= since_ns:
+                    await self._note_unsaid(agent)
                 continue
             self._agents.remember(agent)
             found.append(agent)
@@ -272,6 +275,21 @@ class Recovery:
                 await self._actions.note(oom_action(agent))
             await self._actions.note(exit_action(agent))
         return found
+
+    async def _last_start_ns(self) -> int | None:
+        """Return when the daemon before this one started, which recorded the ends of all that it found."""
+        try:
+            starts = await self._actions.query(verb="daemon.start", newest_first=True, limit=2)
+        except CannotReadLog:
+            return None
+        return starts[1].time_ns if len(starts) > 1 else None
+
+    async def _note_unsaid(self, agent: Agent) -> None:
+        """Record an end that the database had when the daemon died, and the log not yet."""
+        if agent.state in (State.KILLED, State.EXITED) and not await self._said_of_end(agent.agent_id):
+            action = exit_action(agent)
+            reason = f"{agent.state.value}, and not recorded before its daemon died"
+            await self._actions.note(replace(action, reason=reason))
 
     async def _said_of_end(self, agent_id: str) -> str:
         """Return the verb by which the end of an agent is in the log already; empty where it is not."""

@@ -18,6 +18,8 @@ from supervisord.lifecycle import State
 from supervisord.recovery import Kept, Recovery
 from tests.support.made import make_agent, ticks
 
+STARTED_NS = 1_790_000_000_000_000_000
+
 
 def test_gates_of_agents_open_also_where_their_launcher_went_as_it_was_greeted() -> None:
     """And where no worker was there at first."""
@@ -75,6 +77,8 @@ async def test_what_the_log_says_first_is_how_an_agent_ended(tmp_path: Path, sai
 
     class Log:
         async def query(self, *, verb: str, **_: object) -> list[Any]:
+            if verb == "daemon.start":
+                return [SimpleNamespace(time_ns=time_ns) for time_ns in (STARTED_NS + 5, STARTED_NS)]
             entries = [SimpleNamespace(seq=seq, action=Action("", "", what, "", "")) for seq, what in enumerate(said)]
             return [entry for entry in entries if entry.action.verb == verb]
 
@@ -85,3 +89,11 @@ async def test_what_the_log_says_first_is_how_an_agent_ended(tmp_path: Path, sai
     recovery = Recovery(agents=agents, output_dir=tmp_path, kept=Kept(), **parts)
     (found,) = await recovery.find_ended(())
     assert (found.state, noted) == (state, [] if said else ["agent.exit"])
+    # And where the database had it, and the log may not: what the last daemon ended, not what those before it did.
+    for ended_at_ns, missing in ((STARTED_NS + 1, not said), (STARTED_NS - 1, False)):
+        noted.clear()
+        row: Any = SimpleNamespace(state=state.value, started_at_ns=1, ended_at_ns=ended_at_ns, record={})
+        kept = Kept(history={gone.agent_id: row})
+        later = Recovery(agents=Agents(now_ns=ticks()), output_dir=tmp_path, kept=kept, **parts)
+        assert await later.find_ended(()) == []
+        assert noted == ["agent.exit"] * missing
