@@ -134,30 +134,35 @@ class Acts:
                 )
             if event is Event.THAW:
                 await self._files.settle(agent)
-        for agent in agents:
-            await self._actions.record(
-                Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "allowed", reason)
-            )
-            if event is Event.FREEZE:
-                self._plane.freeze(agent.agent_id)  # the gate first: what runs on until frozen can send nothing
-            try:
-                await self._order(event, agent)
-            except StockadeError as error:
-                await self._actions.note(
-                    Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "failed", error.message)
-                )
-                if event is Event.THAW:
-                    raise
-                cause = error.message.removeprefix("cannot ")
-                raise Unavailable(
-                    f"cannot freeze {agent.name}: {cause}; it runs, and its gate is closed",
-                    remedy="freeze it again, which a thaw undoes, or kill it",
-                ) from error
+        # All at once, and each whatever becomes of the others: who is to stand still must not wait for one that cannot.
+        done = await asyncio.gather(
+            *(self._switch_one(agent, event, actor=actor, reason=reason) for agent in agents), return_exceptions=True
+        )
+        for failure in done:
+            if failure is not None:
+                raise failure
+
+    async def _switch_one(self, agent: Agent, event: Event, *, actor: str, reason: str) -> None:
+        verb = f"agent.{event.value}"
+        await self._actions.record(Action(agent.agent_id, actor, verb, agent.name, "allowed", reason))
+        if event is Event.FREEZE:
+            self._plane.freeze(agent.agent_id)  # the gate first: what runs on until frozen can send nothing
+        try:
+            await self._order(event, agent)
+        except StockadeError as error:
+            await self._actions.note(Action(agent.agent_id, actor, verb, agent.name, "failed", error.message))
             if event is Event.THAW:
-                self._plane.thaw(agent.agent_id)
-            if can(agent.state, event):
-                self._agents.apply(agent, event)
-            await self._actions.note(Action(agent.agent_id, actor, f"agent.{event.value}", agent.name, "done", reason))
+                raise
+            cause = error.message.removeprefix("cannot ")
+            raise Unavailable(
+                f"cannot freeze {agent.name}: {cause}; it runs, and its gate is closed",
+                remedy="freeze it again, which a thaw undoes, or kill it",
+            ) from error
+        if event is Event.THAW:
+            self._plane.thaw(agent.agent_id)
+        if can(agent.state, event):
+            self._agents.apply(agent, event)
+        await self._actions.note(Action(agent.agent_id, actor, verb, agent.name, "done", reason))
 
     async def _order(self, event: Event, agent: Agent) -> None:
         """Have the launcher do it, also one that is being started."""
