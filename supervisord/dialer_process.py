@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-import socket
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from gateway_client.egress import messages
 from supervisord.channel import Channel, close_all
-from supervisord.errors import StockadeError, Unavailable
-from supervisord.processes import Child, python, spawn, start_again
+from supervisord.errors import StockadeError
+from supervisord.processes import Child, python, spawn_connected, start_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RESTART_SECONDS: Final = 0.2
-CHANNEL_FD: Final = 3
 
 
 class DialerProcess:
@@ -60,20 +58,12 @@ class DialerProcess:
     def start(self) -> None:
         """Start it and have it told of everything; raises Unavailable."""
         self.ready.clear()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._child = spawn(
-                    "dialer",
-                    python("gateway_client.egress.dialer", "--user", self._user),
-                    fds={CHANNEL_FD: theirs.fileno()},
-                    on_exit=lambda _code: self._exited(),
-                    new_session=True,
-                    record=self._record,
-                )
-            except Unavailable:
-                ours.close()
-                raise
+        self._child, ours = spawn_connected(
+            "dialer",
+            python("gateway_client.egress.dialer", "--user", self._user),
+            on_exit=lambda _code: self._exited(),
+            record=self._record,
+        )
         self._channel = Channel(
             ours,
             name="dialer",

@@ -18,9 +18,9 @@ import structlog
 
 from gateway_client.egress import messages
 from supervisord.channel import Channel, close_all
-from supervisord.dialer_process import CHANNEL_FD, RESTART_SECONDS, DialerProcess
+from supervisord.dialer_process import RESTART_SECONDS, DialerProcess
 from supervisord.errors import StockadeError, Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn, start_again
+from supervisord.processes import Child, end_leftover, python, spawn_connected, start_again
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
@@ -312,20 +312,17 @@ class EgressPlane:
     def _start_worker(self, *, dedicated: bool, place: str = "") -> Worker:
         place = place or f"w{next(self._numbers)}"
         worker_id = f"{place}.{next(self._starts)}"
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         to_dialer, dialer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, to_dialer:
+        with to_dialer:
             try:
-                child = spawn(
+                child, ours = spawn_connected(
                     f"egress worker {worker_id}",
                     python("gateway_client.egress.server", "--user", self._users.egress, *self._ca),
-                    fds={CHANNEL_FD: theirs.fileno(), DIALER_FD: to_dialer.fileno()},
+                    fds={DIALER_FD: to_dialer.fileno()},
                     on_exit=lambda _code: self._worker_exited(worker_id),
-                    new_session=True,
                     record=self._records / f"egress-{place}.json",
                 )
             except Unavailable:
-                ours.close()
                 dialer_end.close()
                 raise
         self._missing.discard(place)

@@ -15,7 +15,7 @@ import structlog
 
 from supervisord.config import ModelKind
 from supervisord.errors import InvalidInput, Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn, start_again
+from supervisord.processes import Child, end_leftover, python, spawn_connected, start_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +30,6 @@ RESTART_SECONDS: Final = 0.5
 ANSWER_BYTES_MAX: Final = 64 * 1024
 SECRET_BYTES_MAX: Final = 16 * 1024
 SCRIPT_BYTES_MAX: Final = 1 << 20
-LIFE_LINE_FD: Final = 3
 PONG: Final = b'{"pong": true}'
 NAMES_MAX: Final = 256
 
@@ -91,20 +90,13 @@ class GatewayProcess:
         directory.mkdir(exist_ok=True)
         directory.chmod(0o711)  # the dialer's user passes; whom the socket serves, its mode and SO_PEERCRED say
         document = gateway_document(self._config)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            try:
-                child = spawn(
-                    "embedded gateway",
-                    python("gateway_client.gateways.embedded"),
-                    fds={LIFE_LINE_FD: theirs.fileno()},
-                    on_exit=self._exited,
-                    new_session=True,
-                    record=self._record,
-                )
-            except Unavailable:
-                ours.close()
-                raise
+        child, ours = spawn_connected(
+            "embedded gateway",
+            python("gateway_client.gateways.embedded"),
+            kind=socket.SOCK_STREAM,
+            on_exit=self._exited,
+            record=self._record,
+        )
         ours.setblocking(False)
         self._child = child
         answer = await self._begin(ours, document)

@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+CHANNEL_FD: Final = 3  # of a child that is spoken with
 HIGH_FD: Final = 100  # sources of dup2 are moved above every target first
 END_SECONDS: Final = 2.0
 AGAIN_SECONDS_MAX: Final = 5.0
@@ -96,12 +98,39 @@ def spawn(
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        raise Unavailable(
-            f"cannot start {name}: {error.strerror or error}",
-            remedy="see what stockaded may have of processes and files, and what room run_dir has",
-        ) from error
+        raise _lacking(name, error) from error
     log.info("process started", process=name, pid=pid)
     return child
+
+
+def spawn_connected(
+    name: str,
+    argv: Sequence[str],
+    *,
+    record: Path,
+    fds: Mapping[int, int] | None = None,
+    kind: socket.SocketKind = socket.SOCK_SEQPACKET,
+    on_exit: Callable[[int], None] | None = None,
+) -> tuple[Child, socket.socket]:
+    """As `spawn`, in a session of its own, with a socket as CHANNEL_FD whose other end is returned."""
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    except OSError as error:
+        raise _lacking(name, error) from error
+    with theirs:
+        try:
+            fds = {CHANNEL_FD: theirs.fileno(), **(fds or {})}
+            return spawn(name, argv, fds=fds, on_exit=on_exit, new_session=True, record=record), ours
+        except Unavailable:
+            ours.close()
+            raise
+
+
+def _lacking(name: str, error: OSError) -> Unavailable:
+    return Unavailable(
+        f"cannot start {name}: {error.strerror or error}",
+        remedy="see what stockaded may have of processes and files, and what room run_dir has",
+    )
 
 
 async def start_again(

@@ -9,20 +9,18 @@ import asyncio
 import json
 import os
 import re
-import socket
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from supervisord.channel import Channel, close_all
 from supervisord.errors import CannotLaunch, StockadeError, Unavailable
-from supervisord.processes import Child, python, spawn
+from supervisord.processes import Child, python, spawn_connected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-CHANNEL_FD: Final = 3
 MESSAGE_BYTES_MAX: Final = 64 << 10
 TEXT_CHARACTERS_MAX: Final = 4000
 FILES_MAX: Final = 4096  # that a layout can ask for
@@ -56,19 +54,10 @@ class Unpacker:
 
     async def start(self, root: int, *, user: str, selector: str, limits: Mapping[str, int]) -> Told:
         """Start it on the directory `root`; give which image it found. Raises CannotLaunch with what it said."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._child = spawn(
-                    "unpacker",
-                    python("sandbox.images.unpacker"),
-                    fds={CHANNEL_FD: theirs.fileno()},
-                    new_session=True,
-                    record=self._path,
-                )
-            except Unavailable as error:
-                ours.close()
-                raise self._failed(error.message) from error
+        try:
+            self._child, ours = spawn_connected("unpacker", python("sandbox.images.unpacker"), record=self._path)
+        except Unavailable as error:
+            raise self._failed(error.message) from error
         self._channel = Channel(
             ours,
             name="unpacker",

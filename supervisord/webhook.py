@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +16,7 @@ import structlog
 from gateway_client.egress.scope import format_scope
 from supervisord.channel import Channel, close_all
 from supervisord.errors import Unavailable
-from supervisord.processes import Child, end_leftover, python, spawn, start_again
+from supervisord.processes import Child, end_leftover, python, spawn_connected, start_again
 from supervisord.question import RequestState
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-CHANNEL_FD: Final = 3
 READY_SECONDS_MAX: Final = 10.0
 RESTART_SECONDS: Final = 1.0
 EVENTS_QUEUED_MAX: Final = 1024
@@ -74,20 +72,9 @@ class Webhook:
             ) from error
 
     async def _spawn(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._child = spawn(
-                    "webhook sender",
-                    python("supervisord.webhook_sender"),
-                    fds={CHANNEL_FD: theirs.fileno()},
-                    on_exit=self._exited,
-                    new_session=True,
-                    record=self._record,
-                )
-            except Unavailable:
-                ours.close()
-                raise
+        self._child, ours = spawn_connected(
+            "webhook sender", python("supervisord.webhook_sender"), on_exit=self._exited, record=self._record
+        )
         self._channel = Channel(
             ours,
             name="webhook sender",

@@ -19,9 +19,8 @@ import structlog
 
 from supervisord.actions.types import Action
 from supervisord.config import SinkKind
-from supervisord.errors import Unavailable
 from supervisord.gateway_process import read_secret
-from supervisord.processes import Child, end_leftover, python, spawn
+from supervisord.processes import Child, end_leftover, python, spawn_connected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-CHANNEL_FD: Final = 3
 FILE_FD: Final = 4
 BATCH_ENTRIES: Final = 128
 BATCH_BYTES_MAX: Final = 1 << 20
@@ -175,25 +173,19 @@ class Feed:
             "origin": self._actions.signer.verifier.name,
             "key": self._actions.public_key,
         }
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            fds[CHANNEL_FD] = theirs.fileno()
-            if sink.kind in FILES:
-                fds[FILE_FD] = self._open_file()
-            try:
-                child = spawn(
-                    f"sink {sink.name}",
-                    python("supervisord.sinks.process"),
-                    fds=fds,
-                    new_session=True,
-                    record=self._record,
-                )
-            except Unavailable:
-                ours.close()
-                raise
-            finally:
-                if FILE_FD in fds:
-                    os.close(fds[FILE_FD])
+        if sink.kind in FILES:
+            fds[FILE_FD] = self._open_file()
+        try:
+            child, ours = spawn_connected(
+                f"sink {sink.name}",
+                python("supervisord.sinks.process"),
+                fds=fds,
+                kind=socket.SOCK_STREAM,
+                record=self._record,
+            )
+        finally:
+            if FILE_FD in fds:
+                os.close(fds[FILE_FD])
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=ANSWER_BYTES_MAX)
         try:
             said = await self._ask(begin, reader, writer, READY_SECONDS_MAX)
