@@ -26,9 +26,10 @@ def alone(*, run_dir: Path, marks: Path, instance: str) -> Iterator[None]:
                 f"cannot use run_dir {run_dir}: another stockaded works in it",
                 remedy="stop it, or give this instance a run_dir of its own",
             )
+        mark = marks / f".{instance}"
         try:
             marks.mkdir(mode=0o700, parents=True, exist_ok=True)
-            free = _lock(held, marks / f".{instance}", os.O_RDWR | os.O_CREAT)
+            free = _lock(held, mark, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise Unavailable(f"cannot use {marks}: {error.strerror}", remedy="make room for it") from error
         if not free:
@@ -36,7 +37,11 @@ def alone(*, run_dir: Path, marks: Path, instance: str) -> Iterator[None]:
                 f"cannot start as instance {instance}: another stockaded of this host does already",
                 remedy="stop it, or choose another `instance`",
             )
-        yield
+        try:
+            yield
+        finally:
+            if mark.exists() and mark.stat().st_size == 0:  # it came to claim nothing
+                mark.unlink()
 
 
 def _lock(held: ExitStack, path: Path, flags: int) -> bool:

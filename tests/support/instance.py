@@ -158,7 +158,7 @@ class Instance:
         shutil.rmtree(self.run_dir, ignore_errors=True)
         for path in (SLOTS / f".{self.name}", *SLOTS.glob("[0-9]*")):
             try:
-                if path.read_text() == self.name:
+                if path.read_text() == self.name or path.name == f".{self.name}":
                     path.unlink()
             except FileNotFoundError:
                 continue
