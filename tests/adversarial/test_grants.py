@@ -155,8 +155,9 @@ def test_several_at_once_share_the_bytes_of_a_grant(client: Stockade, agent: str
     answers = [
         line.split() for line in inside(client, agent, f"seq 8 | xargs -P 8 -I N {fetch} 2>/dev/null").splitlines()
     ]
-    # Those that came when nothing was left were cut, or got a denial, which is the worker's and not the grant's.
-    assert {code for code, _ in answers} <= {"000", "200", "403"}
+    # Those that came when nothing was left were cut (502 where the site had not answered yet), or got a denial: those
+    # bytes are the worker's and not the grant's.
+    assert {code for code, _ in answers} <= {"000", "200", "403", "502"}
     assert 0 < sum(int(size) for code, size in answers if code == "200") < most
 
 
