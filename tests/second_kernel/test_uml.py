@@ -111,7 +111,6 @@ def test_the_limit_holds_for_an_agent_on_v2(limits: uml.Report, resource: str) -
     assert limits.outcome(f"test_{resource}_limit_holds_for_an_agent") == "passed"
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize(
     "name",
     [
@@ -188,7 +187,6 @@ def test_networks_and_launches_work_on_the_other_kernel(tmp_path: Path) -> None:
     assert {name: report.outcome(name) for name in WITHOUT_NFTABLES} == dict.fromkeys(WITHOUT_NFTABLES, "skipped")
 
 
-@pytest.mark.deep
 def test_a_guest_that_does_not_end_is_ended_and_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(uml.GuestFailed, match="did not power off in 6 s"):
         uml.run(tmp_path, "tests/kernel/test_cgroups.py", seconds_max=6)
@@ -198,7 +196,6 @@ def test_a_guest_that_does_not_end_is_ended_and_leaves_no_process(tmp_path: Path
         time.sleep(0.05)
 
 
-@pytest.mark.deep
 def test_a_failing_test_in_the_guest_is_not_taken_for_a_passing_one(tmp_path: Path) -> None:
     """The twin of everything above: the harness can fail."""
     report = uml.run(tmp_path, "tests/kernel/test_cgroups.py::test_there_is_no_such_test", seconds_max=100)
