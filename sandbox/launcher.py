@@ -198,7 +198,8 @@ def _discard(fd: int) -> None:
 
 def _run(server: Server, linger_seconds: float | None) -> None:
     loop, workshop = server.loop, server.workshop
-    last = looked = time.monotonic()
+    last = busy_since = time.monotonic()
+    quiet = True
     full = filling = False
     forks = 0
     while loop.running:
@@ -213,8 +214,11 @@ def _run(server: Server, linger_seconds: float | None) -> None:
         launching = any(agent.state in _BEGINNING for agent in server.agents.values())
         # Stocks are filled when there was nothing to do for a moment, one piece a turn; and a piece now and then where
         # there is always something: an agent that never stops printing must not cost others what is made ahead.
-        if not (busy or launching) or now - looked >= BUSY_SECONDS:
-            looked = now
+        if quiet:
+            busy_since = now  # the last turn may have waited for long: a launch that ended it must not wait for a piece
+        quiet = not (busy or launching)
+        if quiet or now - busy_since >= BUSY_SECONDS:
+            busy_since = now
             full, filling = _refill(workshop)
             if full and workshop.forks != forks:
                 forks = workshop.forks
