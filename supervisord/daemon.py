@@ -55,6 +55,7 @@ class Daemon:
         self._started_at_ns = time.time_ns()
         self._background: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._said_start = False
         self._gateway: GatewayProcess | None = None
 
     async def open(self) -> None:
@@ -72,6 +73,7 @@ class Daemon:
         facts: dict[str, JSON] = {"pid": os.getpid(), "policies": digest_of(digests)}
         before = await policies_before(self._actions)
         await self._actions.record(Action("", "daemon", "daemon.start", config.instance, "done", "", facts))
+        self._said_start = True
         if before not in ("", facts["policies"]):
             reason = "they changed while no daemon ran"
             await self._actions.record(Action("", "daemon", "policy.load", "policies", "done", reason, digests))
@@ -199,6 +201,9 @@ class Daemon:
             await parts.sinks.stop()
         for task in self._background:
             task.cancel()
+        if self._said_start:  # else the next one would take it for a crash
+            stop = Action("", "daemon", "daemon.stop", self.config.instance, "failed", "it could not start")
+            await self._actions.note(stop, durable=True)
         for part in (getattr(self, name, None) for name in ("_actions", "_store")):
             if part is not None:
                 await part.close()

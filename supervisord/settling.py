@@ -58,7 +58,6 @@ class Settling:
         try:
             if verdict.counted:
                 metered = self._ledgers.reserve(AgentId(opened.agent_id), amounts, bounds)
-            if verdict.counted:
                 self._book.use(GrantId(verdict.grant_id))
         except StockadeError as error:
             if metered:

@@ -237,6 +237,27 @@ def test_a_relay_that_is_open_ends_with_the_daemon(stockade: Instance, site: Sit
     assert site.cut.wait(10), "the site still has its client"
 
 
+def test_a_start_that_failed_is_no_crash() -> None:
+    with Instance.start() as instance:
+        instance.down()
+        config = instance.directory / "stockade.toml"
+        good = config.read_text()
+        config.write_text(
+            good.replace("[users]", '[users]\ngateway = "nobody-here"\n', 1)
+            if "[users]" in good
+            else good + '\n[users]\ngateway = "nobody-here"\n'
+        )
+        with pytest.raises(AssertionError):
+            instance.up()
+        config.write_text(good)
+        instance.up()
+        ends = [(e["verb"], e["verdict"]) for e in instance.actions("--verb", "daemon")]
+        assert ends == [
+            ("daemon.start", "done"), ("daemon.stop", "done"), ("daemon.start", "done"),
+            ("daemon.stop", "failed"), ("daemon.start", "done"),
+        ]  # fmt: skip
+
+
 def test_policies_that_change_while_no_daemon_runs_are_in_the_log() -> None:
     with Instance.start(policies={"narrow.yaml": "kind: Policy\nname: narrow\nextends: default\n"}) as instance:
 
