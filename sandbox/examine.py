@@ -187,11 +187,11 @@ def _others(agent: "Agent", first: int) -> tuple[int, list[str]]:
     """Look at the agent's other processes, pid 1 among them, which has ids of its own."""
     found: list[str] = []
     count = 1
+    known = {first, agent.keeper.pid()}  # a keeper has the first filter and not the second, and is about to end
     pids = agent.group.pids() if agent.group is not None else []
     if any(stream.control is not None for stream in agent.streams.values()):
         pids = [agent.pid]  # a process that is about to enter is in the group already, and has given up nothing yet
     init = dataclasses.replace(agent.plan, uid=INIT_INSIDE, gid=INIT_INSIDE)
-    known = {first, agent.keeper.pid()}  # a keeper has the first filter and not the second, and is about to end
     for pid in [pid for pid in pids if pid not in known][: PROCESSES_MAX - 1]:
         try:
             seen = confinement(pid)

@@ -188,8 +188,9 @@ class Agent:
         processes = 0
         if self.group is not None:
             self.loop.forget(self.group.oom_fd())
+            kept = self.keeper.pid()  # before the list is read: what has ended by then is not in it
             pids = self.group.pids()
-            processes = len(pids) - (self.keeper.pid() in pids)
+            processes = len(pids) - (kept in pids)
             with contextlib.suppress(CannotConfine, OSError):
                 self.group.kill()
         # Also by pidfd: while a child is being built the group may not have it yet.

@@ -340,9 +340,11 @@ class Server:
         for agent_id in list(message["agent_ids"]):
             agent = self.agents.get(agent_id)
             if agent is not None and agent.group is not None:
-                now = agent.group.stats()
+                kept, now = agent.keeper.pid(), agent.group.stats()
+                if kept and not agent.keeper.pid():  # it went meanwhile, and nobody knows whether it is counted
+                    kept, now = 0, agent.group.stats()
                 stats[agent_id] = {name: getattr(now, name) for name in now.__slots__}
-                stats[agent_id]["pids"] -= agent.keeper.pid() > 0  # ours, not the agent's
+                stats[agent_id]["pids"] -= kept > 0  # ours, not the agent's
         answer(stats=stats)
 
     def _layer(self, _connection: Connection, message: dict[str, Any], _fds: list[int], answer: Answer) -> None:

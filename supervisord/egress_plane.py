@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 READY_SECONDS_MAX: Final = 20.0
 CUT_SECONDS_MAX: Final = 2.0
+CUT_FIRST_SECONDS_MAX: Final = 0.1
+"""What is given to the dialer before those act who would end the connections that it is to cut and count."""
 DIALER_FD: Final = 4
 
 
@@ -216,8 +218,9 @@ class EgressPlane:
     async def cut(self, agent_id: str) -> messages.CutDone | None:
         """Close the gate: listener and every upstream socket are shut down, then the worker is told.
 
-        Nobody has to co-operate: the listener is shut down here, and the dialer holds duplicates of the rest. Gives
-        None where the dialer did not answer in time.
+        Nobody has to co-operate: the listener is shut down here, and the dialer holds duplicates of the rest. The
+        worker waits for its turn, though not for a dialer that hangs: what it ends itself the dialer counts no more.
+        Gives None where the dialer did not answer in time.
         """
         served = self._served.get(agent_id)
         if served is None:
@@ -225,14 +228,13 @@ class EgressPlane:
         for fd in (served.listener, *(fd for port, fd in served.gate.items() if port)):
             shut_listener(fd)
         future = self._dialer.cut(agent_id)
-        worker = self._at.get(served.place)
-        if worker is not None:
-            self._tell(worker, messages.Cut(agent_id=agent_id))
         try:
-            async with asyncio.timeout(CUT_SECONDS_MAX):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            return None
+            await asyncio.wait({future}, timeout=CUT_FIRST_SECONDS_MAX)
+            worker = self._at.get(served.place)
+            if worker is not None:
+                self._tell(worker, messages.Cut(agent_id=agent_id))
+            await asyncio.wait({future}, timeout=CUT_SECONDS_MAX)
+            return future.result() if future.done() else None
         finally:
             self._dialer.forget_cut(agent_id)
 

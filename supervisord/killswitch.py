@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import structlog
 
 from supervisord.actions.types import Action
+from supervisord.egress_plane import CUT_FIRST_SECONDS_MAX
 from supervisord.errors import StockadeError, Unavailable
 from supervisord.launcher_link import LauncherFailed
 from supervisord.lifecycle import Event, State
@@ -126,7 +127,10 @@ class KillSwitch:
         ended = not agent.live
         self._agents.apply(agent, Event.KILL)
         cut = asyncio.get_running_loop().create_task(self._cut(agent))
+        # The gate first: an agent that dies ends its connections itself, and nobody can say any more what was cut.
+        await asyncio.wait({cut}, timeout=CUT_FIRST_SECONDS_MAX)
         body = await self._until_empty(agent)
+        dead_ms = (time.monotonic() - began) * 1000
         cut_ms, relays, waiting = await cut
         verified = body.get("verified_empty") is True
         left = body.get("left")
@@ -138,7 +142,7 @@ class KillSwitch:
             verified_empty=verified,
             processes_killed=_int(body.get("processes_killed")),
             egress_cut_ms=max(cut_ms, _float(body.get("egress_cut_ms"))),
-            dead_ms=(time.monotonic() - began) * 1000,
+            dead_ms=dead_ms,
             relays_cut=relays,
             bytes_cut=waiting,
             grants_revoked=self._grants(agent.agent_id) if verified else 0,

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import gc
 import os
-import select
 import signal
 import socket
 import sys
@@ -92,18 +91,18 @@ class Kept:
 
 @dataclass(slots=True)
 class Table:
-    """The duplicates, by exchange and by descriptor; bounded, and emptied by `Done`, hang-up and a worker's end."""
+    """The duplicates, by exchange; bounded, and emptied by `Done`, a cut and a worker's end.
+
+    Not by a gateway that hangs up: what it sent before is still on its way to the agent, and a cut has to stop that.
+    """
 
     by_key: dict[tuple[str, int], Kept] = field(default_factory=dict)
-    by_fd: dict[int, Kept] = field(default_factory=dict)
 
     def add(self, kept: Kept) -> None:
         self.by_key[kept.key] = kept
-        self.by_fd[kept.endpoint.fileno()] = kept
 
     def drop(self, kept: Kept) -> None:
         self.by_key.pop(kept.key, None)
-        self.by_fd.pop(kept.endpoint.fileno(), None)
         kept.endpoint.close()
 
     def of_agent(self, agent_id: str) -> list[Kept]:
@@ -133,8 +132,6 @@ class Dialer:
         self._listeners: dict[str, list[socket.socket]] = {}
         self._table = Table()
         self._dialing: dict[tuple[str, int], Dialing] = {}
-        self._hangups = select.epoll()
-        self._loop.add_reader(self._hangups.fileno(), self._hung_up)
         self._tasks: set[asyncio.Task[None]] = set()
         self._daemon = Link(self._loop, daemon, on_frame=self._from_daemon, on_gone=stop)
 
@@ -190,7 +187,7 @@ class Dialer:
             if self._workers.get(worker_id) is link:
                 del self._workers[worker_id]
             for kept in self._table.of_worker(worker_id):
-                self._drop(kept)
+                self._table.drop(kept)
 
         def frame_came(frame: bytes, fds: list[int]) -> None:
             self._from_worker(worker_id, frame, fds)
@@ -209,7 +206,7 @@ class Dialer:
             return
         kept = self._table.by_key.get((worker_id, message.x))
         if kept is not None:
-            self._drop(kept)
+            self._table.drop(kept)
 
     # --- dialing
 
@@ -239,7 +236,6 @@ class Dialer:
             return
         # Ours is kept before theirs is sent: a cut that comes in between finds it.
         self._table.add(Kept(order.agent_id, key, endpoint))
-        self._hangups.register(endpoint.fileno(), 0)  # EPOLLHUP and EPOLLERR are always reported
         self._to_worker(order.worker_id, messages.UpstreamReady(order.x), fd=endpoint.fileno())
         self._tell(messages.Dialed(order.worker_id, order.x, ok=True))
 
@@ -369,26 +365,15 @@ class Dialer:
     def _shut(self, kept: Kept) -> None:
         with contextlib.suppress(OSError):  # the far end may have gone first
             kept.endpoint.shutdown(socket.SHUT_RDWR)
-        self._drop(kept)
+        self._table.drop(kept)
 
     def _forget(self, agent_id: str) -> None:
         for key in [key for key, dialing in self._dialing.items() if dialing.agent_id == agent_id]:
             self._stop_dialing(key)
         for kept in self._table.of_agent(agent_id):
-            self._drop(kept)
+            self._table.drop(kept)
         for listener in self._listeners.pop(agent_id, []):
             listener.close()
-
-    def _drop(self, kept: Kept) -> None:
-        with contextlib.suppress(OSError):
-            self._hangups.unregister(kept.endpoint.fileno())
-        self._table.drop(kept)
-
-    def _hung_up(self) -> None:
-        for fd, _ in self._hangups.poll(timeout=0, maxevents=256):
-            kept = self._table.by_fd.get(fd)
-            if kept is not None:
-                self._drop(kept)
 
 
 def _unread(endpoint: socket.socket) -> int:

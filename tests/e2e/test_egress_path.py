@@ -6,10 +6,17 @@ import asyncio
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from gateway_client.egress import messages
 from tests.support.egress_plane import AGENT, WORKER, Upstream, running, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CHAT = b'{"model":"m1","messages":[],"api_base":"http://evil","user":"root","metadata":{"tags":["a"]}}'
 
@@ -131,4 +138,39 @@ async def test_a_cut_that_comes_right_behind_the_order_to_dial_leaves_no_connect
         await until(lambda: plane.exchanges_cut)
         assert plane.exchanges_cut == [messages.ExchangesCut(7, relays=1)]
         await asyncio.wait_for(ended.wait(), 5)
+        os.kill(plane.worker_process.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def shared_directory() -> Iterator[Path]:
+    """One that another user can reach a socket in."""
+    with tempfile.TemporaryDirectory(prefix="sktest-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+async def test_a_cut_finds_what_a_gateway_sent_before_it_hung_up(shared_directory: Path) -> None:
+    sent = b"x" * 40_000
+
+    async def send_and_go(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    path, upstream = shared_directory / "gateway.sock", Upstream()
+    server = await asyncio.start_unix_server(upstream.serve, path)
+    path.chmod(0o666)
+    async with server, running(upstream, gateway=f"unix:{path}") as plane:
+        plane.grant("llm:*")
+        # The twin: of an exchange that is over nothing is left to cut.
+        assert (await plane.exchange(post("/v1/chat/completions", CHAT))).startswith(b"HTTP/1.1 200")
+        await until(lambda: plane.outcomes)
+        os.kill(plane.worker_process.pid, signal.SIGSTOP)
+        upstream.handler = send_and_go
+        plane.to_dialer(messages.Dial(WORKER, 20, AGENT, messages.Upstream.API))
+        await until(lambda: len(plane.dialed) == 2)
+        await asyncio.sleep(0.2)  # for the dialer to see that the gateway went
+        plane.to_dialer(messages.CutUpstreams(AGENT))
+        (cut,) = await until(lambda: plane.cuts)
+        assert (cut.relays, cut.bytes_waiting) == (1, len(sent))
         os.kill(plane.worker_process.pid, signal.SIGCONT)

@@ -227,20 +227,20 @@ def test_every_step_of_a_life_is_in_the_log_in_order(by: Operator) -> None:
 
 
 def test_a_receipt_says_what_was_cut(stockade: Instance, site: Site) -> None:
-    """Eight megabytes are on their way to an agent that reads a little, and to one that has read all."""
+    """More is on its way to an agent than it reads; another one has read all there was."""
     site.seen.clear()
-    slow = f"while ! curl -sS -f --limit-rate 10k -o /dev/null http://{NAME}/big; do sleep 0.1; done"
+    slow = f"while ! curl -sS -f --limit-rate 10k -o /dev/null http://{NAME}/endless; do sleep 0.1; done"
     whole = f"until curl -sS -f -o /dev/null http://{NAME}/big; do sleep 0.1; done; echo whole; exec sleep 1000"
     for name, script in (("slow-reader", slow), ("whole-reader", whole)):
         stockade.launch("--name", name, "--", "sh", "-c", script)
         stockade.json("grant", name, SCOPE)
     stockade.wait(lambda: "whole" in stockade.ctl("logs", "whole-reader").out)
-    stockade.wait(lambda: site.seen.count("GET /big") == 2)
-    assert site.seen.count("GET /big") == 2
+    stockade.wait(lambda: "GET /endless" in site.seen)
+    assert sorted(site.seen) == ["GET /big", "GET /endless"]
     time.sleep(1)  # until nothing fits between site and reader any more
     cut, none = (stockade.json("kill", name)[0] for name in ("slow-reader", "whole-reader"))
     assert (cut["relays_cut"], none["bytes_cut"]) == (1, 0)
-    assert 0 < cut["bytes_cut"] < 8 << 20
+    assert cut["bytes_cut"] > 0
     (entry,) = stockade.actions("slow-reader", "--verb", "agent.kill")
     stated = json.loads(base64.b64decode(cut["statement"]).partition(b"\n")[2])
     assert entry["details"]["bytes_cut"] == stated["bytes_cut"] == cut["bytes_cut"]

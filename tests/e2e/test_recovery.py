@@ -349,6 +349,21 @@ def test_a_kill_does_not_wait_for_a_launcher(stockade: Instance) -> None:
     assert of_agent(agent) == []
 
 
+@pytest.mark.parametrize("kind", ["egress-w1", "egress-dialer"])
+def test_a_part_of_egress_that_hangs_delays_no_death(stockade: Instance, kind: str) -> None:
+    """The receipt waits for the dialer's word, for as long as it may; the agent does not live as long."""
+    agent = stockade.launch("--", "sleep", "1000")
+    hung = int(json.loads((stockade.run_dir / "processes" / f"{kind}.json").read_text())["pid"])
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        receipt = stockade.json("kill", agent["agent_id"])[0]
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert receipt["verified_empty"] is True
+    assert of_agent(agent) == []
+    assert receipt["dead_ms"] < 1000 if kind == "egress-dialer" else receipt["egress_cut_ms"] < 1000
+
+
 @pytest.mark.parametrize("kind", ["egress-w1", "egress-dialer", "gateway"])
 def test_a_part_of_egress_that_dies_is_started_again(stockade: Instance, kind: str) -> None:
     agent = stockade.launch("--", "sh", "-c", f"while :; do {FETCH}/y; sleep 0.1; done")

@@ -129,6 +129,18 @@ def test_it_ends_soon_after_the_program_began_and_is_not_counted(launcher: Launc
     assert launcher.kill(agent)["processes_killed"] == 2
 
 
+def test_it_is_not_counted_in_the_moment_in_which_it_ends(launcher: Launcher) -> None:
+    """Who looks all the time sees the same number: it was three where the keeper ended between two looks."""
+    seen: Counter[int] = Counter()
+    for _ in range(40):
+        agent, (_, keeper) = built(launcher)
+        launcher.request("go", agent_id=agent.agent_id)
+        while facts(keeper):
+            seen[launcher.request("stats", agent_ids=[agent.agent_id])["stats"][agent.agent_id]["pids"]] += 1
+        assert launcher.kill(agent)["processes_killed"] == 2
+    assert list(seen) == [2], seen
+
+
 def test_the_memory_it_keeps_goes_when_it_goes(launcher: Launcher) -> None:
     agent = launcher.launch(["/bin/sleep", "1000"])
     deadline = time.monotonic() + SECONDS_MAX

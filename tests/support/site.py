@@ -17,9 +17,9 @@ REQUEST_SECONDS_MAX = 60.0
 
 
 class Site:
-    """`/slow` sends pieces until the client goes, `/big` eight megabytes, `/take` reads for ever; all else is `ok`.
+    """`/slow` sends pieces until the client goes, `/endless` as much as it takes, `/big` eight megabytes.
 
-    With a context it speaks TLS. A WebSocket's bytes come back as they are.
+    `/take` reads for ever; all else is `ok`. With a context it speaks TLS. A WebSocket's bytes come back as they are.
 
     `seen` has what arrived, as `METHOD path`; `cut` is set when a client of `/slow` has gone.
     """
@@ -59,6 +59,9 @@ class Site:
                 if self.path == "/slow":
                     self._slow()
                     return
+                if self.path == "/endless":
+                    self._slow(b"10000\r\n" + bytes(65536) + b"\r\n", pause=0)
+                    return
                 if self.path == "/take":
                     self._take()
                     return
@@ -85,13 +88,13 @@ class Site:
                     pass
                 self.close_connection = True
 
-            def _slow(self) -> None:
+            def _slow(self, piece: bytes = b"6\r\npiece\n\r\n", pause: float = PIECE_SECONDS) -> None:
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
                 try:
-                    while not site._stopping.wait(PIECE_SECONDS):
-                        self.wfile.write(b"6\r\npiece\n\r\n")
+                    while not site._stopping.wait(pause):
+                        self.wfile.write(piece)
                         self.wfile.flush()
                 except OSError:
                     site.cut.set()
