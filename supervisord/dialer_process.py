@@ -50,7 +50,7 @@ class DialerProcess:
         self._in_background = in_background
         self._channel: Channel | None = None
         self._child: Child | None = None
-        self._cuts: dict[str, asyncio.Future[messages.CutDone]] = {}
+        self._cuts: dict[str, asyncio.Future[messages.CutDone | None]] = {}
         self._tokens = itertools.count(1)
         self._exchange_cuts: dict[int, asyncio.Future[None]] = {}
         self._stopping = False
@@ -82,9 +82,12 @@ class DialerProcess:
         self.ready.clear()
         if self._channel is not None:
             self._channel.close()
-        for future in self._exchange_cuts.values():
-            if not future.done():
-                future.set_result(None)
+        for told in self._exchange_cuts.values():
+            if not told.done():
+                told.set_result(None)
+        for cut in self._cuts.values():
+            if not cut.done():
+                cut.set_result(None)
         self._exchange_cuts.clear()
         if self._stopping:
             return
@@ -144,13 +147,17 @@ class DialerProcess:
             return False
         return True
 
-    def cut(self, agent_id: str) -> asyncio.Future[messages.CutDone]:
-        """Have every upstream socket of an agent shut down: told once, until `forget_cut`; done when it says so."""
+    def cut(self, agent_id: str) -> asyncio.Future[messages.CutDone | None]:
+        """Have every upstream socket of an agent shut down: told once, until `forget_cut`; done when it says so.
+
+        None where it cannot be told or dies, which ends them too.
+        """
         future = self._cuts.get(agent_id)
         if future is None:
             future = asyncio.get_running_loop().create_future()
             self._cuts[agent_id] = future
-            self.tell(messages.CutUpstreams(agent_id))
+            if not self.tell(messages.CutUpstreams(agent_id)):
+                future.set_result(None)
         return future
 
     def forget_cut(self, agent_id: str) -> None:
