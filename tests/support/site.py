@@ -21,12 +21,14 @@ class Site:
 
     `/take` reads for ever; all else is `ok`. With a context it speaks TLS. A WebSocket's bytes come back as they are.
 
-    `seen` has what arrived, as `METHOD path`; `cut` is set when a client of `/slow` has gone.
+    `seen` has what arrived, as `METHOD path`; `pieces` counts what was taken of the first two; `cut` is set when a
+    client of theirs has gone.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.pieces = 0
         self.cut = threading.Event()
         self._stopping = threading.Event()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -96,6 +98,7 @@ class Site:
                     while not site._stopping.wait(pause):
                         self.wfile.write(piece)
                         self.wfile.flush()
+                        site.pieces += 1
                 except OSError:
                     site.cut.set()
                 self.close_connection = True
