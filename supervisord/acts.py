@@ -113,6 +113,8 @@ class Acts:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._entropy = entropy
         self._now_ns = now_ns
+        self.on_freeze: list[Callable[[Agent], None]] = []
+        """Who is told of an agent that was ordered to stand still, also of one that did so already."""
         self.streams: dict[str, Stream] = {}
         self.expiry_changed = asyncio.Event()
 
@@ -162,6 +164,9 @@ class Acts:
             self._plane.thaw(agent.agent_id)
         if can(agent.state, event):
             self._agents.apply(agent, event)
+        if event is Event.FREEZE:
+            for tell in self.on_freeze:
+                tell(agent)
         await self._actions.note(Action(agent.agent_id, actor, verb, agent.name, "done", reason))
 
     async def _order(self, event: Event, agent: Agent) -> None:

@@ -69,7 +69,10 @@ class Lease:
 
 
 class Leases:
-    """The leases of the living; `changed` is told of every change of an agent, and begins and ends them."""
+    """The leases of the living; `changed` is told of every change of an agent, and begins and ends them.
+
+    `frozen` is told of every order to freeze one.
+    """
 
     def __init__(
         self,
@@ -106,6 +109,12 @@ class Leases:
         elif agent.state is State.RUNNING and self._leases[agent.agent_id].froze:
             # Somebody let it go on. Whatever it is frozen for next, no renewal ends that.
             self._set(agent, replace(self._leases[agent.agent_id], froze=False))
+
+    def frozen(self, agent: Agent) -> None:
+        """Note that somebody ordered it to stand still, which no renewal ends; what is due here is noted after it."""
+        lease = self._leases.get(agent.agent_id)
+        if lease is not None and lease.froze:
+            self._set(agent, replace(lease, froze=False))
 
     def left(self, agent: Agent) -> float | None:
         """Seconds until the next step; None for an agent without a lease."""

@@ -287,6 +287,7 @@ class Parts:
             now=time.monotonic,
         )
         self.agents.on_change.append(self.leases.changed)
+        self.acts.on_freeze.append(self.leases.frozen)
         self.told_calls = ToldCalls(self.actions.append_all, call_name=seccomp.call_name)
         self.launcher_watch = LauncherWatch(
             self.launcher,
