@@ -33,7 +33,7 @@ BUDGETS = {
     "denies": "{requests: 10}",
     "freezes": "{requests: 10, on_exhausted: freeze}",
     "kills": "{requests: 10, on_exhausted: kill}",
-    "short": "{wall_clock: 2s, on_exhausted: kill}",
+    "short": "{wall_clock: 4s, on_exhausted: kill}",
     "busy": "{cpu_seconds: 1s, on_exhausted: kill}",
     "silenced": "{wall_clock: 1s}",
     "team": "{}",
@@ -155,6 +155,7 @@ def test_at_the_end_the_agent_is_killed(stockade: Instance, workspace: Path) -> 
     calls(stockade, workspace, "kills", 100)
     stockade.wait(lambda: state(stockade, "kills") == "KILLED")
     assert state(stockade, "kills") == "KILLED"
+    stockade.wait(lambda: by_daemon(stockade, "kills", "agent.kill"))
     (done,) = by_daemon(stockade, "kills", "agent.kill")
     assert done["reason"] == "budget requests: 10 of 10 spent"
     assert done["details"]["verified_empty"] is True
@@ -164,13 +165,14 @@ def test_at_the_end_the_agent_is_killed(stockade: Instance, workspace: Path) -> 
 def test_wall_clock_time_ends_an_agent_also_while_no_daemon_counts(stockade: Instance) -> None:
     began = time.monotonic()
     stockade.launch("--name", "short", "--policy", "short", "--", "sleep", "1000")
-    stockade.launch("--name", "long", "--policy", "short", "--budget", "wall_clock=1000s", "--", "sleep", "1000")
-    stockade.launch("--name", "free", "--policy", "kills", "--budget", "wall_clock=1h", "--", "sleep", "1000")
     stockade.down(signal.SIGKILL)
     stockade.up()
+    stockade.launch("--name", "long", "--policy", "short", "--budget", "wall_clock=1000s", "--", "sleep", "1000")
+    stockade.launch("--name", "free", "--policy", "kills", "--budget", "wall_clock=1h", "--", "sleep", "1000")
     stockade.wait(lambda: state(stockade, "short") == "KILLED")
     assert state(stockade, "short") == "KILLED"
-    assert time.monotonic() - began >= 2
+    assert time.monotonic() - began >= 4
+    stockade.wait(lambda: by_daemon(stockade, "short", "agent.kill"))
     (done,) = by_daemon(stockade, "short", "agent.kill")
     assert done["reason"].startswith("budget wall_clock: ")
     # A launch can shorten what a policy says, and not lengthen it.
@@ -184,6 +186,7 @@ def test_cpu_time_ends_an_agent_and_idleness_costs_none(stockade: Instance) -> N
     stockade.launch("--name", "busy", "--policy", "busy", "--", "sh", "-c", "while :; do :; done")
     stockade.wait(lambda: state(stockade, "busy") == "KILLED")
     assert state(stockade, "busy") == "KILLED"
+    stockade.wait(lambda: by_daemon(stockade, "busy", "agent.kill"))
     (done,) = by_daemon(stockade, "busy", "agent.kill")
     assert done["reason"].startswith("budget cpu_seconds: ")
     assert state(stockade, "idle") == "RUNNING"

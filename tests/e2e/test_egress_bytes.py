@@ -294,8 +294,12 @@ def test_at_the_end_the_policy_says_what_happens(stockade: Instance, workspace: 
     stockade.wait(lambda: stockade.json("inspect", policy)["state"] == state)
     assert stockade.json("inspect", policy)["state"] == state
     verb = "agent.freeze" if policy == "freezes" else "agent.kill"
-    done = [each for each in stockade.actions(policy, "--verb", verb) if each["verdict"] == "done"]
-    assert done[-1]["reason"] == f"budget egress_bytes: {MIB} of {MIB} spent"
+
+    def done() -> list[dict[str, Any]]:
+        return [each for each in stockade.actions(policy, "--verb", verb) if each["verdict"] == "done"]
+
+    stockade.wait(done)
+    assert done()[-1]["reason"] == f"budget egress_bytes: {MIB} of {MIB} spent"
 
 
 def test_agents_of_a_label_share_them_over_workers(stockade: Instance, workspace: Path) -> None:
@@ -315,7 +319,8 @@ def test_agents_of_a_label_share_them_over_workers(stockade: Instance, workspace
 def test_a_daemon_that_is_killed_in_the_middle_gives_none_of_it_anew(stockade: Instance, workspace: Path) -> None:
     again = f"16*http://{PLAIN}/big"
     fetches(stockade, workspace, "killed", again, again, again, policy="large")
-    stockade.wait(lambda: received(said(stockade, "killed")) > 20 * MIB, 20)
+    written = stockade.run_dir / "agents" / stockade.json("inspect", "killed")["agent_id"] / "stdout.log"
+    stockade.wait(lambda: received(written.read_text().split("\n")[:-1]) > 20 * MIB)  # no command is quick enough
     stockade.down(signal.SIGKILL)
     stockade.up()
     before = received(finished(stockade, "killed", 60))

@@ -150,12 +150,13 @@ def shared_directory() -> Iterator[Path]:
 
 
 async def test_a_cut_finds_what_a_gateway_sent_before_it_hung_up(shared_directory: Path) -> None:
-    sent = b"x" * 40_000
+    sent, gone = b"x" * 40_000, asyncio.Event()
 
     async def send_and_go(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await writer.drain()
         writer.close()
+        gone.set()
 
     path, upstream = shared_directory / "gateway.sock", Upstream()
     server = await asyncio.start_unix_server(upstream.serve, path)
@@ -169,7 +170,7 @@ async def test_a_cut_finds_what_a_gateway_sent_before_it_hung_up(shared_director
         upstream.handler = send_and_go
         plane.to_dialer(messages.Dial(WORKER, 20, AGENT, messages.Upstream.API))
         await until(lambda: len(plane.dialed) == 2)
-        await asyncio.sleep(0.2)  # for the dialer to see that the gateway went
+        await asyncio.wait_for(gone.wait(), 5)
         plane.to_dialer(messages.CutUpstreams(AGENT))
         (cut,) = await until(lambda: plane.cuts)
         assert (cut.relays, cut.bytes_waiting) == (1, len(sent))

@@ -282,7 +282,7 @@ async def test_a_websocket_passes_and_is_cut_with_its_grant(tmp_path: Path) -> N
         side.plane.to_worker(messages.Cut(xs=(x,)))
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ssl.SSLError)):
             await asyncio.wait_for(reader.readexactly(1), 5)
-        assert loop.time() - started < 0.1
+        assert loop.time() - started < 2  # by itself it would go on for an hour
         outcome = await until(lambda: next((each for each in side.plane.outcomes if each.x == x), None))
         assert (outcome.status, outcome.error) == (101, "cut")
         assert outcome.bytes_up > 300_000 < outcome.bytes_down

@@ -62,15 +62,13 @@ def sleeper(stockade: Instance, name: str, *flags: str) -> str:
 
 
 def test_one_route_a_model_list_and_an_immediate_failure(stockade: Instance) -> None:
-    began = time.monotonic()
     done = stockade.run(
         'ip route; curl -sS $OPENAI_BASE_URL/models; echo; curl -sS --noproxy "*" --max-time 3 http://192.0.2.1/'
     )
     lines = done.out.splitlines()
     assert len([line for line in lines if " dev " in line]) == 1
     assert json.loads(lines[1])["data"]
-    assert done.code == 7
-    assert time.monotonic() - began < 3
+    assert done.code == 7, "refused at once: 28 is what curl says when its time is over"
 
 
 def test_a_denied_call_names_the_scope_that_a_grant_then_gives(stockade: Instance) -> None:
@@ -250,9 +248,10 @@ def test_z_a_hundred_launches_and_kills_leave_nothing(stockade: Instance) -> Non
     def census() -> dict[str, int]:
         fds = 0 if stockade.process is None else len(list(Path(f"/proc/{stockade.process.pid}/fd").iterdir()))
         agents = range(1879048192, 2147352575 + 1)
-        ranges = [e.name for e in Path("/proc").iterdir() if e.name.isdigit() and uid_of(e) in agents]
+        ours = f"/stockade-{stockade.name}/"
+        processes = [e for e in Path("/proc").iterdir() if e.name.isdigit() and uid_of(e) in agents]
         claims = sum(1 for claim in slots.glob("[0-9]*") if text(claim) == stockade.name)
-        return {"slots": claims, "fds": fds, "processes": len(ranges)}
+        return {"slots": claims, "fds": fds, "processes": sum(ours in text(e / "cgroup") for e in processes)}
 
     # A process that holds the next id range for its first moments has ids of it; starters have those of the host.
     stockade.wait(lambda: census()["processes"] == 0)

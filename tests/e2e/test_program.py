@@ -156,8 +156,8 @@ def test_run_t_gives_a_terminal_with_size_input_and_interrupt(stockade: Instance
     terminal.expect(rb"/dev/pts/[0-9]+")
     terminal.expect(rb"33 77")
     terminal.expect(rb"[\r\n]42\r")
-    terminal.type(b"sleep 100\n")
-    terminal.expect(rb"sleep 100")
+    terminal.type(b"sh -c 'echo on $((2+3)); exec sleep 100'\n")
+    terminal.expect(rb"on 5")
     terminal.type(b"\x03")
     terminal.type(b"echo back $((1+1))\n")
     terminal.expect(rb"back 2")
@@ -296,12 +296,12 @@ def test_pids_hold_and_the_host_can_still_fork(stockade: Instance) -> None:
 
 
 def test_cpu_holds(stockade: Instance) -> None:
-    """Half a processor gives about half of the time; the bound is loose, and far below what no limit gives."""
-    spin = "import time\nb = time.monotonic()\nwhile time.monotonic() - b < 1.5: pass\nprint(time.process_time())"
-    used = float(stockade.ctl("run", "--cpus", "0.2", "--", "python3", "-c", spin).out)
-    assert used < 0.6
-    free = float(stockade.ctl("run", "--cpus", "1", "--", "python3", "-c", spin).out)
-    assert free > used * 1.5
+    """A tenth of a processor takes ten times as long at least, whatever else runs; the bound is half of that."""
+    spin = "import time\nb = time.monotonic()\nwhile time.process_time() < 0.3: pass\nprint(time.monotonic() - b)"
+    held = float(stockade.ctl("run", "--cpus", "0.1", "--", "python3", "-c", spin).out)
+    assert held > 1.5
+    free = (float(stockade.ctl("run", "--cpus", "1", "--", "python3", "-c", spin).out) for _ in range(3))
+    assert any(seconds < held for seconds in free)
 
 
 def test_no_launch_goes_beyond_its_policy(stockade: Instance) -> None:

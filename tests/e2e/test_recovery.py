@@ -323,7 +323,7 @@ def test_a_program_that_was_execd_ends_with_the_launcher_and_is_told_of(stockade
     agent = stockade.launch("--name", "entered", "--", "sleep", "1000")
     with ThreadPoolExecutor(1) as pool:
         entered = pool.submit(stockade.ctl, "exec", "entered", "--", "sh", "-c", "echo in; exec sleep 999")
-        stockade.wait(lambda: b"999" in b"".join(cmdline(pid) for pid in of_agent(agent)))
+        stockade.wait(lambda: b"sleep\x00999" in b"".join(cmdline(pid) for pid in of_agent(agent)))
         os.kill(launcher_pid(stockade), signal.SIGKILL)
         assert entered.result(20).code == 137
     stockade.wait(lambda: b"999" not in b"".join(cmdline(pid) for pid in of_agent(agent)))
@@ -373,7 +373,7 @@ def test_a_part_of_egress_that_dies_is_started_again(stockade: Instance, kind: s
     record = stockade.run_dir / "processes" / f"{kind}.json"
     pid = int(json.loads(record.read_text())["pid"])
     os.kill(pid, signal.SIGKILL)
-    stockade.wait(lambda: record.exists() and int(json.loads(record.read_text())["pid"]) != pid)
+    stockade.wait(lambda: (words := text(record)) and int(json.loads(words)["pid"]) != pid)
     length = len(output(stockade, agent))
     stockade.wait(lambda: "200" in output(stockade, agent)[length:], 20)
     assert "200" in output(stockade, agent)[length:]

@@ -160,8 +160,11 @@ def test_an_agent_cannot_be_somebody_else_to_litellm(
     headers = "-H 'x-litellm-customer-id: victim' -H 'x-litellm-tags: victim' -H 'x-litellm-session-id: victim'"
     call = f"curl -sS -m 20 {headers} -H 'Content-Type: application/json' -d '{body}' $OPENAI_BASE_URL/chat/completions"
     assert "fine" in litellm.ctl("exec", "forger", "--", "sh", "-c", call).out
-    litellm.wait(lambda: len(proxy.logged()) > before, 20)
-    noted = proxy.logged()[-1]
-    assert noted["end_user"] == "forger"
-    assert "victim" not in json.dumps(noted)
+
+    def noted() -> list[dict[str, Any]]:  # it may still be writing down what was asked before
+        return [each for each in proxy.logged()[before:] if each["end_user"] != "curious"]
+
+    litellm.wait(noted)
+    assert noted()[-1]["end_user"] == "forger"
+    assert "victim" not in json.dumps(noted())
     litellm.ctl("kill", "forger")

@@ -166,16 +166,17 @@ def test_an_agent_that_hangs_up_thousands_of_times_is_cut_like_any_other(stockad
 
 def test_a_worker_that_does_not_answer_keeps_no_connection_open(stockade: Instance, sink: Sink) -> None:
     workspace = stockade.workspace(tunnel__py=TUNNEL)
-    names = ("revoked", "timed", "stays")
+    names = ("revoked", "stays", "timed")  # the one that has a time last
     stockade.wait(lambda: sink.open == 0)
     for name in names:
-        script = "sleep 0.5; exec python3 /workspace/tunnel.py"
+        script = "while [ ! -e /workspace/go ]; do sleep 0.05; done; exec python3 /workspace/tunnel.py"
         stockade.launch("--name", name, "--workspace", f"{workspace}:ro", "--", "sh", "-c", script)
         more = ("--ttl", "8s") if name == "timed" else ()
         grant = stockade.json("grant", name, "tls:pin.example:9443", *more)
         if name == "revoked":
             taken = grant["grant_id"]
-    stockade.wait(lambda: sink.open == len(names), 6)
+    (workspace / "go").touch()
+    stockade.wait(lambda: sink.open == len(names))
     assert sink.open == len(names)
     worker = worker_pid(stockade)
     os.kill(worker, signal.SIGSTOP)

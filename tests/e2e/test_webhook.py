@@ -60,8 +60,9 @@ class Receiver:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.came.append((dict(self.headers), body, receiver.status))
-                self.send_response(receiver.status)
+                status = receiver.status
+                receiver.came.append((dict(self.headers), body, status))
+                self.send_response(status)
                 self.send_header("Location", f"http://127.0.0.1:{receiver.port}/elsewhere")
                 self.end_headers()
 
@@ -148,7 +149,7 @@ def test_what_is_not_taken_is_sent_again_and_nothing_waits_for_it(
     request = pending(stockade, client, "three")
     began = time.monotonic()
     client.deny(request.request_id, "later")
-    assert time.monotonic() - began < 1  # the daemon waits for no receiver
+    assert time.monotonic() - began < 5  # the daemon waits for no receiver
     stockade.wait(lambda: len(receiver.came) >= 2)
     # A redirect is no taking, and is not followed.
     assert {json.loads(body)["event"] for _, body, _ in receiver.came} == {"request.created"}
@@ -168,8 +169,12 @@ def test_the_sender_has_nothing_and_comes_back(stockade: Instance, client: Stock
     assert (facts["CapEff"].strip("0"), facts["NoNewPrivs"], facts["Seccomp"]) == ("", "1", "2")
     os.kill(pid, signal.SIGKILL)
     asker(client, "four", "d")
-    stockade.wait(lambda: receiver.came, 20)
-    assert [each["event"] for each in receiver.taken()] == ["request.created"]
+
+    def of_four() -> list[str]:  # what was taken just before may come twice
+        return [each["event"] for each in receiver.taken() if each["request"]["agent_name"] == "four"]
+
+    stockade.wait(of_four)
+    assert of_four() == ["request.created"]
     assert int(json.loads(record.read_text())["pid"]) != pid
 
 

@@ -17,7 +17,7 @@ IDS_PER_AGENT = 65536
 SLOTS = Path("/run/stockade-slots")
 CGROUPS = Path("/sys/fs/cgroup")
 GONE = 1 << 62
-SETTLED_SECONDS = 0.6
+SETTLED_SECONDS = 1.0
 SETTLE_SECONDS_MAX = 20.0
 
 

@@ -88,7 +88,7 @@ class ByCommandLine:
         return self._stockade.ctl("log", "verify").code == 0
 
 
-SECONDS = {"1s": 1.0, "10m": 600.0}
+SECONDS = {"5s": 5.0, "10m": 600.0}
 
 
 class ByClient:

@@ -1,7 +1,6 @@
 """Guardrails on one call: its question before a model sees it, its answer before the agent does, the verdicts told.
 
-A verdict is told before what it is about goes on; that of a masked stream
-when the stream ends, however it ends.
+A verdict is told before what it is about goes on; that of a masked stream before its end, however it ends.
 """
 
 from __future__ import annotations
@@ -112,6 +111,7 @@ class GuardedResponder:
         if self._events is not None:
             rest = self._events.end()
             await self._stop_if_blocked()
+            await self.close()  # before the end is seen: the outcome is told then, and this belongs to it
             await self._respond.send(rest)
         await self._respond.end()
 
