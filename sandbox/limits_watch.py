@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -114,7 +114,9 @@ class Watch:
         group = agent.group
         if group is None or agent.agent_id in self._watched:
             return
-        self._watched[agent.agent_id] = _Watched(self._clock(), NOTHING_YET if fresh else group.counters())
+        # Who lost a process to a lack of memory while no launcher was there has not been ended for it yet.
+        counters = NOTHING_YET if fresh else replace(group.counters(), oom_kills=0)
+        self._watched[agent.agent_id] = _Watched(self._clock(), counters)
         self._listen(agent, group.oom_fd())
         if not self._running:
             self._running = True

@@ -32,7 +32,6 @@ one of them null. The stream_id of an agent's first process is its agent_id. The
 Nothing here blocks; what takes time answers later.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -51,7 +50,7 @@ from sandbox.limits_watch import Kind, Watch
 from sandbox.notices import Kept
 from sandbox.plan import Bind, SandboxPlan, Tty
 from sandbox.posture import posture
-from sandbox.running import Agent, State, agent_error, read_status
+from sandbox.running import Agent, State, agent_error
 from sandbox.sync import StepError
 from sandbox.workshop import Workshop
 
@@ -451,11 +450,3 @@ class Server:
     def _forget(self, agent: Agent) -> None:
         self.agents.pop(agent.agent_id, None)
         self._follows.pop(agent.agent_id, None)
-
-    def tell_ended(self, agent_id: str, directory: str) -> None:
-        """Tell of an agent that ended while no launcher was there."""
-        with contextlib.suppress(OSError):
-            fd = os.open(f"{directory}/exit", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            status = read_status(fd)
-            os.close(fd)
-            self.channel.broadcast({"ev": "exited", "agent_id": agent_id, "status": status, "oom": status["oom"]})

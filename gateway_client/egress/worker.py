@@ -343,8 +343,6 @@ class Worker:
         accepted.setblocking(False)
         try:
             await self._loop.connect_accepted_socket(lambda: stream, accepted)
-            if agent.frozen:
-                stream.freeze(frozen=True)
             await connection.start(flow.run(connection))
         except (OSError, asyncio.CancelledError):
             stream.close()

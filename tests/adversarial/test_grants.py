@@ -88,7 +88,7 @@ def ask(client: Stockade, agent: str, scope: str = SCOPE, reason: str = "please"
 
 def test_a_stream_outlives_no_grant_and_nobody_has_to_ask(client: Stockade, agent: str, site: Site) -> None:
     site.cut.clear()
-    client.grant(agent, SCOPE, ttl=1.0)
+    client.grant(agent, SCOPE, ttl=5.0)
     # One answer without end: nothing is asked of the proxy after its beginning.
     assert inside(client, agent, f"curl -sS -N -o /dev/null -w '%{{http_code}}' http://{NAME}/slow; echo \" $?\"") in (
         "200 56\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 def owners(agent_pid: int) -> set[int]:
     """Host uids of a process and all below it."""
-    found = {Path(f"/proc/{agent_pid}").stat().st_uid}
-    status = Path(f"/proc/{agent_pid}/status").read_text()
-    found |= {int(word) for line in status.splitlines() if line.startswith("Uid:") for word in line.split()[1:]}
-    for child in Path(f"/proc/{agent_pid}/task/{agent_pid}/children").read_text().split():
-        found |= owners(int(child))
+    found: set[int] = set()
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        found |= {Path(f"/proc/{agent_pid}").stat().st_uid}
+        status = Path(f"/proc/{agent_pid}/status").read_text()
+        found |= {int(word) for line in status.splitlines() if line.startswith("Uid:") for word in line.split()[1:]}
+        for child in Path(f"/proc/{agent_pid}/task/{agent_pid}/children").read_text().split():
+            found |= owners(int(child))
     return found
 
 

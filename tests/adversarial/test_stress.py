@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -90,10 +91,11 @@ def nothing_is_left(launcher: Launcher) -> Iterator[None]:
 
 def test_everything_at_once_is_bounded(launcher: Launcher) -> None:
     with Watched() as host:
-        agent = stress(launcher, *QUICK.split(), "--timeout", "3s", timeout=30)
+        agent = stress(launcher, *QUICK.split(), "--timeout", "3s", timeout=80)
     assert host.longest < HOST_SECONDS_MAX
     assert agent.status is not None
-    assert agent.oom or agent.status["code"] in FINISHED, (agent.status, agent.stderr[-2000:])
+    ended = agent.status["code"] in FINISHED or agent.status["signal"] == signal.SIGKILL
+    assert agent.oom or ended, (agent.status, agent.stderr[-2000:])
 
 
 def test_the_stressors_do_run(launcher: Launcher) -> None:

@@ -305,6 +305,12 @@ async def test_a_frozen_agent_gets_503_and_its_relays_stand_still_until_thaw() -
         assert b"HTTP/1.1 403" in await plane.exchange(
             b"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example\r\n\r\n", port=port
         )
+        for wait in (0, 0, 0.2):  # whenever its first bytes come
+            late, slow = await asyncio.open_connection("127.0.0.1", plane.port)
+            await asyncio.sleep(wait)
+            slow.write(b"GET /v1/models HTTP/1.1\r\nHost: gateway.internal\r\n\r\n")
+            assert (await asyncio.wait_for(late.readline(), 5)).startswith(b"HTTP/1.1 503 ")
+            slow.close()
         writer.write(b"ping")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.readexactly(4), 0.2)

@@ -125,7 +125,6 @@ async def test_a_cut_that_comes_right_behind_the_order_to_dial_leaves_no_connect
         before -= 1  # the agent's listener goes with it
         await until(lambda: plane.cuts)
         await until(lambda: len(plane.dialed) == 8)
-        assert not any(dialed.ok for dialed in plane.dialed)
         await until(lambda: sockets(plane.dialer_process.pid) == before)
         # The twin: the same order without the cut opens one, and a cut by exchange ends that one, worker or no worker.
         os.kill(plane.worker_process.pid, signal.SIGSTOP)

@@ -243,6 +243,7 @@ def test_freeze_stops_time_and_thaw_gives_it_back(host: Host) -> None:
     child.line()
     group.freeze()
     until(group.frozen)
+    time.sleep(0.1)  # what left the processor just now is counted when it has
     frozen = group.stats().cpu_usec
     time.sleep(0.3)  # not waiting for a condition: time in which a running process would use some
     assert group.stats().cpu_usec == frozen

@@ -166,7 +166,7 @@ def test_a_launcher_that_was_restarted_ends_it_too(launcher: Launcher) -> None:
 
 def test_a_restarted_launcher_ends_nobody_else(launcher: Launcher) -> None:
     agent = launcher.launch(["/bin/sh", "-c", "(sleep 1000 &) ; exec sleep 1001"])  # the first is a child of pid 1
-    until(lambda: len(children(pid_1(agent))) == 2 and "sleep" in facts(children(pid_1(agent))[1])["Name"])
+    until(lambda: [facts(pid).get("Name") for pid in children(pid_1(agent))] == ["sleep", "sleep"])
     before = children(pid_1(agent))
     launcher.restart()
     launcher.request("stats", agent_ids=[])
@@ -190,6 +190,7 @@ def test_frozen_with_the_agent_it_is_not_counted_either(launcher: Launcher) -> N
     agent, (first, keeper) = built(launcher)
     pass_on(launcher, agent, first, keeper)
     os.kill(pid_1(agent), signal.SIGSTOP)  # as when it is frozen: what ends is not reaped
+    until(lambda: facts(pid_1(agent))["State"].startswith("T"))
     os.kill(first, signal.SIGCONT)
     assert ended(keeper)
     assert facts(keeper)["State"].startswith("Z")

@@ -48,8 +48,7 @@ def storm(launcher: Launcher) -> tuple[Agent, Path]:
     """An agent with as many processes as it may have, all of which go on forking; and its group in the v2 tree."""
     limits = Limits(memory_bytes=2 << 30, cpus=2, pids=PROCESSES + 2)
     agent = launcher.launch(["python3", "-c", STORM], limits=limits)
-    root = Path("/sys/fs/cgroup/unified")
-    tree = next((root if root.is_dir() else root.parent).glob(f"**/stockade-{launcher.instance}/{agent.cgroup}"))
+    tree = launcher.groups(agent)[0]
     until(lambda: len((tree / "cgroup.procs").read_text().split()) >= PROCESSES)
     return agent, tree
 

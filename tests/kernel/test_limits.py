@@ -87,6 +87,7 @@ def test_a_starter_made_ahead_has_the_limits_of_its_agent_before_exec(launcher: 
         }
 
 
+UNTIL_TOLD = "import os, time\nwhile not os.path.exists('/tmp/now'): time.sleep(0.05)\n"
 GREEDY = """
 import os, sys, time
 if os.fork() == 0:
@@ -234,17 +235,42 @@ print(time.monotonic() - began)
 @pytest.mark.parametrize(("rate", "held"), [(2 * MIB, True), (1 << 40, False)])
 def test_direct_writes_are_held_to_their_rate(launcher: Launcher, rate: int, *, held: bool) -> None:
     limits = Limits(io_write_bytes_per_second=rate)
-    with workspace(0) as (fd, bind):
-        agent = launcher.run([PYTHON, "-I", "-S", "-c", WRITE], [fd], binds=(bind,), limits=limits, degraded_ok=("io",))
-    assert agent.stderr == ""
-    assert (float(agent.stdout) > 1.0) is held
+
+    def takes() -> float:
+        argv = [PYTHON, "-I", "-S", "-c", WRITE]
+        with workspace(0) as (fd, bind):
+            agent = launcher.run(argv, [fd], binds=(bind,), limits=limits, degraded_ok=("io",))
+        assert agent.stderr == ""
+        return float(agent.stdout)
+
+    assert takes() > 1.0 if held else any(takes() <= 1.0 for _ in range(4)), "the disk may be busy with others"
 
 
 def test_a_restarted_launcher_keeps_watching(own_launcher: Launcher) -> None:
-    program = "import time\ntime.sleep(1.5)\nx = bytearray(400 << 20)\nprint('survived')"
+    program = f"{UNTIL_TOLD}x = bytearray(400 << 20)\nprint('survived')"
     two = "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]])\ntime.sleep(100)"
     limits = Limits(memory_bytes=96 * MIB, io_read_bytes_per_second=50 * MIB)
     agent = own_launcher.launch([PYTHON, "-I", "-S", "-c", two, program], limits=limits)
+    own_launcher.restart()
+    own_launcher.request("hello")
+    own_launcher.exec(agent, ["/bin/touch", "/tmp/now"])
+    own_launcher.wait(agent)
+    assert (agent.oom, agent.stdout) == (True, "")
+
+
+@pytest.mark.skipif(V2, reason="needs cgroup v1: v2 ends the whole group itself")
+def test_who_ran_out_of_memory_while_no_launcher_was_there_is_ended_by_the_next(own_launcher: Launcher) -> None:
+    program = f"{UNTIL_TOLD}x = bytearray(400 << 20)\nprint('survived')"
+    script = f'{PYTHON} -I -S -c "$1"; touch /tmp/over; exec sleep 1000'
+    agent = own_launcher.launch(["/bin/sh", "-c", script, "sh", program], limits=Limits(memory_bytes=96 * MIB))
+    tmp = Path(f"/proc/{agent.pid}/root/tmp")
+    own_launcher.process.kill()
+    own_launcher.process.wait()
+    (tmp / "now").touch()
+    deadline = time.monotonic() + 30
+    while not (tmp / "over").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     own_launcher.restart()
     own_launcher.request("hello")
     own_launcher.wait(agent)

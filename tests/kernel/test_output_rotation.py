@@ -25,11 +25,12 @@ def test_a_reader_beside_a_fast_writer_never_sees_a_byte_at_a_wrong_offset(tmp_p
     tail = Tail(tmp_path / "stdout.log", stream="stdout")
     read = 0
     writer.start()
-    while writer.is_alive():
+    while (writing := writer.is_alive()) or not read:
         chunk = tail.read()
         if chunk is not None:
             read += len(chunk.data)
             assert DATA[chunk.offset : chunk.offset + len(chunk.data)] == chunk.data
+        assert writing or read
     writer.join()
     assert read > 0
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [
+    pytest.mark.timeout(400),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the guest reads the host's files"),
     pytest.mark.skipif(not uml.KERNEL.exists(), reason=f"needs {uml.KERNEL} (Debian's user-mode-linux)"),
     pytest.mark.skipif(shutil.which("debugfs") is None, reason="needs debugfs (Debian's e2fsprogs)"),
@@ -32,7 +33,7 @@ def cut(scratch: Path, mode: str, entries: int) -> tuple[list[dict[str, Any]], P
         scratch,
         *("-m", "tests.support.log_writer", "/mnt/disk", mode),
         enough=lambda printed: printed.count(DURABLE) >= entries,
-        seconds_max=90,
+        seconds_max=300,
     )
     lines = [line.strip() for line in console.split(b"\n")[:-1]]
     said = [json.loads(line) for line in lines if line.startswith(b'{"seq"')]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [
-    pytest.mark.timeout(500),  # whichever test comes first waits for the guest
+    pytest.mark.timeout(1200),  # whichever test comes first waits for the guest
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the guest reads the host's files"),
     pytest.mark.skipif(not uml.KERNEL.exists(), reason=f"needs {uml.KERNEL} (Debian's user-mode-linux)"),
     pytest.mark.skipif(shutil.which("modprobe") is None, reason="needs modprobe (Debian's kmod)"),
@@ -57,7 +57,7 @@ def guest(directory: Path, *tests: str, seconds_max: float) -> uml.Report:
 def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
     """A short life of the guest: that what bounds an agent does so there too."""
     directory = tmp_path_factory.mktemp("guest")
-    yield guest(directory, "tests/kernel/test_cgroups_launch.py", seconds_max=200)
+    yield guest(directory, "tests/kernel/test_cgroups_launch.py", seconds_max=500)
     shutil.rmtree(directory)
 
 
@@ -94,7 +94,7 @@ def much(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Report]:
         "tests/adversarial/test_unpacker.py",  # there without Landlock
         "tests/adversarial/test_images.py::test_the_same_image_unspoiled_is_taken_in_each_form",
         "tests/kernel/test_live_binds.py::test_a_kernel_that_cannot_deny_opens_is_shown_nothing",
-        seconds_max=400,
+        seconds_max=1000,
     )
     shutil.rmtree(directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def census(stockade: Instance) -> Census:
         mounts=len(text(Path("/proc/self/mountinfo")).splitlines()),
         files=frozenset(
             str(path.relative_to(stockade.run_dir))
-            for path in stockade.run_dir.rglob("*")
+            for path in below(stockade.run_dir)
             if "agents" not in path.relative_to(stockade.run_dir).parts
         ),
         daemon_fds=len(descriptors(daemon)),
@@ -132,11 +133,17 @@ def slots(stockade: Instance) -> int:
     return sum(1 for path in SLOTS.glob("[0-9]*") if text(path) == stockade.name)
 
 
+def below(directory: Path) -> Iterator[Path]:
+    """All that is below it; what goes meanwhile is passed over."""
+    for above, directories, files in os.walk(directory):
+        yield from (Path(above, name) for name in (*directories, *files))
+
+
 def directories(instance: str) -> Iterator[Path]:
     for top in (CGROUPS, *CGROUPS.iterdir()):
         group = top / f"stockade-{instance}"
         if group.is_dir():
-            yield from (path for path in group.rglob("*") if path.is_dir())
+            yield from (path for path in below(group) if path.is_dir())
 
 
 def networks(launcher: int) -> set[str]:

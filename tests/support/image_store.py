@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LIMITS = ImageLimits(unpacked_bytes_max=64 << 20, entries_max=300, layers_max=4, unpack_seconds_max=20)
-VICTIM = "/tmp/sktest-images-victim"
+VICTIM = f"/tmp/sktest-images-victim-{os.getpid()}"
 FILE = entry(b"file", b"0", b"fine")
 DIR = entry(b"dir/", b"5", mode=0o755)
 

@@ -285,6 +285,11 @@ class Launcher:
         agent.status, agent.oom = event["status"], event["oom"]
         return agent
 
+    def groups(self, agent: Agent) -> list[Path]:
+        """Its control groups that are there, that of the v2 tree first."""
+        assert agent.cgroup
+        return [group for top in detect().tops(self.instance) if (group := top / agent.cgroup).is_dir()]
+
     def kill(self, agent: Agent) -> dict[str, Any]:
         return self.request("kill", agent_id=agent.agent_id)
 
