@@ -326,6 +326,7 @@ def _helper(agent: Agent, order: ExecOrder, control: socket.socket, given: list[
         # Its streams end with the launcher, and so does it: nobody could say how it ended. Kept by execve, and set here
         # because a change of id takes it away.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        sync.end_if_alone(control)
         closed = confine.close_in(agent.plan, filters=agent.filters, terminal=order.tty is not None, first=False)
         if closed.listener >= 0:
             send(control, {"listener": True}, [closed.listener])

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from sandbox import guard, syscalls
+from sandbox import guard, sync, syscalls
 from sandbox.init import forget_launcher
 from sandbox.mounted import Mounted, field_of, mount_id
 from sandbox.running import Agent
@@ -60,6 +60,7 @@ def run(control: socket.socket, keep: list[int], what: str, act: Callable[[socke
         forget_launcher(control, keep=keep)
         # A child of a launcher that is gone has nobody to answer to, and the next one begins anew.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        sync.end_if_alone(control)
         os.umask(0o022)
         act(control)
     except StepError as error:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox.cgroups import Counters
 from sandbox.loop import READ
 from sandbox.running import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sandbox.cgroups import Counters
     from sandbox.loop import Loop
     from sandbox.running import Agent
 
@@ -32,9 +32,6 @@ PERIODS_MIN: Final = 5
 PRESSURE_SHARE_MIN: Final = 0.2
 OOM_LOOK_SECONDS: Final = 0.001
 OOM_LOOKS_MAX: Final = 200
-
-
-NOTHING_YET: Final = Counters(0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Kind(Enum):
@@ -114,8 +111,10 @@ class Watch:
         group = agent.group
         if group is None or agent.agent_id in self._watched:
             return
-        # Who lost a process to a lack of memory while no launcher was there has not been ended for it yet.
-        counters = NOTHING_YET if fresh else replace(group.counters(), oom_kills=0)
+        now = group.counters()
+        # What a fresh one waited for before, it did as a starter. Who lost a process to a lack of memory while no
+        # launcher was there has not been ended for it yet.
+        counters = replace(now, oom_kills=0, pids_limit_hits=0 if fresh else now.pids_limit_hits)
         self._watched[agent.agent_id] = _Watched(self._clock(), counters)
         self._listen(agent, group.oom_fd())
         if not self._running:

@@ -92,7 +92,7 @@ def restore(server: Server, notifier: Notifier) -> None:
         agent = _load(server, directory)
         if agent is None:
             if listener >= 0:
-                os.close(listener)
+                _give_back(notifier, LISTENER + agent_id, listener)
             continue
         agent.listener = listener
         server.agents[agent.agent_id] = agent
@@ -107,12 +107,19 @@ def restore(server: Server, notifier: Notifier) -> None:
                 server.workshop.guard.watch(agent.pid, agent.pidfd)
         else:
             agent.end()
-    for fd in notifier.stored.values():
-        os.close(fd)
+    for name, fd in notifier.stored.items():
+        _give_back(notifier, name, fd)
     # What an earlier launcher left: starters it had ready, agents it was building.
     cgroups.reconcile(
         server.workshop.instance, {a.group_name for a in server.agents.values()}, layout=server.workshop.layout
     )
+    server.expect_daemon()  # an earlier launcher may have begun to count, and its clock went with it
+
+
+def _give_back(notifier: Notifier, name: str, fd: int) -> None:
+    """Close what systemd kept for nobody; it would keep it for every later launcher too."""
+    os.close(fd)
+    notifier.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
 def _load(server: Server, directory: str) -> Agent | None:

@@ -281,8 +281,12 @@ class Agent:
             self.net.close()
             self.net, self.listener = None, -1
         self.keeper.drop()
-        # Its mounts go with its namespace; a descriptor would keep one busy on the host.
-        close_all([mounted.fd for mounted in self.mounted.values() if mounted.fd >= 0])
+        # Its mounts go with its namespace; a descriptor would keep one busy on the host. The numbers are forgotten too:
+        # a child that takes one away may answer after this, when they are somebody else's.
+        for mounted in self.mounted.values():
+            if mounted.fd >= 0:
+                os.close(mounted.fd)
+                mounted.fd = -1
         self.mounted.clear()
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1

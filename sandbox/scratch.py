@@ -223,10 +223,11 @@ class Stock:
         path = self.home_path(name)
         if os.path.exists(path):
             return self.open(path)
-        image = self.make_kept(disk_bytes, path)
+        image = self.take(disk_bytes)
         try:
             with self._telling(f"make {path}"):
                 os.chown(HOME, HOME_ID, HOME_ID, dir_fd=image.root, follow_symlinks=False)
+                image.keep(path)  # last: one that has a name is never looked at again
         except CannotMakeScratch:
             image.forget()
             image.drop()

@@ -75,6 +75,8 @@ class Server:
         self.told = Kept()
         workshop.watching.say = self._told
         self._follows: dict[str, Follow] = {}
+        self._waiting: dict[str, Answer] = {}  # launches that wait for their home, by agent
+        self._unsupervised = 0  # the timer that ends who must not run without a daemon
         self._operations: dict[str, Callable[[Connection, dict[str, Any], list[int], Answer], None]] = {
             "hello": self._hello,
             "filter": self._filter,
@@ -141,7 +143,14 @@ class Server:
         for agent in list(self.agents.values()):
             if agent.state in (State.BUILDING, State.BUILT):
                 agent.end()
-        self.loop.later(SUPERVISOR_LOSS_SECONDS, self._end_unsupervised)
+        for agent_id in list(self._waiting):
+            self._give_up(agent_id)
+        self.expect_daemon()
+
+    def expect_daemon(self) -> None:
+        """End what must not run without a daemon unless one is there soon, counted from now."""
+        self.loop.cancel(self._unsupervised)
+        self._unsupervised = self.loop.later(SUPERVISOR_LOSS_SECONDS, self._end_unsupervised)
 
     def _end_unsupervised(self) -> None:
         if self.channel.greeted:
@@ -180,7 +189,7 @@ class Server:
             fds=() if group < 0 else (group,),
         )
         for a in self.agents.values():
-            if a.pidfd >= 0:
+            if a.pidfd >= 0 and a.state not in (State.BUILDING, State.BUILT):  # those it aborts, as the list says
                 its = (a.pidfd, a.listener) if a.listener >= 0 else (a.pidfd,)
                 shown = {"meta": a.meta, "posture": a.posture, "ids": a.plan.ids.start}
                 connection.send({"ev": "adopt", "agent_id": a.agent_id, **shown}, its)
@@ -197,11 +206,13 @@ class Server:
     def keep_filter(self, digest: str, blob: bytes) -> None:
         if not digest or not all(c.isascii() and (c.isalnum() or c in ":-_") for c in digest):
             raise InvalidPlan("digest: must be letters, digits, ':', '-' or '_'")
-        self.workshop.filters[digest] = blob
+        if self.workshop.filters.get(digest) == blob:
+            return  # every daemon sends all: what is whole is not begun anew
         # A launcher that is restarted needs it for exec into agents that are older than itself.
         path = f"{self.workshop.run_dir}/filters/{digest}"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
             file.write(blob)
+        self.workshop.filters[digest] = blob
 
     def _launch(self, _connection: Connection, message: dict[str, Any], fds: list[int], answer: Answer) -> None:
         began = time.perf_counter_ns()
@@ -211,14 +222,22 @@ class Server:
             return
         # The last agent that had this home has ended; what it wrote may still be on its way to the disk.
         held = [os.dup(fd) for fd in fds]
+        self._waiting[plan.agent_id] = answer
 
         def launch() -> None:
             try:
-                self._answering(answer, "launch", lambda: self._launch_plan(plan, began, message, held, answer))
+                if self._waiting.pop(plan.agent_id, None) is not None:  # it was not given up meanwhile
+                    self._answering(answer, "launch", lambda: self._launch_plan(plan, began, message, held, answer))
             finally:
                 sync.close_all(held)
 
         self.workshop.when_free(self.workshop.stock.home_path(plan.home), launch)
+
+    def _give_up(self, agent_id: str) -> None:
+        """Forget a launch that waits for its home."""
+        answer = self._waiting.pop(agent_id, None)
+        if answer is not None:
+            answer(StepError("launch", 0, f"agent {agent_id} was killed before it ran"))
 
     def _launch_plan(
         self, plan: SandboxPlan, began: int, message: dict[str, Any], fds: list[int], answer: Answer
@@ -315,6 +334,7 @@ class Server:
         agent_id = str(message["agent_id"])
         agent = self.agents.get(agent_id)
         if agent is None:
+            self._give_up(agent_id)
             stopping.kill_gone(self.workshop, agent_id, answer)
             return
         stopping.kill(self.loop, agent, int(message.get("deadline_ms", stopping.KILL_DEADLINE_MS)), answer)

@@ -58,6 +58,7 @@ class Starters:
         self.made = 0
         self._stock: list[Starter] = []
         self._leaving: list[Starter] = []
+        self._born = start_ticks(os.getpid())  # a pid alone may have been an earlier launcher's, whose agents are kept
         # Of the last plan: the next one most often has the same, and finds them in force.
         self._limits = UNLIMITED
         self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
@@ -132,7 +133,7 @@ class Starters:
 
     def _make(self, flags: int, standard: init.Standard | None, seen: tuple[int, ...], limits: Limits) -> Starter:
         self.made += 1
-        name = f"s{os.getpid()}-{self.made}"
+        name = f"s{os.getpid()}-{self._born}-{self.made}"
         with contextlib.ExitStack() as undo:
             try:
                 group = self._layout.create(self._instance, name, limits)

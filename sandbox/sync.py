@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -139,3 +140,15 @@ def close_all(fds: Sequence[int]) -> None:
 def dumps(value: object) -> bytes:
     """Write a message: compact JSON in UTF-8."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+def end_if_alone(control: socket.socket) -> None:
+    """End this process where the one at the other end has gone.
+
+    For a child that has just asked for PR_SET_PDEATHSIG: of a parent that went before, no signal comes (prctl(2)). A
+    process closes its files before its children have another parent, so its end of the socket tells.
+    """
+    poll = select.poll()
+    poll.register(control, 0)
+    if poll.poll(0):  # POLLHUP, POLLERR
+        os._exit(1)

@@ -111,6 +111,7 @@ class Acts:
         self._files = files
         self._endings = endings
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns: dict[str, asyncio.Lock] = {}
         self._entropy = entropy
         self._now_ns = now_ns
         self.on_freeze: list[Callable[[Agent], None]] = []
@@ -122,33 +123,65 @@ class Acts:
 
     async def freeze(self, agents: Sequence[Agent], *, actor: str, reason: str) -> None:
         """Stop every process of these agents and close their gates; raises Conflict for one that cannot be frozen."""
-        await self._switch(agents, Event.FREEZE, actor=actor, reason=reason)
+        await self._whole(self._switch(agents, Event.FREEZE, actor=actor, reason=reason))
 
-    async def thaw(self, agents: Sequence[Agent], *, actor: str, reason: str) -> None:
-        await self._switch(agents, Event.THAW, actor=actor, reason=reason)
+    async def thaw(
+        self, agents: Sequence[Agent], *, actor: str, reason: str, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Let these agents go on, where that is still `wanted` when their turn comes; raises Conflict."""
+        await self._whole(self._switch(agents, Event.THAW, actor=actor, reason=reason, wanted=wanted))
 
-    async def _switch(self, agents: Sequence[Agent], event: Event, *, actor: str, reason: str) -> None:
-        for agent in agents:
-            if not can(agent.state, event):
-                raise Conflict(
-                    f"cannot {event.value} {agent.name}: it is {agent.state.value}",
-                    remedy="see `stockadectl status`",
-                )
-            if event is Event.THAW:
-                await self._files.settle(agent)
+    async def _switch(
+        self,
+        agents: Sequence[Agent],
+        event: Event,
+        *,
+        actor: str,
+        reason: str,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         # All at once, and each whatever becomes of the others: who is to stand still must not wait for one that cannot.
         done = await asyncio.gather(
-            *(self._switch_one(agent, event, actor=actor, reason=reason) for agent in agents), return_exceptions=True
+            *(self._switch_one(agent, event, actor=actor, reason=reason, wanted=wanted) for agent in agents),
+            return_exceptions=True,
         )
         for failure in done:
             if failure is not None:
                 raise failure
 
-    async def _switch_one(self, agent: Agent, event: Event, *, actor: str, reason: str) -> None:
+    async def _switch_one(
+        self, agent: Agent, event: Event, *, actor: str, reason: str, wanted: Callable[[], bool]
+    ) -> None:
+        if not can(agent.state, event):
+            raise Conflict(
+                f"cannot {event.value} {agent.name}: it is {agent.state.value}", remedy="see `stockadectl status`"
+            )
+        if event is Event.FREEZE:
+            await self._switch_in_turn(agent, event, actor=actor, reason=reason, wanted=wanted)
+            return
+        async with self._files.lock(agent):  # what cannot be taken back freezes the agent under the same lock
+            await self._files.settle(agent)
+            await self._switch_in_turn(agent, event, actor=actor, reason=reason, wanted=wanted)
+
+    async def _switch_in_turn(
+        self, agent: Agent, event: Event, *, actor: str, reason: str, wanted: Callable[[], bool]
+    ) -> None:
+        """Do it when no other order for this agent is half done: gate, processes and table all show the last one."""
         verb = f"agent.{event.value}"
         await self._actions.record(Action(agent.agent_id, actor, verb, agent.name, "allowed", reason))
         if event is Event.FREEZE:
             self._plane.freeze(agent.agent_id)  # the gate first: what runs on until frozen can send nothing
+        async with self._turns.setdefault(agent.agent_id, asyncio.Lock()):
+            if event is Event.FREEZE:
+                self._plane.freeze(agent.agent_id)  # again: a thaw that was half done has opened it
+            elif not wanted():
+                why = "somebody ordered it to stand still"
+                await self._actions.note(Action(agent.agent_id, actor, verb, agent.name, "failed", why))
+                return
+            await self._perform(agent, event, actor=actor, reason=reason)
+
+    async def _perform(self, agent: Agent, event: Event, *, actor: str, reason: str) -> None:
+        verb = f"agent.{event.value}"
         try:
             await self._order(event, agent)
         except StockadeError as error:
@@ -531,6 +564,8 @@ class Acts:
 
         A program that exec started dies with its launcher (sandbox/attach.py), and nobody is left to say so.
         """
+        if agent is not None:
+            self._turns.pop(agent.agent_id, None)
         for stream in list(self.streams.values()):
             if (agent is None or stream.agent is agent) and not stream.ended.is_set():
                 self.exec_ended(stream.stream_id, Exit(None, signal.SIGKILL))

@@ -113,7 +113,7 @@ class DialerProcess:
             case messages.DialerReady():
                 self.ready.set()
             case messages.Dialed():
-                if not message.ok:
+                if not message.ok and message.error != messages.CUT:  # which is our own doing, not the gateway's
                     log.warning("cannot reach the gateway", cause=message.error, worker=message.worker_id)
                     self._not_connected(message.error)
             case messages.ExchangesCut():

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 READY_SECONDS_MAX: Final = 20.0
+RETIRE_SECONDS_MAX: Final = 1.0
+RETIRE_LOOK_SECONDS: Final = 0.01
 CUT_SECONDS_MAX: Final = 2.0
 CUT_FIRST_SECONDS_MAX: Final = 0.1
 """What is given to the dialer before those act who would end the connections that it is to cut and count."""
@@ -43,6 +45,7 @@ class Judge(Protocol):
     def ask(self, worker_id: str, ask: messages.Ask) -> None: ...
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None: ...
     def moved(self, worker_id: str, moved: messages.Moved) -> None: ...
+    def has_open(self, worker_id: str) -> bool: ...
     def rejected(self, rejected: messages.Rejected) -> None: ...
     def not_connected(self, cause: str) -> None: ...
     def worker_lost(self, worker_id: str) -> None: ...
@@ -211,7 +214,7 @@ class EgressPlane:
         if worker is not None:
             self._tell(worker, messages.Unlisten(agent_id))
             if worker.dedicated:
-                self._end_worker(worker)
+                self._in_background(self._retire(worker))
         self._dialer.tell(messages.Forget(agent_id))
         close_all([served.listener, *served.gate.values()])
 
@@ -348,6 +351,14 @@ class EgressPlane:
         self.judge.worker_lost(worker.worker_id)
         (self._records / f"egress-{worker.place}.json").unlink(missing_ok=True)
         self._in_background(worker.child.end())
+
+    async def _retire(self, worker: Worker) -> None:
+        """End it once it has told how what it had open ended."""
+        deadline = asyncio.get_running_loop().time() + RETIRE_SECONDS_MAX
+        while self.judge.has_open(worker.worker_id) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(RETIRE_LOOK_SECONDS)
+        if self._workers.get(worker.worker_id) is worker:
+            self._end_worker(worker)
 
     def _remove(self, worker: Worker) -> None:
         del self._workers[worker.worker_id]

@@ -62,6 +62,8 @@ log = structlog.get_logger()
 ASKS_OPEN_PER_AGENT_MAX: Final = 512
 EXCHANGES_OPEN_PER_AGENT_MAX: Final = 1024
 AUTHORITIES_KNOWN_MAX: Final = 4096
+NOT_SENT: Final = frozenset({502, 503})
+"""What the worker answers itself where nothing could be sent, or might be: with no bytes up the call was not made."""
 WORKER_DIED: Final = "the egress worker died"
 
 
@@ -91,6 +93,8 @@ class Open:
     """Whether it is a use of its grant; its bytes count either way."""
     phase: Phase = Phase.ASKED
     settled: bool = False
+    cut: bool = False
+    """Whether it was ordered to end."""
     guardrails: list[JSON] = field(default_factory=list)
     """What the gateway's guardrails found, as its outcome tells it."""
     outcome: messages.Outcome | None = None
@@ -156,6 +160,7 @@ class Exchanges:
         )
         self.gateway: GatewayHealth | None = None
         self._open: dict[tuple[str, int], Open] = {}
+        self._ending: dict[tuple[str, int], Open] = {}
         self._open_of: dict[str, int] = {}
         self._asking: dict[str, int] = {}
         self._authorities: dict[str, set[str]] = {}
@@ -197,10 +202,19 @@ class Exchanges:
                 if opened.gone is not None and not opened.gone.done():
                     opened.gone.set_result(None)
             case Phase.ALLOWED:
+                self._ending[key] = opened
                 self._remove(key)
-                self._in_background(self._end(opened, outcome))
+                self._in_background(self._over(key, opened, outcome))
             case _:
                 assert_never(opened.phase)
+
+    async def _over(self, key: tuple[str, int], opened: Open, outcome: messages.Outcome) -> None:
+        await asyncio.sleep(0)  # a verdict of the gateway that was told before may be read in the same turn
+        self._ending.pop(key, None)
+        await self._end(opened, outcome)
+
+    def has_open(self, worker_id: str) -> bool:
+        return any(key[0] == worker_id for key in self._open)
 
     def _remove(self, key: tuple[str, int]) -> None:
         opened = self._open.pop(key)
@@ -239,6 +253,7 @@ class Exchanges:
         cut: dict[str, list[int]] = {}
         for (worker_id, x), opened in self._open.items():
             if opened.grant_id == grant_id and opened.phase is Phase.ALLOWED:
+                opened.cut = True
                 cut.setdefault(worker_id, []).append(x)
         confirmed: list[asyncio.Future[None]] = []
         for worker_id, xs in cut.items():
@@ -397,7 +412,7 @@ class Exchanges:
         if agent is None:
             log.warning("a verdict on nobody's exchange", agent=verdict.agent_id)
             return
-        for key, opened in self._open.items():
+        for key, opened in (*self._open.items(), *self._ending.items()):
             if key[1] == verdict.x and opened.agent_id == verdict.agent_id:
                 opened.guardrails.append(guardrail_facts(verdict))
         self._in_background(self.note(guardrail_action(verdict)))
@@ -417,7 +432,7 @@ class Exchanges:
                 agent.spend.cost_usd += cost / MICROUSD_PER_USD
                 agent.spend.estimated |= usage.estimated
                 agent.spend.requests += 1
-        used = begun and (outcome.status != 502 or outcome.bytes_up > 0)  # noqa: PLR2004
+        used = begun and (outcome.status not in NOT_SENT or outcome.bytes_up > 0)
         # A worker that died says nothing of bytes: all that were left may have passed.
         spent = outcome.grant_spent or (begun and outcome.error == WORKER_DIED)
         moved = max(outcome.bytes_up, 0) + max(outcome.bytes_down, 0) if begun else 0
@@ -429,7 +444,7 @@ class Exchanges:
                 "egress.outcome",
                 opened.request.object,
                 "failed" if outcome.error else "done",
-                outcome.error,
+                self._reason(opened, outcome),
                 outcome_details(
                     opened.request,
                     outcome if begun else replace(outcome, usage=None),
@@ -439,6 +454,12 @@ class Exchanges:
                 ),
             )
         )
+
+    def _reason(self, opened: Open, outcome: messages.Outcome) -> str:
+        """Why it failed: what was cut did for that, also where the worker saw the end before it heard of the order."""
+        agent = self._agents.get(opened.agent_id)
+        cut = opened.cut or (agent is not None and agent.state in (State.KILLING, State.KILLED))
+        return messages.CUT if cut and outcome.error not in ("", WORKER_DIED) else outcome.error
 
     async def note(self, action: Action) -> None:
         """Record what has happened already: a full log stops new requests, and cannot undo this."""

@@ -181,11 +181,13 @@ class FileGrants:
         await self._actions.note(Action(agent.agent_id, "daemon", "agent.freeze", agent.name, verdict, reason))
 
     async def settle(self, agent: Agent) -> None:
-        """Take away what is left from before; raises Conflict while it cannot be, so that nobody thaws the agent."""
+        """Take away what is left from before; raises Conflict while it cannot be, so that nobody thaws the agent.
+
+        Under the agent's lock.
+        """
         for target in list(self._left.get(agent.agent_id, ())):
             try:
-                async with self.lock(agent):
-                    await self._take(agent, target)
+                await self._take(agent, target)
             except StockadeError as error:
                 raise Conflict(
                     f"cannot thaw {agent.name}: {target} could not be taken away: {_cause(error)}",

@@ -106,6 +106,8 @@ class KillSwitch:
         self._kills: dict[str, asyncio.Task[Receipt]] = {}
         self._notes: set[asyncio.Task[None]] = set()
         self._insisting: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, str] = {}
+        """What was wrong with those that are not proven dead, before that was what is wrong."""
 
     async def kill(self, agents: Sequence[Agent], *, actor: str, reason: str) -> list[Receipt]:
         """A receipt for each of `agents`, in their order; all are killed at once."""
@@ -174,26 +176,27 @@ class KillSwitch:
         if not agent.live:
             return
         if body.get("verified_empty") is True:
+            agent.failure = self._failures.pop(agent.agent_id, agent.failure)
             self._agents.apply(agent, Event.CGROUP_EMPTY)
             self._ended(agent)
             return
-        failure = agent.failure
+        self._failures.setdefault(agent.agent_id, agent.failure)
         problem = str(body.get("problem") or "") or f"processes left: {body.get('left') or 'not known'}"
         agent.failure = f"not proven dead, tried again: {problem}"
         task = self._insisting.get(agent.agent_id)
         if task is None or task.done():
             self._insisting[agent.agent_id] = asyncio.get_running_loop().create_task(
-                self._insist(agent, failure=failure, unproven=unproven)
+                self._insist(agent, unproven=unproven)
             )
 
-    async def _insist(self, agent: Agent, *, failure: str, unproven: Receipt | None) -> None:
+    async def _insist(self, agent: Agent, *, unproven: Receipt | None) -> None:
         began = time.monotonic()
         try:
             while agent.live:
                 await asyncio.sleep(INSIST_SECONDS)
                 body = await self._until_empty(agent)
                 if body.get("verified_empty") is True and agent.live:
-                    agent.failure = failure
+                    agent.failure = self._failures.pop(agent.agent_id, agent.failure)
                     seconds = time.monotonic() - began
                     proven = None if unproven is None else self._proven(unproven, body, seconds=seconds)
                     self._agents.apply(agent, Event.CGROUP_EMPTY)

@@ -17,7 +17,7 @@ from supervisord.channel import close_all
 from supervisord.errors import StockadeError
 from supervisord.lifecycle import Event, State, can
 from supervisord.limit_actions import met_limit_action, oom_action
-from supervisord.recovery import Kept, Recovery, exit_action, exit_of, reach_launcher
+from supervisord.recovery import Kept, Recovery, exit_action, exit_left, exit_of, reach_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -279,9 +279,12 @@ class LauncherWatch:
             # One that the launcher is still ending is not lost: it will say when nothing is left. And a launch or a
             # kill that is under way asks by itself, and says how that ended.
             if agent.agent_id not in self.held_ids and agent.state not in (State.STARTING, State.KILLING):
-                agent.failure = agent.failure or "it ended while no launcher ran"
-                if can(agent.state, Event.LOST):
-                    self._agents.apply(agent, Event.LOST)
+                agent.exit = exit_left(self._config.run_dir / "agents" / agent.agent_id)
+                event = Event.LOST if agent.exit is None else Event.EXITED
+                if agent.exit is None:
+                    agent.failure = agent.failure or "it ended while no launcher ran"
+                if can(agent.state, event):
+                    self._agents.apply(agent, event)
                     self._ended(agent)
                     self._in_background(self._record_exit(agent))
 

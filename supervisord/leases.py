@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -62,7 +63,7 @@ class Lease:
     froze: bool = False
 
     def lapse(self, seconds: float) -> Lease:
-        return Lease(self.due + grace_seconds(seconds), lapsed=True)
+        return replace(self, due=self.due + grace_seconds(seconds), lapsed=True)
 
     def adopted(self, now: float, seconds: float) -> Lease:
         return replace(self, due=max(self.due, now + min(seconds, ADOPTED_SECONDS_MIN)))
@@ -91,6 +92,7 @@ class Leases:
         self._directory = directory
         self._now = now
         self._leases: dict[str, Lease] = {}
+        self._ordered: Counter[str] = Counter()
         self._sooner = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -101,6 +103,7 @@ class Leases:
             return
         if not agent.live:
             self._leases.pop(agent.agent_id, None)
+            self._ordered.pop(agent.agent_id, None)
             (self._directory / agent.agent_id).unlink(missing_ok=True)
         elif agent.agent_id not in self._leases:
             kept = self._read(agent.agent_id)
@@ -113,7 +116,10 @@ class Leases:
     def frozen(self, agent: Agent) -> None:
         """Note that somebody ordered it to stand still, which no renewal ends; what is due here is noted after it."""
         lease = self._leases.get(agent.agent_id)
-        if lease is not None and lease.froze:
+        if lease is None:
+            return
+        self._ordered[agent.agent_id] += 1
+        if lease.froze:
             self._set(agent, replace(lease, froze=False))
 
     def left(self, agent: Agent) -> float | None:
@@ -133,9 +139,10 @@ class Leases:
                 + (f"it is {agent.state.value}" if lease is not None or not agent.live else "it has none"),
                 remedy="launch it with a lease, or anew",
             )
-        self._set(agent, Lease(self._now() + agent.what.lease_seconds))
+        # What it is frozen for stays noted until it runs: a thaw that fails is tried by the next renewal.
+        self._set(agent, Lease(self._now() + agent.what.lease_seconds, froze=lease.froze))
         if lease.froze and agent.state is State.FROZEN:
-            await self._acts.thaw([agent], actor=actor, reason="its lease was renewed")
+            await self._thaw(agent, actor=actor, reason="its lease was renewed")
 
     async def watch_forever(self) -> None:
         """Freeze and kill when that is due, whatever fails for one of them."""
@@ -178,15 +185,25 @@ class Leases:
         await self._actions.note(Action(agent.agent_id, "daemon", "lease.lapse", agent.name, "done", reason, held_by))
         if agent.state is not State.RUNNING or not self._lapsed(agent):
             return  # one that somebody froze stays so
+        before = self._ordered[agent.agent_id]
         try:
             await self._acts.freeze([agent], actor="daemon", reason=reason)
-            if self._lapsed(agent):
-                self._set(agent, replace(self._leases[agent.agent_id], froze=True))
-            elif self._agents.find_live(agent.agent_id).state is State.FROZEN:
-                await self._acts.thaw([agent], actor="daemon", reason="its lease was renewed meanwhile")
+            lease = self._leases.get(agent.agent_id)
+            if lease is None or self._ordered[agent.agent_id] > before + 1:
+                return  # it ended, or somebody else froze it too, which no renewal ends
+            self._set(agent, replace(lease, froze=True))
+            if not lease.lapsed:
+                await self._thaw(agent, actor="daemon", reason="its lease was renewed meanwhile")
         except StockadeError as error:
             # It is killed soon in any case.
             log.error("cannot freeze an agent whose lease has lapsed", agent=agent.agent_id, cause=error.message)
+
+    async def _thaw(self, agent: Agent, *, actor: str, reason: str) -> None:
+        def wanted() -> bool:
+            lease = self._leases.get(agent.agent_id)
+            return lease is not None and lease.froze
+
+        await self._acts.thaw([agent], actor=actor, reason=reason, wanted=wanted)
 
     async def _kill(self, agent: Agent) -> None:
         if not self._lapsed(agent):

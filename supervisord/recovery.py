@@ -156,7 +156,8 @@ class Recovery:
         listed = reply.body.get("agents")
         agents = cast("list[dict[str, object]]", listed) if isinstance(listed, list) else []
         for entry in agents:
-            if entry.get("state") in ("BUILDING", "BUILT"):
+            ours = self._agents.get(str(entry["agent_id"])) is not None  # ordered while this was asked
+            if entry.get("state") in ("BUILDING", "BUILT") and not ours:
                 # Its daemon died between the plan and the exec: nobody was answered, so nothing may come of it.
                 self.half_built.append(str(entry["agent_id"]))
                 await self._abort(str(entry["agent_id"]))
@@ -310,10 +311,8 @@ class Recovery:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("cannot read what is left of an agent", directory=str(directory), cause=str(error))
             return None
-        try:
-            status = json.loads((directory / "exit").read_text())
-            agent.exit = exit_of(status)
-        except (OSError, ValueError):
+        agent.exit = exit_left(directory)
+        if agent.exit is None:
             agent.failure = "it ended while no daemon ran, and its exit status is not known"
         return agent
 
@@ -351,6 +350,14 @@ def remember(agent: Agent, row: AgentRow) -> None:
     agent.failure = agent.failure or str(row.record.get("failure") or "")
     if isinstance(spend, dict) and spend.keys() == asdict(Spend()).keys():
         agent.spend = Spend(**spend)
+
+
+def exit_left(directory: Path) -> Exit | None:
+    """How an agent ended, as its pid 1 wrote it down before it went; None where nothing says so."""
+    try:
+        return exit_of(json.loads((directory / "exit").read_text()))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def exit_of(status: dict[str, object], *, oom: bool = False) -> Exit:

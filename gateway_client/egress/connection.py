@@ -188,7 +188,8 @@ class Connection:
             raise Refused(Refuse(502, Reason.UPSTREAM_FAILED, exchange.error), request=request.object) from error
         exchange.advance(Event.CONNECTED)
         if self.agent.frozen:
-            upstream.freeze(frozen=True)
+            exchange.error = "the agent is frozen"  # since this was asked; nothing has been sent
+            raise Refused(Refuse(503, Reason.FROZEN, exchange.error), request=request.object)
         return upstream
 
     async def upstream_step(self, step: Awaitable[Result]) -> Result:

@@ -188,6 +188,8 @@ class Dialer:
                 del self._workers[worker_id]
             for kept in self._table.of_worker(worker_id):
                 self._table.drop(kept)
+            for key in [key for key in self._dialing if key[0] == worker_id]:
+                self._stop_dialing(key)
 
         def frame_came(frame: bytes, fds: list[int]) -> None:
             self._from_worker(worker_id, frame, fds)
@@ -360,7 +362,7 @@ class Dialer:
         if dialing is not None:
             # A task that has not begun never runs then, so what it would say is said here.
             dialing.task.cancel()
-            self._failed(*key, "cut")
+            self._failed(*key, messages.CUT)
 
     def _shut(self, kept: Kept) -> None:
         with contextlib.suppress(OSError):  # the far end may have gone first

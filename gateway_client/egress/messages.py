@@ -17,6 +17,7 @@ from gateway_client.egress.decide import Allow, Refuse, Reply, Upstream, Verdict
 from gateway_client.egress.request import EgressRequest
 
 __all__ = [
+    "CUT",
     "FROM_DAEMON_TO_DIALER",
     "FROM_DAEMON_TO_WORKER",
     "FROM_DIALER_TO_DAEMON",
@@ -90,6 +91,10 @@ class HttpVersion(StrEnum):
 
     HTTP11 = "http/1.1"
     HTTP2 = "h2"
+
+
+CUT: Final = "cut"
+"""The error of a `Dialed` that was ordered to end, and failed nowhere."""
 
 
 @dataclass(frozen=True, slots=True)

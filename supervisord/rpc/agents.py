@@ -169,9 +169,10 @@ class AgentService(agents_pb2_grpc.AgentServiceServicer):
         while True:
             everyone = self._agents.all() if wanted is None else self._agents.select(wanted, live_only=False)
             version = self._agents.version
-            for agent in sorted(everyone, key=lambda agent: agent.version):
-                if agent.version > seen:
-                    yield agents_pb2.WatchAgentsResponse(agent=self._shown(agent), resume_token=str(agent.version))
+            # By the versions of this moment: one that changes while another is sent is sent again, in its turn.
+            for number, agent in sorted(((agent.version, agent) for agent in everyone), key=lambda pair: pair[0]):
+                if number > seen:
+                    yield agents_pb2.WatchAgentsResponse(agent=self._shown(agent), resume_token=str(number))
             seen = version
             await self._agents.wait_changed(seen)
 

@@ -142,10 +142,10 @@ class RequestService(requests_pb2_grpc.RequestServiceServicer):
         version = version if resumes else 0
         while True:
             upto = self._requests.version
-            for each in self._requests.changed_since(version):
+            for number, each in [(each.version, each) for each in self._requests.changed_since(version)]:
                 if resumes or each.state is RequestState.PENDING:
                     yield requests_pb2.WatchRequestsResponse(
-                        request=convert.request(each), resume_token=f"{self._requests.epoch}.{each.version}"
+                        request=convert.request(each), resume_token=f"{self._requests.epoch}.{number}"
                     )
             version, resumes = upto, True
             await self._requests.wait_changed(version)

@@ -174,3 +174,27 @@ async def test_a_cut_finds_what_a_gateway_sent_before_it_hung_up(shared_director
         (cut,) = await until(lambda: plane.cuts)
         assert (cut.relays, cut.bytes_waiting) == (1, len(sent))
         os.kill(plane.worker_process.pid, signal.SIGCONT)
+
+
+async def test_nothing_is_sent_for_an_agent_that_was_frozen_while_it_was_asked() -> None:
+    upstream, asked = Upstream(), asyncio.Event()
+    async with running(upstream) as plane:
+        plane.grant("llm:*")
+
+        def judge(_ask: messages.Ask) -> messages.Verdict | None:
+            asked.set()
+            return None
+
+        for frozen in (False, True):
+            asked.clear()
+            plane.answer = judge
+            waiting = asyncio.create_task(plane.exchange(post("/v1/chat/completions", CHAT)))
+            await asyncio.wait_for(asked.wait(), 5)
+            if frozen:
+                plane.to_worker(messages.Freeze(AGENT))
+            plane.answer = None
+            plane._judge(plane.asks[-1])
+            answer = await waiting
+            assert answer.startswith(b"HTTP/1.1 503 " if frozen else b"HTTP/1.1 200 ")
+            assert len(upstream.received) == 1, "the twin alone"
+        assert (await until(lambda: len(plane.outcomes) == 2 and plane.outcomes))[1].bytes_up == 0

@@ -28,6 +28,18 @@ SCOPE = f"http:GET:http://{NAME}/**"
 FETCH = "curl -sS -m 10 -o /dev/null -w '%{http_code}' http://" + NAME
 IDLE = "echo up; exec sleep 1000"
 
+OWN = """kind: Policy
+name: {name}
+version: 1
+risk: limited
+user: agent
+rootfs: host
+limits: {{memory: 256MiB, cpus: 1, pids: 64, disk: 64MiB, open_files: 1024, output: 1MiB}}
+scopes: ["{scope}"]
+egress: {{worker: {name}}}
+on_supervisor_loss: contain
+"""
+
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
@@ -258,3 +270,19 @@ def test_a_receipt_says_what_was_cut(stockade: Instance, site: Site) -> None:
     (entry,) = stockade.actions("slow-reader", "--verb", "agent.kill")
     stated = json.loads(base64.b64decode(cut["statement"]).partition(b"\n")[2])
     assert entry["details"]["bytes_cut"] == stated["bytes_cut"] == cut["bytes_cut"]
+
+
+def test_a_worker_of_the_agents_own_tells_what_passed_before_it_ends(site: Site) -> None:
+    hosts = f'[gateway]\nkind = "embedded"\n[gateway.hosts]\n"{NAME}" = "127.0.0.1:{site.port}"\n'
+    policies = {f"{name}.yaml": OWN.format(name=name, scope=SCOPE) for name in ("dedicated", "shared")}
+    with Instance.start(hosts, policies=policies) as stockade:
+        for name in ("dedicated", "shared"):
+            site.seen.clear()
+            script = f"curl -sS -N -o /dev/null http://{NAME}/endless"
+            stockade.launch("--name", name, "--policy", name, "--", "sh", "-c", script)
+            stockade.wait(lambda: nothing_fits_any_more(site) or site.pieces > 100)
+            assert stockade.json("kill", name)[0]["verified_empty"] is True
+            stockade.wait(lambda name=name: stockade.actions(name, "--verb", "egress.outcome"))  # type: ignore[misc]
+            (outcome,) = stockade.actions(name, "--verb", "egress.outcome")
+            assert (outcome["verdict"], outcome["reason"]) == ("failed", "cut")
+            assert outcome["details"]["bytes_down"] > 1 << 20

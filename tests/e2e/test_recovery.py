@@ -339,6 +339,25 @@ def cmdline(pid: int) -> bytes:
         return b""
 
 
+def test_an_agent_that_ends_while_no_launcher_is_there_has_its_exit_code(stockade: Instance) -> None:
+    workspace = stockade.workspace()
+    agent = stockade.launch("--workspace", f"{workspace}:rw", "--", "sh", "-c", f"{UNTIL_GO}; exit 7")
+    lock, away = stockade.run_dir / "launcher.lock", stockade.run_dir / "kept.lock"
+    lock.rename(away)
+    lock.mkdir()  # so that none can be started
+    try:
+        os.kill(launcher_pid(stockade), signal.SIGKILL)
+        (workspace / "go").touch()
+        stockade.wait(lambda: not of_agent(agent))
+        assert of_agent(agent) == []
+    finally:
+        lock.rmdir()
+        away.rename(lock)
+    stockade.wait(lambda: stockade.json("status", agent["agent_id"])[0]["state"] != "RUNNING")
+    ended = stockade.json("status", agent["agent_id"])[0]
+    assert (ended["state"], ended["exit_code"]) == ("EXITED", 7)
+
+
 def test_a_kill_does_not_wait_for_a_launcher(stockade: Instance) -> None:
     """A launcher that hangs delays the receipt, not the death: pid 1 is killed without it."""
     agent = stockade.launch("--", "sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000")

@@ -15,6 +15,7 @@ import pytest
 
 from sandbox import sync
 from sandbox.plan import Limits, Tty
+from sandbox.serve import SUPERVISOR_LOSS_SECONDS
 from tests.support.census import text
 from tests.support.launcher import Launcher, LauncherError
 
@@ -245,6 +246,22 @@ def test_agents_survive_the_launcher(launcher: Launcher, *, kill: bool) -> None:
     assert launcher.wait(terminal).status == {"code": 6, "signal": None}
     assert agent.stdout == "start\nmiddle\nend\n"
     assert "/dev/pts/0" in terminal.stdout
+
+
+@pytest.mark.parametrize(
+    ("key", "greeted", "ends"), [("kill", False, True), ("kill", True, False), ("contain", False, False)]
+)
+def test_who_must_not_run_without_a_daemon_does_not_with_the_next_launcher_either(
+    launcher: Launcher, key: str, *, greeted: bool, ends: bool
+) -> None:
+    """The launcher that began to count has died."""
+    agent = launcher.build(launcher.plan(["/bin/sleep", "1000"]), on_supervisor_loss=key)
+    launcher.request("go", agent_id=agent.agent_id)
+    launcher.restart()
+    if greeted:
+        launcher.request("hello")
+    assert bool(select.select([agent.pidfd], [], [], SUPERVISOR_LOSS_SECONDS + (15 if ends else 2))[0]) is ends
+    assert launcher.kill(agent)["verified_empty"]
 
 
 def test_agents_that_ended_without_a_launcher_are_told_of(launcher: Launcher) -> None:

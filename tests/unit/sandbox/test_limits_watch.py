@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from sandbox.limits_watch import EVENT_SECONDS_MIN, NOTHING_YET, Kind, Teller, judge
+from sandbox.cgroups import Counters
+from sandbox.limits_watch import EVENT_SECONDS_MIN, Kind, Teller, Watch, judge
+from sandbox.running import State
 
-if TYPE_CHECKING:
-    from sandbox.cgroups import Counters
-
+NOTHING_YET = Counters(0, 0, 0, 0, 0, 0, 0, 0, 0)
 QUIET = replace(NOTHING_YET, cpu_periods=10)
 
 
@@ -35,6 +36,23 @@ QUIET = replace(NOTHING_YET, cpu_periods=10)
 )
 def test_what_a_second_comes_to(after: Counters, met: dict[Kind, dict[str, int]]) -> None:
     assert judge(NOTHING_YET, after, 1.0) == met
+
+
+@pytest.mark.parametrize(("grows", "told"), [(0, []), (600_000, [Kind.MEMORY_PRESSURE])])
+def test_what_was_waited_for_before_is_not_the_agents(grows: int, told: list[Kind]) -> None:
+    """It was a starter then, made ahead of need."""
+    now, said = [0.0], []
+    counters = replace(QUIET, memory_pressure_usec=900_000)
+    loop = SimpleNamespace(later=lambda _seconds, due: due, watch=None)
+    group: Any = SimpleNamespace(counters=lambda: counters, oom_fd=lambda: -1)
+    agent: Any = SimpleNamespace(agent_id="ag_a", group=group, state=State.RUNNING)
+    watch = Watch(
+        cast("Any", loop), {"ag_a": agent}, lambda _agent, kind, _numbers: said.append(kind), clock=lambda: now[0]
+    )
+    watch.add(agent, fresh=True)
+    now[0], counters = 1.0, replace(counters, memory_pressure_usec=900_000 + grows)
+    watch._look()
+    assert said == told
 
 
 def test_of_one_kind_there_is_one_event_in_its_time_and_nothing_is_lost() -> None:

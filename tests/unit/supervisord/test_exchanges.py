@@ -16,6 +16,7 @@ from supervisord.actions.types import Action, CannotRecord
 from supervisord.agents import Agent, Agents, Description
 from supervisord.budgets import NO_BUDGET, Amounts, Budget
 from supervisord.exchanges import EXCHANGES_OPEN_PER_AGENT_MAX, Exchanges, Route
+from supervisord.gateway_process import GuardrailVerdict
 from supervisord.ids import AgentId, AgentName, GrantId
 from supervisord.lifecycle import Event
 from supervisord.policy import OnDeny
@@ -387,3 +388,17 @@ async def test_what_keeps_a_session_is_no_use_of_a_grant_and_its_bytes_count(met
     bench.ask(3, request=message(method))
     await until(lambda: 3 in bench.plane.answers)
     assert isinstance(bench.plane.answers[3], messages.Refuse)
+
+
+async def test_a_verdict_that_is_read_in_the_turn_of_the_outcome_is_in_its_entry() -> None:
+    world = World()
+    world.book.add(MINE, parse_scope("llm:*"), by="uid:0(root)")
+    world.ask(1, request=chat(100))
+    await until(lambda: 1 in world.plane.answers)
+    verdict = GuardrailVerdict(MINE, 1, "response", "mask", ("no-pii",), {"email": 1})
+    world.end(1)
+    world.exchanges.guardrail(verdict)
+    await until(lambda: len(world.log.entries) == 3)
+    (ended,) = [entry for entry in world.log.entries if entry.verb == "egress.outcome"]
+    found: Any = ended.details["guardrails"]
+    assert [each["action"] for each in found] == ["mask"]

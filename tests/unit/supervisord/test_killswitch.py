@@ -107,6 +107,19 @@ async def test_what_is_not_proven_stays_and_is_tried_again() -> None:
     assert agent.failure == ""
 
 
+async def test_one_that_a_second_kill_proves_dead_is_no_more_said_to_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "INSIST_SECONDS", 100)
+    bench = Bench(STUCK, STUCK, EMPTY)
+    agent = bench.agent(State.RUNNING)
+    for verified in (False, False, True):
+        (receipt,) = await bench.switch.kill([agent], actor="x", reason="")
+        assert receipt.verified_empty is verified
+        assert (agent.failure == "") is verified
+    assert agent.state is State.KILLED
+
+
 async def test_a_failed_launch_is_over_when_nothing_is_left() -> None:
     bench = Bench(EMPTY)
     agent = bench.agent(State.STARTING)
