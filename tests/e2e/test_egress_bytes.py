@@ -180,14 +180,15 @@ def test_sixteen_downloads_at_once_pass_no_byte_more_and_are_cut(stockade: Insta
     # Bodies alone: what passed with heads is in the budget's own count, to the last byte.
     assert 18 * MIB < received(lines) < 20 * MIB
     *first, last = ends(lines)
-    assert "200" not in first
+    assert first.count("200") <= 2, "there is room for two whole ones, if they are quicker than all others"
     assert last.startswith("429:")
     assert "the agent's budget of egress_bytes is used up" in last
     use = use_of(stockade, "many")
     assert (use["spent"], use["limit"], use["reserved"]) == (20 * MIB, 20 * MIB, 0)
     passed = [(each["details"]["bytes_up"] + each["details"]["bytes_down"]) for each in outcomes(stockade, "many")]
     assert received(lines) < sum(passed) <= 20 * MIB
-    assert {each["reason"] for each in outcomes(stockade, "many")} == {"the agent's budget of egress_bytes is used up"}
+    reasons = {each["reason"] for each in outcomes(stockade, "many") if each["verdict"] == "failed"}
+    assert reasons == {"the agent's budget of egress_bytes is used up"}
     (notice,) = stockade.actions("many", "--verb", "agent.budget", "--verdict", "notice")
     assert notice["object"] == "egress_bytes"
     assert 0.8 * 20 * MIB <= notice["details"]["spent"] <= 20 * MIB
