@@ -82,7 +82,7 @@ def test_the_capture_sees_what_reaches_the_gate(own: Launcher, request: pytest.F
             own.exec(agent, battery.program(given, names))
             return soon(gates_of(own).frames, 0.5)
 
-        assert soon(send), "more than once: the gate may be looked into only now"
+        assert soon(send, 30), "more than once: the gate may be looked into only now"
     own.kill(agent)
     own.close()
     assert request.config.stash[UPLINK].frames() == [], "the gate leads nowhere, with or without rules"
