@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 EXIT_SKIPPED = 1
 
+# A child with another uid is forked, and gRPC's handlers of fork(2) may then wait for its threads for ever. Read when
+# gRPC starts; every child of ours executes something at once.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 # How long an example takes is a fact about the machine, not about the code.
 settings.register_profile("stockade", deadline=None)
 settings.load_profile("stockade")
