@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox import syscalls
+from sandbox import mounted, syscalls
 from sandbox.cgroups import CannotConfine
 from sandbox.exec_trees import Trees
 from sandbox.keeper import Keeper
@@ -281,13 +281,9 @@ class Agent:
             self.net.close()
             self.net, self.listener = None, -1
         self.keeper.drop()
-        # Its mounts go with its namespace; a descriptor would keep one busy on the host. The numbers are forgotten too:
-        # a child that takes one away may answer after this, when they are somebody else's.
-        for mounted in self.mounted.values():
-            if mounted.fd >= 0:
-                os.close(mounted.fd)
-                mounted.fd = -1
-        self.mounted.clear()
+        # A descriptor would keep a mount busy on the host. The numbers go too: a child that takes one away may answer
+        # after this, when they are somebody else's.
+        mounted.forget(self)
         close_all([fd for fd in (self.listener, self.agent_pidfd, self.terminal) if fd >= 0])
         self.listener = self.agent_pidfd = self.terminal = -1
         self.put_images_away()

@@ -229,7 +229,6 @@ class Stock:
                 os.chown(HOME, HOME_ID, HOME_ID, dir_fd=image.root, follow_symlinks=False)
                 image.keep(path)  # last: one that has a name is never looked at again
         except CannotMakeScratch:
-            image.forget()
             image.drop()
             raise
         return image

@@ -45,7 +45,7 @@ class Judge(Protocol):
     def ask(self, worker_id: str, ask: messages.Ask) -> None: ...
     def outcome(self, worker_id: str, outcome: messages.Outcome) -> None: ...
     def moved(self, worker_id: str, moved: messages.Moved) -> None: ...
-    def has_open(self, worker_id: str) -> bool: ...
+    def open_count(self, agent_id: str) -> int: ...
     def rejected(self, rejected: messages.Rejected) -> None: ...
     def not_connected(self, cause: str) -> None: ...
     def worker_lost(self, worker_id: str) -> None: ...
@@ -214,7 +214,7 @@ class EgressPlane:
         if worker is not None:
             self._tell(worker, messages.Unlisten(agent_id))
             if worker.dedicated:
-                self._in_background(self._retire(worker))
+                self._in_background(self._retire(worker, agent_id))
         self._dialer.tell(messages.Forget(agent_id))
         close_all([served.listener, *served.gate.values()])
 
@@ -352,10 +352,10 @@ class EgressPlane:
         (self._records / f"egress-{worker.place}.json").unlink(missing_ok=True)
         self._in_background(worker.child.end())
 
-    async def _retire(self, worker: Worker) -> None:
-        """End it once it has told how what it had open ended."""
+    async def _retire(self, worker: Worker, agent_id: str) -> None:
+        """End the worker of one agent alone once it has told how what it had open ended."""
         deadline = asyncio.get_running_loop().time() + RETIRE_SECONDS_MAX
-        while self.judge.has_open(worker.worker_id) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        while self.judge.open_count(agent_id) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(RETIRE_LOOK_SECONDS)
         if self._workers.get(worker.worker_id) is worker:
             self._end_worker(worker)

@@ -213,9 +213,6 @@ class Exchanges:
         self._ending.pop(key, None)
         await self._end(opened, outcome)
 
-    def has_open(self, worker_id: str) -> bool:
-        return any(key[0] == worker_id for key in self._open)
-
     def _remove(self, key: tuple[str, int]) -> None:
         opened = self._open.pop(key)
         left = self._open_of[opened.agent_id] - 1

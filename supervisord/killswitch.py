@@ -205,6 +205,8 @@ class KillSwitch:
                         await self._note(agent, proven)
         finally:
             self._insisting.pop(agent.agent_id, None)
+            if not agent.live:
+                self._failures.pop(agent.agent_id, None)
 
     def _proven(self, unproven: Receipt, body: dict[str, object], *, seconds: float) -> Receipt:
         """A receipt of its own for a kill that could not be proven when its caller was answered."""

@@ -12,6 +12,7 @@ from gateway_client.egress.answers import problem, response
 from gateway_client.egress.decide import Reason, Refuse
 from gateway_client.egress.exchange import BytesSpent, Event, GrantSpent
 from gateway_client.egress.intake import Buffered, Intake
+from gateway_client.egress.messages import CUT
 from gateway_client.egress.request import EgressRequest
 from gateway_client.egress.share import Share, metered
 from gateway_client.egress.stream import Reset
@@ -160,7 +161,7 @@ class Connection:
             exchange.status = answer.refusal.status
             raise
         except (Reset, TimeoutError, asyncio.CancelledError):
-            exchange.error = exchange.error or ("cut" if self.was_cut else "the connection ended early")
+            exchange.error = exchange.error or (CUT if self.was_cut else "the connection ended early")
             raise
         finally:
             exchange.advance(Event.END)

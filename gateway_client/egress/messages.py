@@ -94,7 +94,7 @@ class HttpVersion(StrEnum):
 
 
 CUT: Final = "cut"
-"""The error of a `Dialed` that was ordered to end, and failed nowhere."""
+"""The error of a `Dialed` and of an `Outcome` that was ordered to end, and failed nowhere."""
 
 
 @dataclass(frozen=True, slots=True)

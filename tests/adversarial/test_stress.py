@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -94,8 +93,7 @@ def test_everything_at_once_is_bounded(launcher: Launcher) -> None:
         agent = stress(launcher, *QUICK.split(), "--timeout", "3s", timeout=80)
     assert host.longest < HOST_SECONDS_MAX
     assert agent.status is not None
-    ended = agent.status["code"] in FINISHED or agent.status["signal"] == signal.SIGKILL
-    assert agent.oom or ended, (agent.status, agent.stderr[-2000:])
+    assert agent.oom or agent.status["code"] in FINISHED, (agent.status, agent.stderr[-2000:])
 
 
 def test_the_stressors_do_run(launcher: Launcher) -> None:

@@ -253,6 +253,11 @@ async def test_expect_is_answered_here_and_not_sent(tmp_path: Path) -> None:
 
 
 async def test_events_pass_at_once_and_a_revocation_cuts_within_100_ms(tmp_path: Path) -> None:
+    """The best of three: what else the machine does is not what is measured."""
+    assert min([await seconds_to_cut_events(tmp_path) for _ in range(3)]) < 0.1
+
+
+async def seconds_to_cut_events(tmp_path: Path) -> float:
     ended, go_on = asyncio.Event(), asyncio.Event()
 
     async def host(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -280,11 +285,12 @@ async def test_events_pass_at_once_and_a_revocation_cuts_within_100_ms(tmp_path:
         side.plane.to_worker(messages.Cut(xs=(side.plane.asks[-1].x,)))
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ssl.SSLError)):
             await asyncio.wait_for(reader.readexactly(1000), 5)
-        assert loop.time() - began < 2  # by itself it would go on for a minute
-        await asyncio.wait_for(ended.wait(), 1)
+        took = loop.time() - began
+        await asyncio.wait_for(ended.wait(), 5)
         outcome = await side.outcome()
         assert (outcome.status, outcome.error) == (200, "cut")
         writer.close()
+        return took
 
 
 async def test_a_slow_agent_slows_the_host_and_then_gets_it_all(tmp_path: Path) -> None:
@@ -442,6 +448,11 @@ async def test_the_bytes_of_a_budget_hold_and_are_waited_for(tmp_path: Path, mos
 @pytest.mark.parametrize("up", [True, False])
 @pytest.mark.parametrize("protocol", ["h2", "http/1.1"])
 async def test_a_cut_does_not_wait_for_bytes_that_are_waited_for(tmp_path: Path, protocol: str, *, up: bool) -> None:
+    """The best of three: what else the machine does is not what is measured."""
+    assert min([await seconds_to_cut_who_waits(tmp_path, protocol, up=up) for _ in range(3)]) < 0.1
+
+
+async def seconds_to_cut_who_waits(tmp_path: Path, protocol: str, *, up: bool) -> float:
     body = os.urandom(400_000)
     if protocol == "h2":
         pieces = b"".join(http2.data(body[start : start + 16000]) for start in range(0, len(body), 16000))
@@ -477,9 +488,10 @@ async def test_a_cut_does_not_wait_for_bytes_that_are_waited_for(tmp_path: Path,
         sent(messages.Cut(xs=(x,)))
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ssl.SSLError)):
             await asyncio.wait_for(reader.readexactly(len(body)), 5)
-        assert loop.time() - started < 2  # by itself it would go on for a minute
+        took = loop.time() - started
         outcome = await side.outcome()
         assert outcome.error == "cut"
         await until(lambda: sum(each.used for each in plane.moved) + plane.budget_bytes == lent)
         assert outcome.bytes_up + outcome.bytes_down == sum(each.used for each in plane.moved)
         writer.close()
+        return took

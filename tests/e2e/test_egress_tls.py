@@ -267,6 +267,11 @@ async def test_only_where_a_tls_scope_is_alone_is_the_tunnel_opaque(tmp_path: Pa
 
 
 async def test_a_websocket_passes_and_is_cut_with_its_grant(tmp_path: Path) -> None:
+    """At once, the best of three: what else the machine does is not what is measured."""
+    assert min([await seconds_to_cut_a_websocket(tmp_path) for _ in range(3)]) < 0.1
+
+
+async def seconds_to_cut_a_websocket(tmp_path: Path) -> float:
     async with tls(tmp_path, answer=SWITCHED, stay=True) as side:
         side.plane.grant(f"http:GET:https://{HOST}/chat")
         reader, writer = await side.connect()
@@ -282,11 +287,12 @@ async def test_a_websocket_passes_and_is_cut_with_its_grant(tmp_path: Path) -> N
         side.plane.to_worker(messages.Cut(xs=(x,)))
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ssl.SSLError)):
             await asyncio.wait_for(reader.readexactly(1), 5)
-        assert loop.time() - started < 2  # by itself it would go on for an hour
+        took = loop.time() - started
         outcome = await until(lambda: next((each for each in side.plane.outcomes if each.x == x), None))
         assert (outcome.status, outcome.error) == (101, "cut")
         assert outcome.bytes_up > 300_000 < outcome.bytes_down
         writer.close()
+        return took
 
 
 @pytest.mark.parametrize("bound", ["grant", "budget"])

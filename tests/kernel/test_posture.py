@@ -161,7 +161,14 @@ def test_reading_back_is_cheap() -> None:
     pidfd = os.pidfd_open(os.getpid())
     best = min(_timed(pidfd) for _ in range(200))
     os.close(pidfd)
-    assert best < 1_000_000
+    plain = min(_timed_plain() for _ in range(200))
+    assert best < max(400_000, 40 * plain), "a slow machine is slow at reading one file too"
+
+
+def _timed_plain() -> int:
+    began = time.perf_counter_ns()
+    Path("/proc/self/status").read_text()
+    return time.perf_counter_ns() - began
 
 
 def _timed(pidfd: int) -> int:

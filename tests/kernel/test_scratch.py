@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandbox import scratch, syscalls
+from sandbox import scratch, sync, syscalls
 from sandbox.plan import Bind, Limits, SandboxPlan
+from tests.support.census import children, text
 from tests.support.launcher import Agent, Launcher, LauncherError
 
 if TYPE_CHECKING:
@@ -357,3 +359,24 @@ def test_one_agent_at_a_time_has_a_home(launcher: Launcher) -> None:
         "code": 0,
         "signal": None,
     }
+
+
+def test_a_launch_that_waits_for_its_home_can_be_killed(launcher: Launcher) -> None:
+    """What the last one wrote is still on its way to the disk: the process that writes it is stopped here."""
+    first = launcher.start_plan(home(launcher, "sleep 1000", name="waited"))
+    (writes,) = (pid for pid in children(launcher.process.pid) if text(Path(f"/proc/{pid}/comm")) == "stockade-sweep\n")
+    plan = home(launcher, "sleep 1000", name="waited")
+    os.kill(writes, signal.SIGSTOP)
+    try:
+        assert launcher.kill(first)["verified_empty"]
+        sync.send(launcher.sock, {"op": "launch", "rq": -1, "plan": plan.to_json(), "meta": {}})
+        with pytest.raises(LauncherError, match="there is no agent"):
+            launcher.request("kill", agent_id=plan.agent_id)
+        answer = launcher.event(lambda e: e.get("rq") == -1)
+        assert "was killed before it ran" in answer["error"]["message"]
+    finally:
+        os.kill(writes, signal.SIGCONT)
+    # The twin: the next one, which nobody kills, waits and runs.
+    again = launcher.start_plan(home(launcher, "sleep 1000", name="waited"))
+    assert plan.agent_id not in {each["agent_id"] for each in launcher.request("hello")["agents"]}
+    assert launcher.kill(again)["verified_empty"]

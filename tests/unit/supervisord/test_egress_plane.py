@@ -11,6 +11,7 @@ import pytest
 
 from gateway_client.egress import messages
 from supervisord.config import UsersConfig
+from supervisord.dialer_process import DialerProcess
 from supervisord.egress_plane import EgressPlane, Served, Worker
 from supervisord.errors import Unavailable
 
@@ -73,3 +74,14 @@ def test_an_agent_that_gets_no_descriptor_for_its_gate_gets_no_worker_either(
 
 def _none_left(_fd: int) -> int:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize(("error", "failures"), [("cut", []), ("cannot connect", ["cannot connect"])])
+def test_a_dial_that_was_ordered_to_end_is_no_failure_of_the_gateway(error: str, failures: list[str]) -> None:
+    told: list[str] = []
+    dialer = DialerProcess(
+        user="", configure=cast("Any", None), record=Path(), introduce=lambda: None, died=lambda: None,
+        not_connected=told.append, in_background=lambda work: work.close(),
+    )  # fmt: skip
+    dialer._heard(messages.encode(messages.Dialed(MINE, 1, ok=False, error=error)), [])
+    assert told == failures
